@@ -1,0 +1,10 @@
+"""Triton kernels of rnnfast. Installed as ``rnnfast.kernels``; imports Triton and the standard library only."""
+
+if __name__ != "rnnfast.kernels":
+    raise ImportError(
+        f"these kernels install as rnnfast.kernels, not as {__name__!r}: run `pip install .` and import rnnfast.kernels"
+    )
+
+from rnnfast.kernels import cells, plan, step
+
+__all__ = ["cells", "plan", "step"]

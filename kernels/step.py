@@ -1,0 +1,329 @@
+"""Step kernels: one launch a time step, for any size. The recurrent product of all gates and the cell's maths, fused.
+
+Forward, for each step t (W the rows of W_hh, one block of H rows a gate):
+    h_gates = W h_{t-1} + b_hh              states_t, saved_t = cell.forward(x_gates_t, h_gates, states_{t-1})
+Backward, for each step from the last to the first (W_hh^T by columns of W):
+    d_h_t = d_y_t + W^T d_gates_{t+1}       d_gates_t = cell.backward(saved_t, ..., d_h_t, d_c_t)
+
+Legend: T steps, B batch, H hidden units, G gates, K the summed axis. A step's row is t * B + b. The step before is t_prev
+and the one after t_next, in the order of processing: for a reverse direction t_prev = t + 1. Where there is none the flag
+has_prev or has_next is 0, the product is skipped and the state is zero.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.plan import StepPlan
+
+__all__ = ["backward", "forward", "interpreting"]
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """a b + acc in float32. UPCAST is for Triton's interpreter, which multiplies bfloat16 operands as raw integers."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["t", "t_prev", "has_prev", "t_c", "t_c_prev", "B"])
+def forward_step_kernel(
+    # inputs
+    gates_ptr,  # (T * B, WIDTH * H) W_ih x + b_ih in its first G blocks; with SAVE, saved activations out, in place
+    w_ptr,  # (G * H, H) W_hh
+    bias_ptr,  # (G * H,) b_hh
+    h_prev_ptr,  # (*, B, H) h_{t-1} at index t_prev
+    c_prev_ptr,  # (*, B, H) float32, c_{t-1} at index t_c_prev
+    # outputs
+    h_ptr,  # (T, B, H) h_t at index t
+    c_ptr,  # (*, B, H) float32, c_t at index t_c
+    # sizes
+    t,
+    t_prev,
+    has_prev,
+    t_c,
+    t_c_prev,
+    B,
+    H,
+    # flags
+    CELL: tl.constexpr,
+    G: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CARRIES_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    # tiles
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask_b = offs_b < B
+    mask_h = offs_h < H
+    mask = mask_b[:, None] & mask_h[None, :]
+    mask_prev = (offs_b < B * has_prev)[:, None] & mask_h[None, :]
+    row = t.to(tl.int64) * B + offs_b
+    row_prev = t_prev.to(tl.int64) * B + offs_b
+
+    h_gates = ()
+    for _ in tl.static_range(G):
+        h_gates = h_gates + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+    for k in range(0, H * has_prev, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < H
+        h_chunk = tl.load(
+            h_prev_ptr + row_prev[:, None] * H + offs_k[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0
+        )
+        sums = ()
+        for g in tl.static_range(G):
+            w_rows = (g * H + offs_h).to(tl.int64)
+            w_chunk = tl.load(
+                w_ptr + w_rows[None, :] * H + offs_k[:, None], mask=mask_k[:, None] & mask_h[None, :], other=0.0
+            )
+            sums = sums + (_dot(h_chunk, w_chunk, h_gates[g], PRECISION, UPCAST),)
+        h_gates = sums
+
+    gates = gates_ptr + row[:, None] * (WIDTH * H) + offs_h[None, :]
+    x_gates = ()
+    biased = ()
+    for g in tl.static_range(G):
+        x_gates = x_gates + (tl.load(gates + g * H, mask=mask, other=0.0).to(tl.float32),)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + g * H + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+            biased = biased + (h_gates[g] + bias[None, :],)
+        else:
+            biased = biased + (h_gates[g],)
+
+    h_prev = tl.load(h_prev_ptr + row_prev[:, None] * H + offs_h[None, :], mask=mask_prev, other=0.0)
+    states = (h_prev.to(tl.float32),)
+    if CARRIES_C:
+        row_c_prev = t_c_prev.to(tl.int64) * B + offs_b
+        c_tile = tl.load(c_prev_ptr + row_c_prev[:, None] * H + offs_h[None, :], mask=mask_prev, other=0.0)
+        states = states + (c_tile,)
+
+    new_states, saved = CELL(x_gates, biased, states)
+
+    tl.store(h_ptr + row[:, None] * H + offs_h[None, :], new_states[0].to(h_ptr.dtype.element_ty), mask=mask)
+    if CARRIES_C:
+        row_c = t_c.to(tl.int64) * B + offs_b
+        tl.store(c_ptr + row_c[:, None] * H + offs_h[None, :], new_states[1], mask=mask)
+    if SAVE:
+        for s in tl.static_range(len(saved)):
+            tl.store(gates + s * H, saved[s].to(gates_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["t", "t_prev", "t_next", "has_prev", "has_next", "B"])
+def backward_step_kernel(
+    # inputs
+    dy_ptr,  # (T, B, H) gradient of the outputs
+    saved_ptr,  # (T * B, WIDTH * H) activations that forward saved
+    h_ptr,  # (T, B, H) h_t
+    h_prev_ptr,  # (*, B, H) h_{t-1} at index t_prev
+    c_ptr,  # (T, B, H) float32, c_t
+    c_prev_ptr,  # (*, B, H) float32, c_{t-1} at index t_prev
+    w_ptr,  # (G * H, H) W_hh
+    # outputs
+    d_gates_ptr,  # (T * B, D * H) gate gradients; row t_next * B + b is read, row t * B + b written
+    d_h_ptr,  # (B, H) float32, carried: gradient of h_t that comes neither from dy nor through W_hh
+    d_c_ptr,  # (B, H) float32, carried: gradient of c_t
+    # sizes
+    t,
+    t_prev,
+    t_next,
+    has_prev,
+    has_next,
+    B,
+    H,
+    # flags
+    CELL: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SAVED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CARRIES_C: tl.constexpr,
+    DIRECT: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    # tiles
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask_b = offs_b < B
+    mask_h = offs_h < H
+    mask = mask_b[:, None] & mask_h[None, :]
+    mask_prev = (offs_b < B * has_prev)[:, None] & mask_h[None, :]
+    mask_last = (offs_b < B * (1 - has_next))[:, None] & mask_h[None, :]
+    row = t.to(tl.int64) * B + offs_b
+    row_prev = t_prev.to(tl.int64) * B + offs_b
+    row_next = t_next.to(tl.int64) * B + offs_b
+
+    d_h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    d_next = d_gates_ptr + row_next[:, None] * (D * H) + (D - G) * H  # the hidden side is the last G blocks
+    for k in range(0, G * H * has_next, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < G * H
+        d_chunk = tl.load(d_next + offs_k[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0)
+        w_chunk = tl.load(
+            w_ptr + offs_k.to(tl.int64)[:, None] * H + offs_h[None, :], mask=mask_k[:, None] & mask_h[None, :], other=0.0
+        )
+        d_h = _dot(d_chunk, w_chunk, d_h, PRECISION, UPCAST)
+
+    at = row[:, None] * H + offs_h[None, :]
+    at_prev = row_prev[:, None] * H + offs_h[None, :]
+    carried = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
+    if HAS_DY:
+        d_h += tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if DIRECT:
+        d_h += tl.load(d_h_ptr + carried, mask=mask, other=0.0)
+    else:
+        d_h += tl.load(d_h_ptr + carried, mask=mask_last, other=0.0)
+
+    saved = ()
+    for s in tl.static_range(SAVED):
+        tile = tl.load(saved_ptr + row[:, None] * (WIDTH * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
+        saved = saved + (tile.to(tl.float32),)
+    states = (tl.load(h_prev_ptr + at_prev, mask=mask_prev, other=0.0).to(tl.float32),)
+    new_states = (tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32),)
+    d_states = (d_h,)
+    if CARRIES_C:
+        states = states + (tl.load(c_prev_ptr + at_prev, mask=mask_prev, other=0.0),)
+        new_states = new_states + (tl.load(c_ptr + at, mask=mask, other=0.0),)
+        d_states = d_states + (tl.load(d_c_ptr + carried, mask=mask, other=0.0),)
+
+    d_gates, d_h_direct, d_c = CELL(saved, states, new_states, d_states)
+
+    d_gates_out = d_gates_ptr + row[:, None] * (D * H) + offs_h[None, :]
+    for g in tl.static_range(D):
+        tl.store(d_gates_out + g * H, d_gates[g].to(d_gates_ptr.dtype.element_ty), mask=mask)
+    if DIRECT:
+        tl.store(d_h_ptr + carried, d_h_direct, mask=mask)
+    if CARRIES_C:
+        tl.store(d_c_ptr + carried, d_c, mask=mask)
+
+
+def interpreting() -> bool:
+    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was first imported)."""
+    return not isinstance(forward_step_kernel, triton.JITFunction)
+
+
+def _upcast(tensor) -> bool:
+    return interpreting() and "bfloat16" in str(tensor.dtype)
+
+
+class _Launcher:
+    """Launches one kernel many times with the same argument types.
+
+    Triton binds and specialises every argument at each call, which costs several times a launch. The first two calls (the
+    initial state may be aligned otherwise than the output it is followed by) go that way; the rest reuse what it gave.
+    """
+
+    def __init__(self, kernel, grid, plan: StepPlan, constants: dict):
+        self.kernel, self.grid = kernel, grid
+        self.constants = constants | {"BLOCK_B": plan.BLOCK_B, "BLOCK_H": plan.BLOCK_H, "BLOCK_K": plan.BLOCK_K}
+        # fused multiply-adds by name: the default of Triton 3.10 is to be without
+        self.options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
+        self.calls, self.compiled = 0, None
+
+    def __call__(self, *args):
+        if self.compiled is not None:
+            self.compiled(*args, *self.constants.values())
+            return
+        built = self.kernel[self.grid](*args, **self.constants, **self.options)
+        self.calls += 1
+        if self.calls == 2 and built is not None:  # the interpreter gives None
+            self.compiled = built[self.grid]
+
+
+def forward(cell: Cell, gates, w, bias, h0, c0, h, c, *, save: bool, reverse: bool, precision: str, plan: StepPlan) -> None:
+    """Run the recurrence over all time steps, one launch each. All tensors contiguous and on one device.
+
+    Args:
+        cell: the cell, from `rnnfast.kernels.cells.CELLS`.
+        gates: (T, B, cell.width(save) * H), the input side W_ih x + b_ih in its first G blocks, overwritten with the saved
+            activations if `save`.
+        w: (G * H, H), W_hh.
+        bias: (G * H,), b_hh, or None.
+        h0: (B, H) initial hidden state, or None for zeros.
+        c0: (B, H) float32 initial cell state, or None for zeros; None for a cell without one.
+        h: (T, B, H), written: the hidden states.
+        c: (T, B, H) float32 if `save`, else (1, B, H), written: the cell states, else the last one; None without one.
+        save: whether backward will follow.
+        reverse: from the last step to the first.
+        precision: of a float32 product, "ieee" or "tf32".
+        plan: the tiles.
+    """
+    T, B, H = h.shape
+    constants = {
+        "CELL": cell.forward,
+        "G": cell.gates,
+        "WIDTH": cell.width(save),
+        "CARRIES_C": cell.carries_c,
+        "HAS_BIAS": bias is not None,
+        "SAVE": save and cell.saved > 0,
+        "PRECISION": precision,
+        "UPCAST": _upcast(h),
+    }
+    launch = _Launcher(forward_step_kernel, plan.grid(B, H), plan, constants)
+    bias = w if bias is None else bias
+    c = h if c is None else c
+    t_prev, h_prev, c_prev, has_prev = 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
+    for t in reversed(range(T)) if reverse else range(T):
+        t_c, t_c_prev = (t, t_prev) if save else (0, 0)
+        launch(gates, w, bias, h_prev, c_prev, h, c, t, t_prev, has_prev, t_c, t_c_prev, B, H)
+        t_prev, h_prev, c_prev, has_prev = t, h, c, 1
+
+
+def backward(
+    cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: StepPlan
+) -> None:
+    """Run the recurrence backward, one launch a time step. All tensors contiguous and on one device.
+
+    Args:
+        cell: the cell.
+        dy: (T, B, H) gradient of the hidden states, or None.
+        saved: (T, B, cell.width(True) * H), as forward left it; None for a cell that saves nothing.
+        h, h0, c, c0, w: as in `forward`, with all cell states.
+        d_gates: (T, B, cell.grads * H), written: the gate gradients.
+        d_h: (B, H) float32; on entry the gradient of the last hidden state, on return, if `cell.direct`, the part of h0's
+            gradient that does not pass through W_hh.
+        d_c: (B, H) float32; on entry the gradient of the last cell state, on return that of c0; None without one.
+        reverse, precision, plan: as in `forward`.
+    """
+    T, B, H = h.shape
+    constants = {
+        "CELL": cell.backward,
+        "G": cell.gates,
+        "D": cell.grads,
+        "SAVED": cell.saved,
+        "WIDTH": cell.width(True),
+        "CARRIES_C": cell.carries_c,
+        "DIRECT": cell.direct,
+        "HAS_DY": dy is not None,
+        "PRECISION": precision,
+        "UPCAST": _upcast(h),
+    }
+    launch = _Launcher(backward_step_kernel, plan.grid(B, H), plan, constants)
+    dy = h if dy is None else dy
+    saved = h if saved is None else saved
+    c = h if c is None else c
+    d_c = d_h if d_c is None else d_c
+    first, stride = (T - 1, -1) if reverse else (0, 1)  # the step that forward began with
+    t_next, has_next = 0, 0
+    for t in range(T) if reverse else reversed(range(T)):
+        if t != first:
+            t_prev, h_prev, c_prev, has_prev = t - stride, h, c, 1
+        else:
+            t_prev, h_prev, c_prev, has_prev = 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
+        launch(dy, saved, h, h_prev, c, c_prev, w, d_gates, d_h, d_c, t, t_prev, t_next, has_prev, has_next, B, H)
+        t_next, has_next = t, 1

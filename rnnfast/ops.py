@@ -1,0 +1,262 @@
+"""The kernels as PyTorch operators: ``rnnfast::forward`` and ``rnnfast::backward``, one layer, one direction each.
+
+    forward    gates = x W_ih^T + b_ih for all steps, one GEMM through PyTorch; then the recurrence, one launch a step.
+    backward   the recurrence in reverse, which writes the gate gradients of all steps; then, in `_backward`, each weight,
+               bias and input gradient as one GEMM or sum over T * B, through PyTorch, and only those that are needed.
+
+Inside, everything is time-major and contiguous. In training the gate buffer of forward is overwritten in place with the
+activations that backward needs. Kept for backward, in bytes per unit and step, e being the size of an element: LSTM
+4 e + 4 (gates and the float32 cell state), GRU 4 e, RNN nothing; besides the input and the output, which live anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rnnfast.reference import GATES
+
+__all__ = ["backward", "forward", "precision"]
+
+
+def precision() -> str:
+    """The precision of a float32 recurrent product: "tf32" or "ieee", as PyTorch is set for cuDNN's recurrent layers."""
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+
+
+def _dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Contiguous, of the given dtype, and on a 16-byte boundary, which the kernels are compiled for."""
+    if tensor is None:
+        return None
+    tensor = tensor.to(dtype or tensor.dtype).contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@torch.library.custom_op("rnnfast::forward", mutates_args=())
+def forward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer, one direction, on the Triton kernels.
+
+    Args:
+        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        x: (T, B, I), T, B, I >= 1; float16, bfloat16 or float32, as every other tensor.
+        h0, c0: (B, H), or None for zeros; c0 None for a cell without a cell state.
+        w_ih, w_hh: (G*H, I), (G*H, H).
+        b_ih, b_hh: (G*H,), or None.
+        reverse: from the last step to the first.
+        save: whether to keep what `backward` needs.
+
+    Returns:
+        y (T, B, H), h_n (B, H), c_n (B, H) or empty, and for backward the saved activations
+        (T, B, `Cell.width` * H) and all cell states (T, B, H) in float32, each empty where nothing is kept.
+    """
+    from rnnfast.kernels import cells, plan, step
+
+    spec = cells.CELLS[cell]
+    T, B, _ = x.shape
+    H = w_hh.shape[1]
+    width = spec.width(save)
+    y = x.new_empty(T, B, H)
+    c = x.new_empty(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
+    with _on_device(x):
+        gates = x.new_empty(T * B, width * H)
+        project = gates[:, : spec.gates * H]
+        rows = x.reshape(T * B, -1)
+        if b_ih is None:
+            torch.mm(rows, w_ih.t(), out=project)
+        else:
+            torch.addmm(b_ih, rows, w_ih.t(), out=project)
+        step.forward(
+            spec,
+            gates,
+            _dense(w_hh),
+            _dense(b_hh),
+            _dense(h0),
+            _dense(c0, torch.float32),
+            y,
+            c,
+            save=save,
+            reverse=reverse,
+            precision=precision(),
+            plan=plan.step_plan(H, x.element_size()),
+        )
+        last = 0 if reverse else -1
+        nothing = x.new_empty(0)
+        h_n = y[last].clone()
+        c_n = nothing.clone() if c is None else c[last].to(x.dtype, copy=True)
+        saved = gates.view(T, B, width * H) if save and spec.saved else nothing
+        cs = c if save and c is not None else x.new_empty(0, dtype=torch.float32)
+    return y, h_n, c_n, saved, cs
+
+
+@forward.register_fake
+def _(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save):
+    T, B, _ = x.shape
+    H = w_hh.shape[1]
+    kept = {"lstm": 4, "gru": 4}.get(cell, 0) if save else 0
+    has_c = cell == "lstm"
+    return (
+        x.new_empty(T, B, H),
+        x.new_empty(B, H),
+        x.new_empty(B, H) if has_c else x.new_empty(0),
+        x.new_empty(T, B, kept * H) if kept else x.new_empty(0),
+        x.new_empty(T, B, H, dtype=torch.float32) if save and has_c else x.new_empty(0, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("rnnfast::backward", mutates_args=())
+def backward(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    c: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    reverse: bool,
+    need_h0: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence of `forward` in reverse.
+
+    Args:
+        dy, dh_n, dc_n: gradients of y, h_n and c_n, None for zeros.
+        y, saved, c: what `forward` returned.
+        need_h0: whether h0's gradient is wanted, which takes one more product.
+
+    Returns:
+        The gate gradients (T, B, `Cell.grads` * H), the gradient of h0 (B, H) or empty, and that of c0 (B, H) or empty.
+    """
+    from rnnfast.kernels import cells, plan, step
+
+    spec = cells.CELLS[cell]
+    T, B, H = y.shape
+    with _on_device(y):
+        d_gates = y.new_empty(T, B, spec.grads * H)
+        d_h, d_c = (
+            torch.zeros(B, H, dtype=torch.float32, device=y.device)
+            if grad is None
+            else grad.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            for grad in (dh_n, dc_n)
+        )
+        w = _dense(w_hh)
+        step.backward(
+            spec,
+            _dense(dy),
+            saved if spec.saved else None,
+            y,
+            _dense(h0),
+            c if spec.carries_c else None,
+            _dense(c0, torch.float32),
+            w,
+            d_gates,
+            d_h,
+            d_c if spec.carries_c else None,
+            reverse=reverse,
+            precision=precision(),
+            plan=plan.step_plan(H, y.element_size()),
+        )
+        dh0 = dc0 = y.new_empty(0)
+        if need_h0:
+            first = d_gates[-1 if reverse else 0, :, (spec.grads - spec.gates) * H :]
+            dh0 = first @ w
+            if spec.direct:
+                dh0 = (dh0 + d_h).to(y.dtype)
+        if spec.carries_c:
+            dc0 = d_c.to(y.dtype, copy=True)
+        else:
+            dc0 = dc0.clone()
+    return d_gates, dh0, dc0
+
+
+@backward.register_fake
+def _(cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, reverse, need_h0):
+    T, B, H = y.shape
+    grads = 1 if cell.startswith("rnn") else 4
+    return (
+        y.new_empty(T, B, grads * H),
+        y.new_empty(B, H) if need_h0 else y.new_empty(0),
+        y.new_empty(B, H) if cell == "lstm" else y.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    cell, x, h0, c0, w_ih, w_hh, _, _, reverse, save = inputs
+    if not save:
+        raise RuntimeError("rnnfast::forward was called with save=False on inputs that require gradients")
+    y, _, _, saved, c = output
+    ctx.cell, ctx.reverse = cell, reverse
+    ctx.mark_non_differentiable(saved, c)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, saved, c)
+
+
+def _backward(ctx, dy, dh_n, dc_n, _d_saved, _d_c):
+    x, h0, c0, w_ih, w_hh, y, saved, c = ctx.saved_tensors
+    _, need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, _, _ = ctx.needs_input_grad
+    d_gates, dh0, dc0 = backward(ctx.cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, ctx.reverse, need_h0)
+
+    T, B, H = y.shape
+    sides = GATES[ctx.cell] * H
+    kept_apart = d_gates.shape[2] > sides  # the last gate's two sides: the input side is stored first, see Cell.grads
+    rows = d_gates.view(T * B, -1)
+    d_input, d_hidden = rows[:, :sides], rows[:, -sides:]
+    dx = dw_ih = dw_hh = db_ih = db_hh = None
+    if need_x:
+        dx = (d_input @ (w_ih.roll(H, 0) if kept_apart else w_ih)).view(T, B, -1)
+    if need_w_ih:
+        dw_ih = d_input.t() @ x.reshape(T * B, -1)
+        dw_ih = dw_ih.roll(-H, 0) if kept_apart else dw_ih
+    if need_w_hh:
+        # step t met y[t - 1], or y[t + 1] in reverse; the first step met h0
+        first, met, by = (rows[-B:], y[1:], d_hidden[:-B]) if ctx.reverse else (rows[:B], y[:-1], d_hidden[B:])
+        dw_hh = by.t() @ met.reshape((T - 1) * B, H)
+        if h0 is not None:
+            dw_hh = torch.addmm(dw_hh, first[:, -sides:].t(), h0)
+    if need_b_ih:
+        db_ih = d_input.sum(0)
+        db_ih = db_ih.roll(-H, 0) if kept_apart else db_ih
+    if need_b_hh:
+        db_hh = d_hidden.sum(0)
+    return None, dx, dh0 if need_h0 else None, dc0 if need_c0 else None, dw_ih, dw_hh, db_ih, db_hh, None, None
+
+
+torch.library.register_autograd("rnnfast::forward", _backward, setup_context=_setup_context)
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    states: tuple[Tensor, ...] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`rnnfast.reference.layer` on the Triton kernels; saves for backward only if there can be one. `states` may be None."""
+    h0, c0 = (*states, None)[:2] if states else (None, None)
+    inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    y, h_n, c_n, _, _ = forward(cell, *inputs, reverse, save)
+    return y, (h_n, c_n) if cell == "lstm" else (h_n,)
