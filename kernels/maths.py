@@ -1,4 +1,4 @@
-"""Pointwise functions that the cells share, in float32.
+"""Functions that the cells and the kernels share, in float32.
 
 They use nothing but ``tl.exp``: inline assembly and libdevice do not run in Triton's interpreter.
 """
@@ -28,3 +28,12 @@ def tanh(x):
     series = series * square - 0.333333268
     near_zero = x + x * square * series
     return tl.where(tl.abs(x) < 0.5, near_zero, 2.0 * sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """a b + acc in float32. UPCAST is for Triton's interpreter, which multiplies bfloat16 operands as raw integers."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)

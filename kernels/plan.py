@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["StepPlan", "step_plan"]
+__all__ = ["PersistentPlan", "StepPlan", "step_plan"]
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,30 @@ def step_plan(H: int, itemsize: int) -> StepPlan:
     widest = (128 if itemsize == 2 else 64) if aligned else 32
     block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
     return StepPlan(BLOCK_B=32, BLOCK_H=16, BLOCK_K=block_k, num_warps=4, num_stages=3)
+
+
+@dataclass(frozen=True)
+class PersistentPlan:
+    """The whole launch of a persistent kernel, for one direction (forward or backward).
+
+    A program keeps BLOCK_H units of BLOCK_B batch rows. The hidden size is padded to H_PAD, a multiple of BLOCK_H. The summed
+    axis is cut into SPLIT parts, a multiple of BLOCK_K each. `steps` time steps a launch at most, so that none lasts for
+    seconds; `programs` of them at most in a launch, so that all are resident.
+    """
+
+    BLOCK_B: int
+    BLOCK_H: int
+    BLOCK_K: int
+    SPLIT: int
+    H_PAD: int
+    num_warps: int
+    steps: int
+    programs: int
+
+    def launches(self, B: int) -> Iterator[tuple[tuple[int, int, int], int]]:
+        """Grid and first batch row of each launch: as many batch tiles at a time as `programs` allows."""
+        units = self.H_PAD // self.BLOCK_H
+        tiles = -(-B // self.BLOCK_B)
+        at_once = self.programs // units
+        for tile in range(0, tiles, at_once):
+            yield (units, min(at_once, tiles - tile), 1), tile * self.BLOCK_B

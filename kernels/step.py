@@ -16,18 +16,10 @@ import triton
 import triton.language as tl
 
 from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.maths import dot
 from rnnfast.kernels.plan import StepPlan
 
-__all__ = ["backward", "forward", "interpreting"]
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """a b + acc in float32. UPCAST is for Triton's interpreter, which multiplies bfloat16 operands as raw integers."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+__all__ = ["backward", "forward", "interpreting", "upcast"]
 
 
 @triton.jit(do_not_specialize=["t", "t_prev", "has_prev", "t_c", "t_c_prev", "B"])
@@ -87,7 +79,7 @@ def forward_step_kernel(
             w_chunk = tl.load(
                 w_ptr + w_rows[None, :] * H + offs_k[:, None], mask=mask_k[:, None] & mask_h[None, :], other=0.0
             )
-            sums = sums + (_dot(h_chunk, w_chunk, h_gates[g], PRECISION, UPCAST),)
+            sums = sums + (dot(h_chunk, w_chunk, h_gates[g], PRECISION, UPCAST),)
         h_gates = sums
 
     gates = gates_ptr + row[:, None] * (WIDTH * H) + offs_h[None, :]
@@ -177,7 +169,7 @@ def backward_step_kernel(
         w_chunk = tl.load(
             w_ptr + offs_k.to(tl.int64)[:, None] * H + offs_h[None, :], mask=mask_k[:, None] & mask_h[None, :], other=0.0
         )
-        d_h = _dot(d_chunk, w_chunk, d_h, PRECISION, UPCAST)
+        d_h = dot(d_chunk, w_chunk, d_h, PRECISION, UPCAST)
 
     at = row[:, None] * H + offs_h[None, :]
     at_prev = row_prev[:, None] * H + offs_h[None, :]
@@ -217,7 +209,7 @@ def interpreting() -> bool:
     return not isinstance(forward_step_kernel, triton.JITFunction)
 
 
-def _upcast(tensor) -> bool:
+def upcast(tensor) -> bool:
     return interpreting() and "bfloat16" in str(tensor.dtype)
 
 
@@ -272,7 +264,7 @@ def forward(cell: Cell, gates, w, bias, h0, c0, h, c, *, save: bool, reverse: bo
         "HAS_BIAS": bias is not None,
         "SAVE": save and cell.saved > 0,
         "PRECISION": precision,
-        "UPCAST": _upcast(h),
+        "UPCAST": upcast(h),
     }
     launch = _Launcher(forward_step_kernel, plan.grid(B, H), plan, constants)
     bias = w if bias is None else bias
@@ -311,7 +303,7 @@ def backward(
         "DIRECT": cell.direct,
         "HAS_DY": dy is not None,
         "PRECISION": precision,
-        "UPCAST": _upcast(h),
+        "UPCAST": upcast(h),
     }
     launch = _Launcher(backward_step_kernel, plan.grid(B, H), plan, constants)
     dy = h if dy is None else dy

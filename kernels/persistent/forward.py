@@ -1,0 +1,186 @@
+"""Persistent forward: one launch runs many time steps, the recurrent weights on chip throughout.
+
+    h_gates = W h_{t-1} + b_hh      states_t, saved_t = cell.forward(x_gates_t, h_gates, states_{t-1})
+
+A program owns BLOCK_H units of BLOCK_B batch rows: it keeps their rows of W, and their states, from the first step to the
+last. The programs of one batch tile exchange h_t after each step (see exchange.py); batch tiles know nothing of each other.
+
+Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, K the summed axis, here H_PAD. A step's row is
+t * B + b. ROWS are the weight rows of a program, GATES to a unit: G rounded up to a power of two, the rest zero.
+"""
+
+import triton
+import triton.language as tl
+
+from rnnfast.kernels.persistent.exchange import over_parts, over_rows, poll, product, publish
+
+
+@triton.jit
+def _load_gates(pointers, mask, H: tl.constexpr, G: tl.constexpr):
+    gates = ()
+    for g in tl.static_range(G):
+        gates = gates + (tl.load(pointers + g * H, mask=mask, other=0.0),)
+    return gates
+
+
+@triton.jit
+def _split_gates(rows, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.constexpr):
+    """(BLOCK_B, BLOCK_H * GATES), a unit's gates side by side, as GATES tiles (BLOCK_B, BLOCK_H)."""
+    tl.static_assert(GATES == 1 or GATES == 2 or GATES == 4)
+    if GATES == 1:
+        return (rows,)
+    elif GATES == 2:
+        return tl.split(tl.reshape(rows, (BLOCK_B, BLOCK_H, 2)))
+    else:
+        even, odd = tl.split(tl.reshape(rows, (BLOCK_B, BLOCK_H, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
+
+
+@triton.jit(do_not_specialize=["t", "dt", "steps", "t_prev", "has_prev", "t_c_prev", "b_begin", "B"])
+def persistent_forward_kernel(
+    # inputs
+    gates_ptr,  # (T * B, WIDTH * H) W_ih x + b_ih in its first G blocks; with SAVE, saved activations out, in place
+    w_ptr,  # (G * H, H) W_hh
+    bias_ptr,  # (G * H,) b_hh
+    h_prev_ptr,  # (*, B, H) the hidden state to start from, at index t_prev
+    c_prev_ptr,  # (*, B, H) float32, the cell state to start from, at index t_c_prev
+    # outputs
+    exchange_ptr,  # (T, B, H_PAD) h_t at index t, EMPTY on entry; h_ptr itself unless PADDED
+    h_ptr,  # (T, B, H) h_t at index t
+    c_ptr,  # (T, B, H) float32, c_t at index t; without SAVE (1, B, H), the last
+    # sizes
+    t,  # the first step of this launch
+    dt,  # from a step to the next in the order of processing, 1 or -1
+    steps,
+    t_prev,
+    has_prev,  # 0 to start from zeros
+    t_c_prev,
+    b_begin,  # the first batch row of this launch
+    B,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    # flags
+    CELL: tl.constexpr,
+    G: tl.constexpr,
+    GATES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CARRIES_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    KEEP_C: tl.constexpr,
+    PER_WORD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    # tiles
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    PADDED: tl.constexpr = H_PAD != H
+    PART: tl.constexpr = H_PAD // SPLIT
+    CHUNKS: tl.constexpr = PART // BLOCK_K
+    WORDS: tl.constexpr = H_PAD // PER_WORD
+    CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
+    ROWS: tl.constexpr = BLOCK_H * GATES
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+    words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32))
+
+    offs_b = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_word = tl.program_id(0) * (BLOCK_H // PER_WORD) + tl.arange(0, BLOCK_H // PER_WORD)
+    mask_b = offs_b < B
+    mask = mask_b[:, None]
+    if PADDED:
+        mask = mask & (offs_h < H)[None, :]
+    batch = B.to(tl.int64)  # 64-bit addresses
+    t = t.to(tl.int64)
+    row_prev = t_prev.to(tl.int64) * batch + offs_b
+    mask_prev = offs_b < B * has_prev
+
+    # what stays on chip: these units' rows of W, their bias and their states
+    offs_row = tl.arange(0, ROWS)
+    unit = tl.program_id(0) * BLOCK_H + offs_row // GATES
+    gate = offs_row % GATES
+    w_pointers = w_ptr + over_parts((gate * H + unit).to(tl.int64) * H, PART, BLOCK_K, SPLIT)
+    w_mask = over_rows((gate < G) & (unit < H), SPLIT)
+    h_pointers = h_prev_ptr + over_parts(row_prev * H, PART, BLOCK_K, SPLIT)
+    h_mask = over_rows(mask_prev, SPLIT)
+    w = ()
+    h_chunks = ()
+    for j in tl.static_range(CHUNKS):
+        w_chunk_mask = w_mask
+        h_chunk_mask = h_mask
+        if PADDED:
+            within = over_parts(tl.full((1,), j * BLOCK_K, tl.int32), PART, BLOCK_K, SPLIT) < H
+            w_chunk_mask = w_mask & within
+            h_chunk_mask = h_mask & within
+        w = w + (tl.load(w_pointers + j * BLOCK_K, mask=w_chunk_mask, other=0.0),)
+        h_chunks = h_chunks + (tl.load(h_pointers + j * BLOCK_K, mask=h_chunk_mask, other=0.0),)
+
+    bias = ()
+    for g in tl.static_range(G):
+        if HAS_BIAS:
+            bias = bias + (tl.load(bias_ptr + g * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)[None, :],)
+
+    mask_state = mask & mask_prev[:, None]
+    h_prev = tl.load(h_prev_ptr + row_prev[:, None] * H + offs_h[None, :], mask=mask_state, other=0.0)
+    states = (h_prev.to(tl.float32),)
+    if CARRIES_C:
+        row_c_prev = t_c_prev.to(tl.int64) * batch + offs_b
+        states = states + (tl.load(c_prev_ptr + row_c_prev[:, None] * H + offs_h[None, :], mask=mask_state, other=0.0),)
+
+    x_gates = _load_gates(gates_ptr + (t * batch + offs_b)[:, None] * (WIDTH * H) + offs_h[None, :], mask, H, G)
+    for step in range(steps):
+        row = t * batch + offs_b
+        row_next = row + dt * batch
+        # the last step needs nothing of a next one, and waits for nobody
+        mask_next = offs_b < tl.where(step + 1 < steps, B, 0)
+        # in flight until the next iteration, that is through the product and the poll
+        x_gates_next = _load_gates(
+            gates_ptr + row_next[:, None] * (WIDTH * H) + offs_h[None, :], mask & mask_next[:, None], H, G
+        )
+
+        h_rows = product(w, h_chunks, ROWS, BLOCK_B, CHUNKS, SPLIT, PRECISION, UPCAST)
+        h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
+        x_sides = ()
+        h_sides = ()
+        for g in tl.static_range(G):
+            x_sides = x_sides + (x_gates[g].to(tl.float32),)
+            if HAS_BIAS:
+                h_sides = h_sides + (h_gates[g] + bias[g],)
+            else:
+                h_sides = h_sides + (h_gates[g],)
+        new_states, saved = CELL(x_sides, h_sides, states)
+
+        h = new_states[0].to(DTYPE)
+        if PADDED:
+            h = tl.where((offs_h < H)[None, :], h, 0.0).to(DTYPE)
+        publish(words_ptr + row[:, None] * WORDS + offs_word[None, :], h, mask_b, PER_WORD)
+        at = row[:, None] * H + offs_h[None, :]
+        if PADDED:
+            tl.store(h_ptr + at, h, mask=mask)
+        states = (h.to(tl.float32),)
+        if CARRIES_C:
+            states = states + (new_states[1],)
+            if KEEP_C:
+                tl.store(c_ptr + at, new_states[1], mask=mask)
+        if SAVE:
+            for s in tl.static_range(len(saved)):
+                saved_pointers = gates_ptr + row[:, None] * (WIDTH * H) + s * H + offs_h[None, :]
+                tl.store(saved_pointers, saved[s].to(gates_ptr.dtype.element_ty), mask=mask)
+        h_chunks = poll(
+            words_ptr + over_parts(row * WORDS, PART // PER_WORD, CHUNK_WORDS, SPLIT),
+            over_rows(mask_next, SPLIT),
+            CHUNKS,
+            CHUNK_WORDS,
+            DTYPE,
+            PER_WORD,
+            SPLIT,
+        )
+        x_gates = x_gates_next
+        t += dt
+    if CARRIES_C and not KEEP_C:
+        tl.store(c_ptr + offs_b.to(tl.int64)[:, None] * H + offs_h[None, :], states[1], mask=mask)
