@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
 EMPTY = -1
@@ -194,7 +195,16 @@ def together(seed: int, fault: Fault | None = None) -> Iterator[None]:
 
     def patched(self, *args, **kwargs):
         scope = patch_lang(self.fn)
-        interpreter._patch_lang = lambda fn: None  # all is patched: not again at every call of a device function
+        # a device function patches its own modules at every call, and for good: once is enough
+        patched_modules = set()
+
+        def patch_once(fn):
+            modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+            if modules not in patched_modules:
+                patched_modules.add(modules)
+                patch_lang(fn)
+
+        interpreter._patch_lang = patch_once
         try:
             run(self, *args, **kwargs)
         finally:

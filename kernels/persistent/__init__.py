@@ -16,6 +16,10 @@ from rnnfast.kernels.step import interpreting, upcast
 __all__ = ["backward", "clear_kernel", "forward", "persistent_backward_kernel", "persistent_forward_kernel"]
 
 
+def _power_of_two(gates: int) -> int:
+    return 1 << (gates - 1).bit_length()
+
+
 def _exchange(like, out, H: int, plan: PersistentPlan, blocks: int):
     """A cleared exchange buffer of `blocks` * H_PAD a row: `out` itself where nothing is padded, else a new one."""
     T, B, _ = like.shape
@@ -50,7 +54,7 @@ def forward(
     flags = {
         "CELL": cell.forward,
         "G": cell.gates,
-        "GATES": 1 << (cell.gates - 1).bit_length(),
+        "GATES": _power_of_two(cell.gates),
         "WIDTH": cell.width(save),
         "CARRIES_C": cell.carries_c,
         "HAS_BIAS": bias is not None,
@@ -84,6 +88,7 @@ def backward(
     flags = {
         "CELL": cell.backward,
         "G": cell.gates,
+        "GATES": _power_of_two(cell.gates),
         "D": cell.grads,
         "SAVED": cell.saved,
         "WIDTH": cell.width(True),

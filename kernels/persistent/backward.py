@@ -5,8 +5,8 @@
 A program owns BLOCK_H units of BLOCK_B batch rows: it keeps their columns of W, and the carried gradients of their states.
 The programs of one batch tile exchange the hidden side of the gate gradients after each step (see exchange.py).
 
-Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, D blocks of gate gradients, K the summed axis,
-here G * H_PAD. A step's row is t * B + b. Next and before are meant in forward's order: this kernel comes from the next step
+Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, GATES = G
+rounded up to a power of two, D blocks of gate gradients, K the summed axis, here G * H_PAD. A step's row is t * B + b. Next and before are meant in forward's order: this kernel comes from the next step
 and goes on to the one before.
 """
 
@@ -59,6 +59,22 @@ def _load_step(
     return dy, saved, states
 
 
+@triton.jit
+def _side_by_side(d_gates, D: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The last G of the D tiles as one (BLOCK_B, GATES * BLOCK_H), gate by gate: one change of layout, not one a gate."""
+    tl.static_assert(GATES == 1 or GATES == 2 or GATES == 4)
+    if GATES == 1:
+        return d_gates[D - 1]
+    else:
+        if GATES == 2:
+            joined = tl.join(d_gates[D - 2], d_gates[D - 1])
+        else:
+            # of three gates the last takes the fourth place too, which is not stored
+            joined = tl.join(tl.join(d_gates[D - G], d_gates[D - G + 2]), tl.join(d_gates[D - G + 1], d_gates[D - 1]))
+            joined = tl.reshape(joined, (BLOCK_B, BLOCK_H, 4))
+        return tl.reshape(tl.permute(joined, (0, 2, 1)), (BLOCK_B, GATES * BLOCK_H))
+
+
 @triton.jit(do_not_specialize=["t", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "b_begin", "B"])
 def persistent_backward_kernel(
     # inputs
@@ -89,6 +105,7 @@ def persistent_backward_kernel(
     # flags
     CELL: tl.constexpr,
     G: tl.constexpr,
+    GATES: tl.constexpr,
     D: tl.constexpr,
     SAVED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -115,9 +132,15 @@ def persistent_backward_kernel(
 
     offs_b = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    offs_word = tl.program_id(0) * (BLOCK_H // PER_WORD) + tl.arange(0, BLOCK_H // PER_WORD)
-    mask_b = offs_b < B
-    mask = mask_b[:, None]
+    mask = (offs_b < B)[:, None]
+    # a row of words to publish: GATES times these units
+    column = tl.arange(0, GATES * BLOCK_H // PER_WORD)
+    gate_of_word = column // (BLOCK_H // PER_WORD)
+    offs_word = gate_of_word * (H_PAD // PER_WORD) + tl.program_id(0) * (BLOCK_H // PER_WORD) + column % (BLOCK_H // PER_WORD)
+    mask_word = mask
+    if GATES != G:
+        mask_word = mask & (gate_of_word < G)[None, :]
+    unit_of_column = tl.program_id(0) * BLOCK_H + tl.arange(0, GATES * BLOCK_H) % BLOCK_H
     if PADDED:
         mask = mask & (offs_h < H)[None, :]
     batch = B.to(tl.int64)  # 64-bit addresses
@@ -183,12 +206,10 @@ def persistent_backward_kernel(
             d_states = d_states + (d_c[0],)
         d_gates, d_h_through, d_c_before = CELL(saved_tiles, before, after, d_states)
 
-        for g in tl.static_range(G):
-            d_gate = d_gates[D - G + g].to(DTYPE)
-            if PADDED:
-                d_gate = tl.where((offs_h < H)[None, :], d_gate, 0.0).to(DTYPE)
-            pointers = words_ptr + row[:, None] * (X_ROW // PER_WORD) + g * (H_PAD // PER_WORD) + offs_word[None, :]
-            publish(pointers, d_gate, mask_b, PER_WORD)
+        d_hidden = _side_by_side(d_gates, D, G, GATES, BLOCK_B, BLOCK_H).to(DTYPE)
+        if PADDED:
+            d_hidden = tl.where(unit_of_column[None, :] < H, d_hidden, 0.0).to(DTYPE)
+        publish(words_ptr + row[:, None] * (X_ROW // PER_WORD) + offs_word[None, :], d_hidden, mask_word, PER_WORD)
         for d in tl.static_range(D if PADDED else D - G):
             tl.store(d_gates_ptr + row[:, None] * (D * H) + d * H + offs_h[None, :], d_gates[d].to(DTYPE), mask=mask)
         d_chunks = poll(

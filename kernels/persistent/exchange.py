@@ -102,7 +102,7 @@ def poll(
 
 
 @triton.jit
-def publish(pointers, tile, mask_b, PER_WORD: tl.constexpr):
+def publish(pointers, tile, mask, PER_WORD: tl.constexpr):
     """Store `tile` (BLOCK_B, units), of the exchanged dtype, as words at `pointers` (BLOCK_B, units / PER_WORD)."""
     if PER_WORD == 1:
         words = tile.to(tl.int32, bitcast=True)
@@ -112,7 +112,22 @@ def publish(pointers, tile, mask_b, PER_WORD: tl.constexpr):
         even, odd = tl.split(tl.reshape(tile.to(tl.int16, bitcast=True), (BLOCK_B, PAIRS, 2)))
         words = (even.to(tl.int32) & 0xFFFF) | (odd.to(tl.int32) << 16)
     words = tl.where(words == EMPTY, NOT_A_NUMBER, words)
-    tl.store(pointers, words, mask=mask_b[:, None], cache_modifier=".cg")
+    tl.store(pointers, words, mask=mask, cache_modifier=".cg")
+
+
+@triton.jit
+def _sum_parts(partial, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+    """(SPLIT, ROWS, BLOCK_B) to (BLOCK_B, ROWS), by halves: tl.sum would leave all warps with all of the tile."""
+    total = tl.permute(partial, (2, 1, 0))
+    tl.static_assert(SPLIT == 2 or SPLIT == 4 or SPLIT == 8)
+    if SPLIT == 8:
+        even, odd = tl.split(tl.reshape(total, (BLOCK_B, ROWS, 4, 2)))
+        total = even + odd
+    if SPLIT >= 4:
+        even, odd = tl.split(tl.reshape(total, (BLOCK_B, ROWS, 2, 2)))
+        total = even + odd
+    even, odd = tl.split(tl.reshape(total, (BLOCK_B, ROWS, 2)))
+    return even + odd
 
 
 @triton.jit
@@ -140,4 +155,4 @@ def product(
         partial = tl.zeros((SPLIT, ROWS, BLOCK_B), tl.float32)
         for j in tl.static_range(CHUNKS):
             partial = dot(w[j], tl.permute(chunks[j], (0, 2, 1)), partial, PRECISION, UPCAST)
-        return tl.trans(tl.sum(partial, axis=0))
+        return _sum_parts(partial, ROWS, BLOCK_B, SPLIT)

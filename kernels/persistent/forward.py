@@ -158,7 +158,7 @@ def persistent_forward_kernel(
         h = new_states[0].to(DTYPE)
         if PADDED:
             h = tl.where((offs_h < H)[None, :], h, 0.0).to(DTYPE)
-        publish(words_ptr + row[:, None] * WORDS + offs_word[None, :], h, mask_b, PER_WORD)
+        publish(words_ptr + row[:, None] * WORDS + offs_word[None, :], h, mask_b[:, None], PER_WORD)
         at = row[:, None] * H + offs_h[None, :]
         if PADDED:
             tl.store(h_ptr + at, h, mask=mask)
