@@ -76,9 +76,7 @@ def forward_step_kernel(
         sums = ()
         for g in tl.static_range(G):
             w_rows = (g * H + offs_h).to(tl.int64)
-            w_chunk = tl.load(
-                w_ptr + w_rows[None, :] * H + offs_k[:, None], mask=mask_k[:, None] & mask_h[None, :], other=0.0
-            )
+            w_chunk = tl.load(w_ptr + w_rows[None, :] * H + offs_k[:, None], mask=mask_k[:, None] & mask_h[None, :], other=0.0)
             sums = sums + (dot(h_chunk, w_chunk, h_gates[g], PRECISION, UPCAST),)
         h_gates = sums
 

@@ -1,7 +1,7 @@
 """Runs the programs of a grid side by side on a CPU, so that kernels whose programs wait for each other can be tested.
 
-Triton's interpreter runs the programs of a grid one after another. Inside `together` each has a thread, and just one of them runs
-at a time: whenever it touches the exchange (a volatile load, or a store of 32-bit integers), a generator with a seed
+Triton's interpreter runs the programs of a grid one after another. Inside `together` each has a thread, and just one of them
+runs at a time: whenever it touches the exchange (a volatile load, or a store of 32-bit integers), a generator with a seed
 picks who goes on. So a schedule is a seed, and the same seed gives the same schedule again. A tile is stored and loaded in
 two random parts with others in between, because the memory model orders no word with another.
 
@@ -39,8 +39,9 @@ class _Stop(BaseException):
 class Fault:
     """A mistake to plant, which the tests must catch.
 
-    kind: "missing", the program never runs; "skipped store", it does not publish step `step`; "stale read", at step `step` it reads
-    the words `back` bytes before those that it should; "unchecked", it does not wait at step `step`, and reads EMPTY as zero.
+    kind: "missing", the program never runs; "skipped store", it does not publish step `step`; "stale read", at step `step` it
+    reads the words `back` bytes before those that it should; "unchecked", it does not wait at step `step`, and reads EMPTY as
+    zero.
     """
 
     kind: str

@@ -11,7 +11,7 @@ from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
 from rnnfast.kernels.plan import PersistentPlan
-from rnnfast.kernels.step import interpreting, upcast
+from rnnfast.kernels.step import upcast
 
 __all__ = ["backward", "clear_kernel", "forward", "persistent_backward_kernel", "persistent_forward_kernel"]
 

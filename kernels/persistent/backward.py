@@ -5,9 +5,9 @@
 A program owns BLOCK_H units of BLOCK_B batch rows: it keeps their columns of W, and the carried gradients of their states.
 The programs of one batch tile exchange the hidden side of the gate gradients after each step (see exchange.py).
 
-Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, GATES = G
-rounded up to a power of two, D blocks of gate gradients, K the summed axis, here G * H_PAD. A step's row is t * B + b. Next and before are meant in forward's order: this kernel comes from the next step
-and goes on to the one before.
+Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, GATES = G rounded up to a power of two,
+D blocks of gate gradients, K the summed axis, here G * H_PAD. A step's row is t * B + b. Next and before are meant in
+forward's order: this kernel comes from the next step and goes on to the one before.
 """
 
 import triton

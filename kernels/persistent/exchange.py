@@ -141,7 +141,7 @@ def product(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The resident weights w, CHUNKS tiles ([SPLIT,] ROWS, BLOCK_K), times the chunks ([SPLIT,] BLOCK_B, BLOCK_K): (BLOCK_B, ROWS).
+    """The resident w, CHUNKS tiles ([SPLIT,] ROWS, BLOCK_K), times the chunks ([SPLIT,] BLOCK_B, BLOCK_K): (BLOCK_B, ROWS).
 
     The weights' rows are the rows of the product, because the tensor cores of sm_90 and later want 64 of those and take few
     columns: the batch.

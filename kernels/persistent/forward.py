@@ -5,8 +5,8 @@
 A program owns BLOCK_H units of BLOCK_B batch rows: it keeps their rows of W, and their states, from the first step to the
 last. The programs of one batch tile exchange h_t after each step (see exchange.py); batch tiles know nothing of each other.
 
-Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, K the summed axis, here H_PAD. A step's row is
-t * B + b. ROWS are the weight rows of a program, GATES to a unit: G rounded up to a power of two, the rest zero.
+Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, K the summed axis, here H_PAD. A step's
+row is t * B + b. ROWS are the weight rows of a program, GATES to a unit: G rounded up to a power of two, the rest zero.
 """
 
 import triton

@@ -1,0 +1,256 @@
+"""The persistent kernels, their programs side by side: against the step kernels, from schedule to schedule, and with faults.
+
+The step kernels are held to the float64 reference elsewhere; `test_matches_reference` holds the persistent ones to it directly.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rnnfast import reference
+from rnnfast.kernels import persistent, plan, step
+from rnnfast.kernels.cells import CELLS
+from tests.concurrent import Fault, Hang, together
+
+pytestmark = pytest.mark.skipif(not step.interpreting(), reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+SCHEDULES = int(os.environ.get("RNNFAST_SCHEDULES", "3"))
+# a rounding or two of the type: the products add in another order than the step kernels'
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def tiles(H: int, block_h: int = 8, block_b: int = 8, split: int = 1, steps: int = 1 << 16, pad: int = 32):
+    """A small plan, so that a small layer makes many programs."""
+    return plan.PersistentPlan(block_b, block_h, 16, split, -(-H // pad) * pad, 4, steps, 1 << 20)
+
+
+class Layer:
+    """Inputs of one layer, and a run of either family on them."""
+
+    def __init__(self, cell: str, dtype: torch.dtype, T: int, B: int, H: int, *, h0=True, bias=True, dy=True, reverse=False):
+        generator = torch.Generator().manual_seed(T * 1000 + B * 100 + H)
+
+        def normal(*shape, scale=1.0):
+            return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+        self.name, self.cell, self.reverse = cell, CELLS[cell], reverse
+        self.x = normal(T, B, self.cell.gates * H)
+        self.w = normal(self.cell.gates * H, H, scale=H**-0.5)
+        self.bias = normal(self.cell.gates * H) if bias else None
+        self.h0 = normal(B, H) if h0 else None
+        self.c0 = normal(B, H).float() if h0 and self.cell.carries_c else None
+        self.dy = normal(T, B, H) if dy else None
+        self.d_h = normal(B, H).float()
+        self.d_c = normal(B, H).float() if self.cell.carries_c else None
+        self.shape = T, B, H
+
+    def forward(self, family, tiles, save=True):
+        """h, c and the gate buffer; whatever is not written stays NaN."""
+        T, B, H = self.shape
+        gates = torch.full((T, B, self.cell.width(save) * H), float("nan"), dtype=self.w.dtype)
+        gates[..., : self.cell.gates * H] = self.x
+        h = torch.full((T, B, H), float("nan"), dtype=self.w.dtype)
+        c = torch.full((T if save else 1, B, H), float("nan")) if self.cell.carries_c else None
+        family.forward(
+            self.cell, gates, self.w, self.bias, self.h0, self.c0, h, c,
+            save=save, reverse=self.reverse, precision="ieee", plan=tiles,
+        )  # fmt: skip
+        return h, c, gates
+
+    def backward(self, family, tiles, h, c, gates):
+        """The gate gradients, and the gradients of the initial states as far as they do not pass through W_hh."""
+        T, B, H = self.shape
+        d_gates = torch.full((T, B, self.cell.grads * H), float("nan"), dtype=self.w.dtype)
+        d_h = self.d_h.clone()
+        d_c = None if self.d_c is None else self.d_c.clone()
+        saved = gates if self.cell.saved else None
+        family.backward(
+            self.cell, self.dy, saved, h, self.h0, c, self.c0, self.w, d_gates, d_h, d_c,
+            reverse=self.reverse, precision="ieee", plan=tiles,
+        )  # fmt: skip
+        return d_gates, d_h if self.cell.direct else None, d_c
+
+    def both(self, family, tiles):
+        forward = self.forward(family, tiles)
+        return [tensor for tensor in (*forward, *self.backward(family, tiles, *forward)) if tensor is not None]
+
+
+def steps_of(H: int, dtype: torch.dtype):
+    return plan.step_plan(H, dtype.itemsize)
+
+
+def assert_close(ours, theirs, dtype):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], check_dtype=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_sixteen_programs(cell, dtype):
+    """16 programs a launch, two batch tiles, the second with masked rows; bitwise the same whatever the schedule."""
+    layer = Layer(cell, dtype, 3, 11, 64)
+    expected = layer.both(step, steps_of(64, dtype))
+    first = None
+    for seed in range(SCHEDULES):
+        with together(seed):
+            ours = layer.both(persistent, tiles(64))
+        if first is None:
+            first = ours
+            assert_close(ours, expected, dtype)
+        for a, b in zip(ours, first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("H", [29, 50])
+@pytest.mark.parametrize("cell", CELLS)
+def test_odd_sizes(cell, H, dtype):
+    """A padded exchange, the summed axis split, chunks of two steps, in reverse."""
+    layer = Layer(cell, dtype, 5, 3, H, reverse=True)
+    with together(H):
+        ours = layer.both(persistent, tiles(H, split=2, steps=2, block_h=16))
+    assert_close(ours, layer.both(step, steps_of(H, dtype)), dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("optional", [{"h0": False}, {"bias": False}, {"dy": False}, {"h0": False, "bias": False, "dy": False}])
+def test_optional_inputs(cell, optional):
+    layer = Layer(cell, torch.float16, 3, 2, 32, **optional)
+    with together(1):
+        ours = layer.both(persistent, tiles(32, block_h=16))
+    assert_close(ours, layer.both(step, steps_of(32, torch.float16)), torch.float16)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference_saves_nothing(cell):
+    layer = Layer(cell, torch.float16, 4, 2, 32)
+    with together(2):
+        h, c, gates = layer.forward(persistent, tiles(32, block_h=16, steps=3), save=False)
+        trained = layer.forward(persistent, tiles(32, block_h=16))
+    assert torch.equal(h, trained[0])
+    assert torch.equal(gates, layer.x)
+    if c is not None:
+        assert torch.equal(c[0], trained[1][-1])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_step_and_any_chunks(cell, reverse):
+    """T = 1, and the same bits whatever the number of steps a launch."""
+    one = Layer(cell, torch.float32, 1, 2, 32, reverse=reverse)
+    with together(3):
+        assert_close(one.both(persistent, tiles(32)), one.both(step, steps_of(32, torch.float32)), torch.float32)
+    layer = Layer(cell, torch.float32, 5, 2, 32, reverse=reverse)
+    runs = []
+    for steps in (1, 2, 4, 5, 100):
+        with together(steps):
+            runs.append(layer.both(persistent, tiles(32, block_h=16, steps=steps)))
+    for run in runs:
+        for a, b in zip(run, runs[0], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_batch_in_several_launches():
+    layer = Layer("lstm", torch.float16, 3, 20, 32)
+    narrow = replace(tiles(32), programs=4)  # one batch tile of eight rows at a time
+    assert [grid for grid, _ in narrow.launches(20)] == [(4, 1, 1)] * 3
+    with together(4):
+        ours = layer.both(persistent, narrow)
+        whole = layer.both(persistent, tiles(32))
+    for a, b in zip(ours, whole, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_families_mix(cell):
+    """Backward of either family on what the other's forward saved."""
+    layer = Layer(cell, torch.float32, 4, 3, 32)
+    with together(5):
+        ours = layer.forward(persistent, tiles(32))
+        theirs = layer.forward(step, steps_of(32, torch.float32))
+        mixed = [layer.backward(step, steps_of(32, torch.float32), *ours), layer.backward(persistent, tiles(32), *theirs)]
+    for a, b in zip(*mixed, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_bad_numbers_do_not_hang(cell, dtype):
+    """NaN, also of the pattern that means empty, and infinities: what the step kernels give, and no hang."""
+    layer = Layer(cell, dtype, 4, 3, 32)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    layer.x[1, 0] = float("nan")
+    layer.x.view(bits)[2, 1] = -1
+    layer.x[1, 2] = float("inf")
+    layer.h0.view(bits)[1, 4:8] = -1
+    layer.dy.view(bits)[3, 2] = -1
+    with together(6):
+        ours = layer.both(persistent, tiles(32))
+    for a, b in zip(ours, layer.both(step, steps_of(32, dtype)), strict=True):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_matches_reference(cell):
+    """Forward and backward against float64 autograd through the definition."""
+    T, B, H = 5, 3, 50
+    layer = Layer(cell, torch.float32, T, B, H)
+    with together(7):
+        h, c, gates = layer.forward(persistent, tiles(H, block_h=16))
+        d_gates, d_h, d_c = layer.backward(persistent, tiles(H, block_h=16, split=4), h, c, gates)
+    x, w, bias, h0 = (tensor.double().requires_grad_() for tensor in (layer.x, layer.w, layer.bias, layer.h0))
+    states = (h0,) if layer.c0 is None else (h0, layer.c0.double().requires_grad_())
+    # the input side of the gates is the input itself: W_ih is the identity
+    y, last = reference.layer(cell, x, states, torch.eye(x.shape[2], dtype=torch.float64), w, None, bias)
+    gradients = [layer.dy.double(), layer.d_h.double()] + ([layer.d_c.double()] if layer.d_c is not None else [])
+    dx, dh0, *dc0 = torch.autograd.grad([y, *last], [x, *states], gradients)
+    blocks = d_gates.split(H, dim=-1)
+    d_input = torch.cat((*blocks[1:3], blocks[0]), -1) if cell == "gru" else d_gates  # stored as n, r, z, and n's hidden side
+    hidden = d_gates[0, :, -layer.cell.gates * H :].double()
+    ours = hidden @ layer.w.double() + (0 if d_h is None else d_h)
+    torch.testing.assert_close(h.double(), y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d_input.double(), dx, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, dh0, rtol=1e-5, atol=1e-5)
+    if dc0:
+        torch.testing.assert_close(d_c.double(), dc0[0], rtol=1e-5, atol=1e-5)
+
+
+class TestPlantedFaults:
+    """Each is caught: as a hang that names the programs and the step, or as a wrong result."""
+
+    layer = Layer("lstm", torch.float16, 4, 2, 32) if step.interpreting() else None
+
+    @pytest.mark.parametrize("run", ["forward", "both"])
+    def test_missing_program(self, run):
+        with together(8, Fault("missing", (2, 0, 0))), pytest.raises(Hang, match=r"program \(0, 0, 0\) at step 0"):
+            getattr(self.layer, run)(persistent, tiles(32))
+
+    def test_skipped_store(self):
+        with (
+            together(9, Fault("skipped store", (1, 0, 0), step=1)),
+            pytest.raises(Hang, match=r"program \(3, 0, 0\) at step 1"),
+        ):
+            self.layer.forward(persistent, tiles(32))
+
+    def test_skipped_store_in_backward(self):
+        forward = self.layer.forward(step, steps_of(32, torch.float16))
+        with (
+            together(9, Fault("skipped store", (1, 0, 0), step=2)),
+            pytest.raises(Hang, match=r"program \(3, 0, 0\) at step 2"),
+        ):
+            self.layer.backward(persistent, tiles(32), *forward)
+
+    @pytest.mark.parametrize("fault", ["stale read", "unchecked"])
+    def test_wrong_read(self, fault):
+        expected = self.layer.forward(step, steps_of(32, torch.float16))[0]
+        _, B, H = self.layer.shape
+        wrong = 0
+        for seed in range(5):  # a read that does not wait is right if the others happen to have been faster
+            with together(seed, Fault(fault, (1, 0, 0), step=2, back=B * H * 2)):
+                h = self.layer.forward(persistent, tiles(32))[0]
+            wrong += not torch.allclose(h, expected, atol=4e-3)
+        assert wrong if fault == "unchecked" else wrong == 5
