@@ -175,8 +175,9 @@ class _Candidate:
         """A step's time in SM clocks, by a simple model, to compare candidates with: an estimate, not a measurement.
 
         The hop of a word from SM to SM (1100); the gather, bound by L2 for all (24 bytes a clock and SM) or by one SM's port
-        (64); the product, bound by the weights' way out of shared memory (128 bytes a clock) or by the arithmetic; the partial sums,
-        through shared memory and back; and the barriers (35 each): 7 and 2 a chunk were counted in the machine code.
+        (64); the product, bound by the weights' way out of shared memory (128 bytes a clock) or by the arithmetic; the
+        partial sums, through shared memory and back; and the barriers (35 each): 7 and 2 a chunk were counted in the machine
+        code.
         """
         plan = self.plan
         steps_k = self.columns // plan.SPLIT // (32 // self.itemsize)  # tensor core instructions in a row on one accumulator

@@ -17,14 +17,14 @@ from rnnfast.kernels.cells import CELLS
 from tests.concurrent import Fault, Hang, together
 
 pytestmark = pytest.mark.skipif(not step.interpreting(), reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
-SCHEDULES = int(os.environ.get("RNNFAST_SCHEDULES", "3"))
+SCHEDULES = int(os.environ.get("RNNFAST_SCHEDULES", "2"))
 # a rounding or two of the type: the products add in another order than the step kernels'
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def tiles(H: int, block_h: int = 8, block_b: int = 8, split: int = 1, steps: int = 1 << 16, pad: int = 32):
+def tiles(H: int, block_h: int = 8, block_k: int = 32, split: int = 1, steps: int = 1 << 16):
     """A small plan, so that a small layer makes many programs."""
-    return plan.PersistentPlan(block_b, block_h, 16, split, -(-H // pad) * pad, 4, steps, 1 << 20)
+    return plan.PersistentPlan(8, block_h, block_k // split, split, -(-H // 32) * 32, 4, steps, 1 << 20)
 
 
 class Layer:
@@ -177,6 +177,7 @@ def test_families_mix(cell):
             torch.testing.assert_close(a, b, rtol=4e-6, atol=4e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by numpy, in the interpreter
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_bad_numbers_do_not_hang(cell, dtype):
@@ -201,7 +202,7 @@ def test_matches_reference(cell):
     layer = Layer(cell, torch.float32, T, B, H)
     with together(7):
         h, c, gates = layer.forward(persistent, tiles(H, block_h=16))
-        d_gates, d_h, d_c = layer.backward(persistent, tiles(H, block_h=16, split=4), h, c, gates)
+        d_gates, d_h, d_c = layer.backward(persistent, tiles(H, block_h=16, split=2, block_k=64), h, c, gates)
     x, w, bias, h0 = (tensor.double().requires_grad_() for tensor in (layer.x, layer.w, layer.bias, layer.h0))
     states = (h0,) if layer.c0 is None else (h0, layer.c0.double().requires_grad_())
     # the input side of the gates is the input itself: W_ih is the identity
