@@ -178,7 +178,8 @@ def count_loop(built, warps: int, multiplies: int, unsized: int) -> dict[str, in
     Returns:
         instructions, barriers and spill accesses in the loop; tensor_core, instructions a warp or warp group; redundancy, the
         multiplies that they do over those needed; poll, width of the polling loads; reread, global loads that do not poll,
-        which are the step's inputs; async_copies, anywhere in the kernel.
+        which are the step's inputs; async_copies, anywhere in the kernel; exchange, the accesses of the exchange and their
+        scalar width in PTX; cooperative, whether the launch asks for all programs to be resident.
     """
     _, sass = disassemble(built)
     loop = time_loop(sass)
@@ -195,6 +196,11 @@ def count_loop(built, warps: int, multiplies: int, unsized: int) -> dict[str, in
             continue
         tensor_core += 1
     loads = [opcode for opcode in opcodes if opcode.startswith("LDG.")]
+    exchange = {
+        f"{access} {width}"
+        for access, pattern in (("ld.volatile", r"ld\.volatile"), ("st.cg", r"st\.global\.cg"))
+        for width in re.findall(rf"{pattern}[\w.]*\.([bsuf]\d+)", built.asm["ptx"])
+    }
     return {
         "instructions": len(loop),
         "barriers": sum(opcode.startswith("BAR") for opcode in opcodes),
@@ -204,6 +210,8 @@ def count_loop(built, warps: int, multiplies: int, unsized: int) -> dict[str, in
         "poll": ",".join(sorted({opcode for opcode in loads if "STRONG" in opcode})),
         "reread": sum("STRONG" not in opcode for opcode in loads),
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)) + built.asm["ttgir"].count("async_copy"),
+        "exchange": ", ".join(sorted(exchange)),
+        "cooperative": int(built.metadata.launch_cooperative_grid),
     }
 
 

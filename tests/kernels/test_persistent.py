@@ -115,6 +115,20 @@ def test_odd_sizes(cell, H, dtype):
     assert_close(ours, layer.both(step, steps_of(H, dtype)), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("cell", "H"), [("lstm", 29), ("gru", 50), ("rnn_tanh", 64), ("rnn_relu", 20)])
+def test_real_plans(cell, H, dtype):
+    """The tiles that an H100 would get."""
+    layer = Layer(cell, dtype, 3, 3, H)
+    choices = [
+        plan.persistent_plan(CELLS[cell].gates, 3, H, dtype.itemsize, "ieee", b, plan.GPUS["H100"]) for b in (False, True)
+    ]
+    with together(10):
+        h, c, gates = layer.forward(persistent, choices[0])
+        ours = [h, c, gates, *layer.backward(persistent, choices[1], h, c, gates)]
+    assert_close([tensor for tensor in ours if tensor is not None], layer.both(step, steps_of(H, dtype)), dtype)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("optional", [{"h0": False}, {"bias": False}, {"dy": False}, {"h0": False, "bias": False, "dy": False}])
 def test_optional_inputs(cell, optional):

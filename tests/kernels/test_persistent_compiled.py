@@ -1,0 +1,40 @@
+"""What the correctness and the speed of the persistent kernels rest on, read in PTX and machine code for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.sweep), 90, pytest.param(100, marks=pytest.mark.sweep)])
+def test_machine_code(arch, tmp_path):
+    """The main shape, and one that is padded; in a process of its own, because this one may be the interpreter's."""
+    out = tmp_path / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.offline", "--family", "persistent", "--arch", str(arch)]
+    command += ["--cells", "lstm", "gru", "--dtypes", "float16", "--hidden", "29", "768", "--json", str(out)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    rows = json.loads(out.read_text())
+    assert len(rows) == 8
+    for row in rows:
+        name = f"{row['kernel']} {row['cell']} {row['hidden']} {row['plan']}"
+        loop = row["loop"]
+        assert loop, name
+        assert row["stack_bytes"] == 0 and loop["spills"] == 0, name
+        # words of one width, stored and loaded strongly; nothing loaded ahead of its poll; resident or refused
+        assert loop["exchange"] == "ld.volatile b32, st.cg b32", name
+        assert loop["async_copies"] == 0, name
+        assert loop["cooperative"], name
+        # per step a program loads the inputs of its units, narrow where padded, and no weights
+        assert loop["reread"] <= 16, name
+        if row["hidden"] == 768:
+            assert loop["poll"] == "LDG.E.128.STRONG.SYS", name
+            # three gates are four blocks of rows in forward
+            assert loop["redundancy"] <= (1.34 if (row["cell"], row["kernel"]) == ("gru", "persistent_forward") else 1.05), name
