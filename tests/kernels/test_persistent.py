@@ -10,10 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl  # noqa: F401 - the interpreter wants it in sight of every jit function
 
 from rnnfast import reference
 from rnnfast.kernels import persistent, plan, step
-from rnnfast.kernels.cells import CELLS
+from rnnfast.kernels.cells import CELLS, Cell
+from rnnfast.kernels.maths import sigmoid, tanh
 from tests.concurrent import Fault, Hang, together
 
 pytestmark = pytest.mark.skipif(not step.interpreting(), reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
@@ -30,13 +33,15 @@ def tiles(H: int, block_h: int = 8, block_k: int = 32, split: int = 1, steps: in
 class Layer:
     """Inputs of one layer, and a run of either family on them."""
 
-    def __init__(self, cell: str, dtype: torch.dtype, T: int, B: int, H: int, *, h0=True, bias=True, dy=True, reverse=False):
+    def __init__(
+        self, cell: str | Cell, dtype: torch.dtype, T: int, B: int, H: int, *, h0=True, bias=True, dy=True, reverse=False
+    ):
         generator = torch.Generator().manual_seed(T * 1000 + B * 100 + H)
 
         def normal(*shape, scale=1.0):
             return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
-        self.name, self.cell, self.reverse = cell, CELLS[cell], reverse
+        self.cell, self.reverse = CELLS[cell] if isinstance(cell, str) else cell, reverse
         self.x = normal(T, B, self.cell.gates * H)
         self.w = normal(self.cell.gates * H, H, scale=H**-0.5)
         self.bias = normal(self.cell.gates * H) if bias else None
@@ -232,6 +237,29 @@ def test_matches_reference(cell):
     torch.testing.assert_close(ours, dh0, rtol=1e-5, atol=1e-5)
     if dc0:
         torch.testing.assert_close(d_c.double(), dc0[0], rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
+def two_gates_forward(x_gates, h_gates, states):
+    f = sigmoid(x_gates[0] + h_gates[0])
+    n = tanh(x_gates[1] + h_gates[1])
+    return (n + f * (states[0] - n),), (f, n)
+
+
+@triton.jit
+def two_gates_backward(saved, states, new_states, d_states):
+    f, n = saved
+    d_h = d_states[0]
+    return (d_h * (states[0] - n) * f * (1.0 - f), d_h * (1.0 - f) * (1.0 - n * n)), d_h * f, d_h
+
+
+def test_a_cell_of_ones_own():
+    """Of two gates, which none of the library's has."""
+    cell = Cell(2, 2, 2, carries_c=False, direct=True, forward=two_gates_forward, backward=two_gates_backward)
+    layer = Layer(cell, torch.float16, 3, 3, 40)
+    with together(11):
+        ours = layer.both(persistent, tiles(40, block_h=16))
+    assert_close(ours, layer.both(step, steps_of(40, torch.float16)), torch.float16)
 
 
 class TestPlantedFaults:

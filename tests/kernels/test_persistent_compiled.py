@@ -1,4 +1,4 @@
-"""What the correctness and the speed of the persistent kernels rest on, read in PTX and machine code for GPUs that are not there."""
+"""What the persistent kernels rest on, for correctness and for speed, read in PTX and machine code for absent GPUs."""
 
 from __future__ import annotations
 
