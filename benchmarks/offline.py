@@ -119,6 +119,7 @@ class Built:
     shared_bytes: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
     batch: int = 0
+    launches: int = 0  # of a persistent kernel, for all time steps
     plan: str = ""  # of a persistent kernel, or why there is none
     loop: dict[str, int | float | str] = field(default_factory=dict)  # of a persistent kernel, see `count_loop`
 
@@ -273,7 +274,7 @@ def compile_persistent(arch: int, cell: str, dtype: torch.dtype, hidden: int, ba
             f"B{plan.BLOCK_B} H{plan.BLOCK_H} K{plan.BLOCK_K} split{plan.SPLIT} pad{plan.H_PAD} {plan.num_warps} warps, {grids}"
         )
         options = {"reverse": False, "precision": precision, "plan": plan}
-        with pretend_gpu(arch):
+        with pretend_gpu(arch) as driver:
             if backward:
                 kept = saved if spec.saved else None
                 d_c = d_h if spec.carries_c else None
@@ -285,6 +286,7 @@ def compile_persistent(arch: int, cell: str, dtype: torch.dtype, hidden: int, ba
             setattr(row, key, value)
         weight_rows = plan.BLOCK_H * (1 if backward else 1 << (spec.gates - 1).bit_length())
         multiplies = plan.BLOCK_H * spec.gates * plan.BLOCK_B * hidden
+        row.launches = sum(name == kernel.__name__ for name, _ in driver.launches)
         row.loop = count_loop(built, plan.num_warps, multiplies, weight_rows * plan.BLOCK_B * 32 // dtype.itemsize)
     return rows
 

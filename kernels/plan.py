@@ -213,7 +213,10 @@ def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward:
         for block_b in (8, 16, 32):
             if backward and block_b == 32:
                 continue  # spills, with 128 words a thread
-            for h_pad in range(-(-H // block_h) * block_h, H + H // 4 + 16 * split, block_h):
+            least = -(-H // block_h) * block_h
+            for h_pad in range(least, H + H // 4 + 16 * split, block_h):
+                if h_pad > least and h_pad // block_h > sms:
+                    break  # padding alone is no reason to run out of SMs
                 part, remainder = divmod(summed_gates * h_pad, split)
                 block_k = min(part & -part, 256 if tensor_cores else 32)
                 if remainder or block_k < 16:

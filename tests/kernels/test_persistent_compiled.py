@@ -27,6 +27,7 @@ def test_machine_code(arch, tmp_path):
         name = f"{row['kernel']} {row['cell']} {row['hidden']} {row['plan']}"
         loop = row["loop"]
         assert loop, name
+        assert row["launches"] == 1, name
         assert row["stack_bytes"] == 0 and loop["spills"] == 0, name
         # words of one width, stored and loaded strongly; nothing loaded ahead of its poll; resident or refused
         assert loop["exchange"] == "ld.volatile b32, st.cg b32", name
