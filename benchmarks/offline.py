@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-GPU_OF_ARCH = {80: "A100", 90: "H100", 100: "B200"}
+GPU_OF_ARCH = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200"}
 
 
 def limits_of(arch: int):

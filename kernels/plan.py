@@ -148,7 +148,7 @@ class _Candidate:
         return self.gathered_bytes // 4 // (32 * self.plan.num_warps)
 
     def refusals(self, B: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> Iterator[tuple[str, float, str]]:
-        """Why it does not fit: the limit that is passed, how far, and in words. None if it fits."""
+        """Why it does not fit, for each limit that it passes: its name, the amount, and words. Nothing if it fits."""
         plan = self.plan
         units = plan.H_PAD // plan.BLOCK_H
         if self.shared_bytes > limits.shared_bytes:
@@ -163,6 +163,10 @@ class _Candidate:
         if words > most:
             reason = f"{plan.BLOCK_B} batch rows a program are {words} words a thread to gather, where {most} fit in registers"
             yield "registers", words, reason
+        registers = 32 * plan.num_warps * 255
+        if registers > limits.registers:
+            reason = f"{plan.num_warps} warps take {registers} registers, where an SM has {limits.registers}"
+            yield "register file", registers, reason
         launches = len(list(plan.launches(B)))
         if launches > MOST_LAUNCHES:
             reason = f"{B} batch rows by {plan.BLOCK_B} take {launches} launches in turn, where {MOST_LAUNCHES} is the most"

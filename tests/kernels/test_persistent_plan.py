@@ -65,6 +65,7 @@ def test_programs_spread_over_the_gpu():
         (GPUS["H100"], 8192, 16, "programs, where there are 132 SMs"),
         (GPUS["H100"], 768, 4096, "launches in turn, where 4 is the most"),
         (replace(GPUS["H100"], name="V100", capability=70), 128, 1, "V100 has compute capability 7.0"),
+        (replace(GPUS["H100"], registers=1 << 14), 128, 1, "registers, where an SM has 16384"),
         (replace(GPUS["H100"], l2_bytes=1 << 10), 128, 16, "where L2 has 0 MiB"),
     ],
 )
