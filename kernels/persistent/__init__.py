@@ -40,6 +40,8 @@ def _options(plan: PersistentPlan) -> dict:
         "num_warps": plan.num_warps,
         "num_stages": 1,  # the pipeliner ignores volatile: it would load ahead of the poll
         "enable_fp_fusion": True,
+        # a second CTA on the SM is no use: the assembler would save registers for one, and spill
+        "maxnreg": 255,
         "launch_cooperative_grid": True,  # programs wait for each other: all resident, or an error
     }
 
