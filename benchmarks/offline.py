@@ -196,6 +196,8 @@ def count_loop(built, warps: int, multiplies: int, unsized: int) -> dict[str, in
         else:
             continue
         tensor_core += 1
+    if not tensor_core:  # a plain float32 product; the cell's own few are counted with it
+        done = 32 * warps * sum(opcode.startswith("FFMA") for opcode in opcodes)
     loads = [opcode for opcode in opcodes if opcode.startswith("LDG.")]
     exchange = {
         f"{access} {width}"
