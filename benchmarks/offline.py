@@ -79,7 +79,7 @@ def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     """Kernels launched inside compile for sm_`arch` and are counted, not run. Takes CPU tensors."""
     from rnnfast.kernels import step
 
-    if step.interpreting():
+    if step.mode() != "compiled":
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
     driver = StandInDriver(arch)
     triton.runtime.driver.set_active(driver)
@@ -146,7 +146,7 @@ def compile_layer(arch: int, cell: str, dtype: torch.dtype, hidden: int, tf32: b
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         with pretend_gpu(arch) as driver:
-            y, states = ops.layer(cell, x, (h0, c0) if cell == "lstm" else (h0,), *weights, False)
+            y, states = ops.layer(cell, x, (h0, c0) if cell == "lstm" else (h0,), *weights)
             sum(out.sum() for out in (y, *states)).backward()
             name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
             rows = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["StepPlan", "step_plan"]
+__all__ = ["CHUNK_ROWS", "StepPlan", "chunk_steps", "step_plan"]
+
+CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,12 @@ def step_plan(H: int, itemsize: int) -> StepPlan:
     widest = (128 if itemsize == 2 else 64) if aligned else 32
     block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
     return StepPlan(BLOCK_B=32, BLOCK_H=16, BLOCK_K=block_k, num_warps=4, num_stages=3)
+
+
+def chunk_steps(T: int, B: int) -> int:
+    """Time steps whose input side is computed by one GEMM, into one float32 buffer, before the recurrence takes them.
+
+    About `CHUNK_ROWS` rows: enough to fill a GPU with the GEMM, few enough that for H up to 1024 the buffer (4 H floats a
+    row) stays in the L2 of an H100 and never grows with T.
+    """
+    return min(T, max(1, CHUNK_ROWS // B))
