@@ -95,9 +95,8 @@ def read_corpus(config: Config) -> Corpus:
         raise UserError(f"{config.text} is a binary file, not text")
     needed = max(20, (config.batch * config.length + 1) * 10 // 9)
     if len(text) < needed:
-        raise UserError(
-            f"the text has {len(text)} characters; --batch {config.batch} --length {config.length} need at least {needed}"
-        )
+        sizes = f"--batch {config.batch} --length {config.length}"
+        raise UserError(f"the text has {len(text)} characters; {sizes} need at least {needed} characters")
     vocabulary = "".join(sorted(set(text)))
     index = {character: i for i, character in enumerate(vocabulary)}
     tokens = torch.tensor([index[character] for character in text])
@@ -343,8 +342,7 @@ def train(run: Run, checkpoint: Path) -> bool:
                 text = " ".join(sample(run.model, corpus.vocabulary, run.generator, 100).split())
                 progress.message(f"held-out loss {loss:.4f}, {loss * BITS:.3f} bits a character; sample: {text}")
                 run.save(checkpoint)
-        if run.step < config.steps:
-            run.save(checkpoint)
+        run.save(checkpoint)
     return run.step >= config.steps
 
 

@@ -12,6 +12,9 @@ has_prev or has_next is 0, the product is skipped and the state is zero.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+
 import triton
 import triton.language as tl
 
@@ -35,7 +38,7 @@ def _round(x, TYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
     """float32 to TYPE, to nearest even. Triton's interpreter truncates to bfloat16, so there the bits are rounded first."""
     if EMULATE_BF16:
         bits = x.to(tl.int32, bitcast=True)
-        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
     return x.to(TYPE)
 
@@ -97,9 +100,7 @@ def forward_step_kernel(
         sums = ()
         for g in tl.static_range(G):
             w_rows = (g * H + offs_h).to(tl.int64)
-            w_chunk = tl.load(
-                w_ptr + w_rows[None, :] * H + offs_k[:, None], mask=mask_k[:, None] & mask_h[None, :], other=0.0
-            )
+            w_chunk = tl.load(w_ptr + w_rows[None, :] * H + offs_k[:, None], mask=mask_k[:, None] & mask_h[None, :], other=0.0)
             sums = sums + (_dot(h_chunk, w_chunk, h_gates[g], PRECISION, EMULATE_BF16),)
         h_gates = sums
 
@@ -235,6 +236,17 @@ def _emulate_bf16(tensor) -> bool:
     return mode() == "interpreted" and "bfloat16" in str(tensor.dtype)
 
 
+@contextlib.contextmanager
+def _as_a_gpu():
+    """In the interpreter numpy warns where a GPU gives inf or NaN and says nothing."""
+    if mode() == "compiled":
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
 class _Launcher:
     """Launches one kernel many times with the same argument types.
 
@@ -259,6 +271,7 @@ class _Launcher:
             self.compiled = built[self.grid]
 
 
+@_as_a_gpu()
 def forward(
     cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: StepPlan
 ) -> None:
@@ -310,6 +323,7 @@ def _before(t: int, T: int, reverse: bool, h, h0, c, c0):
     return 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
 
 
+@_as_a_gpu()
 def backward(
     cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: StepPlan
 ) -> None:

@@ -136,7 +136,7 @@ def _find_device_obstacle(kind: str, index: int | None) -> str | None:
 
 def _transforms() -> str | None:
     """Ways of running a function for which the operators have no rule."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
         return "the call is inside a torch.func transform, which the kernels' operators do not support yet"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is on, which the kernels' operators do not support yet"

@@ -126,7 +126,7 @@ def _check(
         raise RuntimeError(f"x must have 3 dimensions, got {x.dim()}")
     if w_hh.dim() != 2 or w_hh.shape[0] != gates * w_hh.shape[1]:
         raise RuntimeError(f"w_hh must be (G*H, H) with G = {gates}, got {tuple(w_hh.shape)}")
-    T, B, I = x.shape  # noqa: E741 - the legend's name
+    T, B, I = x.shape
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if B == 0 or I == 0:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
@@ -75,9 +76,9 @@ class _Recurrent(torch.nn.RNNBase):
             )
         )
 
-    def _weights(self) -> list[list[Tensor]]:
+    def _weights(self) -> list[list[Any]]:
         """The weights of each layer and direction, looked up by name at each call: a replaced weight is never missed."""
-        return [[getattr(self, name, None) for name in names] for names in self._all_weights]  # type: ignore[misc]
+        return [[getattr(self, name, None) for name in names] for names in self._all_weights]
 
     def _obstacles(self, input: Tensor | PackedSequence, name: str | None) -> tuple[str, ...]:
         """What keeps the backend `name`, or "triton" if None, from running a call that fits."""
@@ -88,7 +89,7 @@ class _Recurrent(torch.nn.RNNBase):
             found += ("the input is a PackedSequence, which the kernels do not take yet",)
         return found
 
-    def _run(self, backend: str, input: Tensor, hx: Any) -> Any:
+    def _run(self, backend: str, input: Any, hx: Any) -> Any:
         layer, cell = _LAYERS[backend], self.mode.lower()
         directions = 2 if self.bidirectional else 1
         states, weights = self._states(hx), self._weights()
@@ -124,7 +125,7 @@ class _Recurrent(torch.nn.RNNBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + (f", backend={self.backend!r}" if self.backend else "")
-        if torch._guards.TracingContext.try_get() and not torch._dynamo.config.allow_rnn:
+        if TracingContext.try_get() and not torch._dynamo.config.allow_rnn:
             # Dynamo is about to refuse this layer, and puts its repr into the message
             text += "; to compile rnnfast layers, call rnnfast.enable_compile() once before"
         return text

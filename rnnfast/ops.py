@@ -27,12 +27,18 @@ def precision() -> str:
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
-def _dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Contiguous, of the given dtype, and on a 16-byte boundary, which the kernels are compiled for."""
-    if tensor is None:
-        return None
-    tensor = tensor.to(dtype or tensor.dtype).contiguous()
+def _dense(tensor: Tensor) -> Tensor:
+    """Contiguous and on a 16-byte boundary, which the kernels are compiled for."""
+    tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _dense_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _dense(tensor)
+
+
+def _dense_float_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _dense(tensor.float())
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -87,7 +93,8 @@ def forward(
         y = x.new_empty(T, B, H)
         c = x.new_empty(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
         saved = x.new_empty((T, B, spec.saved * H) if save and spec.saved else (0,))
-        w, start_h, start_c, bias_x, bias_h = _dense(w_hh), _dense(h0), _dense(c0, torch.float32), _dense(b_ih), _dense(b_hh)
+        w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
+        bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
         n = plan.chunk_steps(T, B)
         for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
             step.forward(
@@ -168,12 +175,12 @@ def backward(
         w = _dense(w_hh)
         step.backward(
             spec,
-            _dense(dy),
+            _dense_or_none(dy),
             saved,
             y,
-            _dense(h0),
+            _dense_or_none(h0),
             c if spec.carries_c else None,
-            _dense(c0, torch.float32),
+            _dense_float_or_none(c0),
             w,
             d_gates,
             d_h,
