@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that are not there, through the very functions that launch them, and counts the result.
 
-    python -m benchmarks.offline [--arch 80 90 100] [--json FILE]
+    python -m benchmarks.offline [--arch 80 90 100] [--cells lstm gru] [--dtypes float16 tf32] [--hidden 50 512] [--json FILE]
 
 A stand-in takes the place of Triton's GPU driver: it names the target, accepts the finished machine code, and counts each
 launch without running it. So argument types, alignment specialisation, tile minimums and options are those of a real launch.
@@ -133,52 +133,73 @@ def compiled(kernel: triton.JITFunction) -> list:
     return [built for cache in kernel.device_caches.values() for built in cache[0].values()]
 
 
-def compile_layer(arch: int, cell: str, dtype: torch.dtype, hidden: int, tf32: bool = False, T: int = 4, B: int = 3):
-    """Run one layer forward and backward on the stand-in; yields its `Built` counts and the launches counted."""
+SHAPES = ((4, 3), (1, 1), (16, 32), (5, 50))  # (T, B): none of them may cause a variant of its own
+
+
+def compile_layer(arch: int, cell: str, dtype: torch.dtype, hidden: int, tf32: bool = False) -> tuple[list[Built], int]:
+    """Run a layer on the stand-in: forward and backward in training, forward in inference, for several T and B.
+
+    Returns:
+        The counts of every variant that was compiled, and the number of launches.
+    """
     from rnnfast import ops
     from rnnfast.kernels import step
     from rnnfast.reference import GATES
 
     rows = GATES[cell] * hidden
-    x, h0, c0 = (torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((T, B, 8), (B, hidden), (B, hidden)))
-    weights = [torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((rows, 8), (rows, hidden), (rows,), (rows,))]
+    weights = [
+        torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((rows, 8), (rows, hidden), (rows,), (rows,))
+    ]
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         with pretend_gpu(arch) as driver:
-            y, states = ops.layer(cell, x, (h0, c0) if cell == "lstm" else (h0,), *weights)
-            sum(out.sum() for out in (y, *states)).backward()
+            for T, B in SHAPES:
+                x = torch.zeros(T, B, 8, dtype=dtype)
+                states = tuple(torch.zeros(B, hidden, dtype=dtype) for _ in range(2 if cell == "lstm" else 1))
+                y, last = ops.layer(cell, x, states, *weights)
+                sum(out.sum() for out in (y, *last)).backward()
+                with torch.no_grad():
+                    ops.layer(cell, x, None, *weights)
             name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
-            rows = [
-                Built(kernel.__name__, arch, cell, name, hidden, **count(built))
+            built = [
+                Built(kernel.__name__, arch, cell, name, hidden, **count(variant))
                 for kernel in (step.forward_step_kernel, step.backward_step_kernel)
-                for built in compiled(kernel)
+                for variant in compiled(kernel)
             ]
     finally:
         torch.backends.cudnn.rnn.fp32_precision = before
-    return rows, driver.launches
+    return built, len(driver.launches)
 
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-DTYPES = ((torch.float16, False), (torch.bfloat16, False), (torch.float32, False), (torch.float32, True))
+DTYPES = {
+    "float16": (torch.float16, False),
+    "bfloat16": (torch.bfloat16, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}
 SIZES = (1, 29, 50, 512, 1024)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description="Compiles the kernels and counts.")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_BYTES))
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--hidden", type=int, nargs="+", default=SIZES)
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)
     print(f"triton {triton.__version__}, torch {torch.__version__}")
     print(f"{'kernel':22} {'arch':>5} {'cell':9} {'dtype':9} {'H':>5} {'regs':>5} {'stack':>6} {'shared':>7}  instructions")
-    built = []
+    built, launches = [], 0
     for arch in args.arch:
         for cell in args.cells:
-            for dtype, tf32 in DTYPES:
+            for dtype, tf32 in (DTYPES[name] for name in args.dtypes):
                 for hidden in args.hidden:
-                    for row in compile_layer(arch, cell, dtype, hidden, tf32)[0]:
+                    rows, launched = compile_layer(arch, cell, dtype, hidden, tf32)
+                    launches += launched
+                    for row in rows:
                         built.append(row)
                         ops = " ".join(f"{op}:{n}" for op, n in row.instructions.items())
                         print(
@@ -188,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
                         )
     if args.json:
         with open(args.json, "w") as file:
-            json.dump([asdict(row) for row in built], file, indent=1)
+            json.dump({"launches": launches, "built": [asdict(row) for row in built]}, file, indent=1)
     return 0
 
 

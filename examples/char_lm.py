@@ -1,6 +1,6 @@
 """Train a character-level language model with rnnfast and check the result against plain PyTorch.
 
-The model is an embedding, a stack of `rnnfast.LSTM` (or GRU) layers and a linear softmax layer at every step.  It learns
+The model is an embedding, a stack of `rnnfast.LSTM` (or GRU) layers and a linear softmax layer at every step. It learns
 the English prose that ships inside Python (`pydoc_data.topics`), or any UTF-8 file:
 
     python examples/char_lm.py                          # one to three minutes on two CPU cores
@@ -51,7 +51,7 @@ class UserError(Exception):
 
 @dataclass
 class Config:
-    """What fixes the course of a training run.  It is kept in the checkpoint."""
+    """What fixes the course of a training run. It is kept in the checkpoint."""
 
     cell: str = "lstm"
     hidden: int = 128
@@ -163,7 +163,7 @@ class Run:
     """All that training changes.
 
     In float16 and bfloat16 the model computes in that type, while the optimizer works on a float32 copy of the weights
-    (`weights`): small updates would be lost in 8 or 11 bits.  In float16 small gradients would be lost as well, so the
+    (`weights`): small updates would be lost in 8 or 11 bits. In float16 small gradients would be lost as well, so the
     loss is scaled up first; where that overflows, the step is left out and the scale is halved.
     """
 
@@ -294,10 +294,11 @@ class Progress:
             return
         speed = (run.step - self.shown) * config.batch * config.length / seconds
         loss = statistics.fmean(run.losses[-50:])
-        line = f"step {run.step}/{config.steps}  loss {loss:.3f}, {loss * BITS:.3f} bits a character, {speed:,.0f} characters/s"
+        line = f"step {run.step}/{config.steps}  loss {loss:.3f}, {loss * BITS:.3f} bits/character, {speed:,.0f} characters/s"
         if self.terminal:
-            done = 30 * run.step // config.steps
-            line = f"[{'#' * done:.<30}] {line}"[: shutil.get_terminal_size().columns - 1]
+            columns = shutil.get_terminal_size().columns - 1
+            width = min(max(columns - len(line) - 3, 4), 40)
+            line = f"[{'#' * (width * run.step // config.steps):.<{width}}] {line}"[:columns]
         print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
         self.shown, self.time = run.step, time.perf_counter()
 
@@ -383,7 +384,7 @@ def compare_with_torch(run: Run, checkpoint: Path) -> bool:
 def check_kernels(device: torch.device) -> bool:
     print("\nkernel check:", flush=True)
     kind = "cuda" if device.type == "cuda" else "cpu"
-    return subprocess.run([sys.executable, "-m", "rnnfast.check", "--device", kind]).returncode == 0
+    return subprocess.run([sys.executable, "-m", "rnnfast.check", "--device", kind]).returncode != 1  # 2: cannot run here
 
 
 class Parser(argparse.ArgumentParser):

@@ -27,19 +27,22 @@ class StepPlan:
         return -(-B // self.BLOCK_B), -(-H // self.BLOCK_H), 1
 
 
-def step_plan(H: int, itemsize: int) -> StepPlan:
+def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     """The tiles for hidden size `H` and elements of `itemsize` bytes, for every cell, forward and backward.
 
-    32 batch rows by 16 units, so that a layer of H = 768 spreads over 48 SMs even at a small batch: a step is bound by how
-    fast the SMs pull the weights out of L2, not by the arithmetic. 4 warps cover the 32 x 16 product without repeating
-    any. Chunks of 128 bytes (half-precision: 128 elements, float32: 64) keep the loads wide and three of them in flight;
-    a small layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows
-    are not aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers.
+    16 units, so that a layer of H = 768 spreads over 48 SMs even at a small batch: a step is bound by how fast the SMs pull the
+    weights out of L2, not by the arithmetic. 64 batch rows: Triton lays the warps of a sum over several gates along the rows,
+    so 4 warps cover 64 rows without repeating a product (with 32 rows each product was counted twice in the machine code), and
+    64 is the least for wgmma. Without tensor cores (float32 in "ieee" `precision`) the sums of 64 rows do not fit the registers.
+    Chunks of 256 bytes (half precision: 128 elements, float32: 64) keep the loads wide and three of them in flight; a small
+    layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows are not
+    aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers.
     """
     aligned = H * itemsize % 16 == 0
-    widest = (128 if itemsize == 2 else 64) if aligned else 32
+    widest = 256 // itemsize if aligned else 32
     block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
-    return StepPlan(BLOCK_B=32, BLOCK_H=16, BLOCK_K=block_k, num_warps=4, num_stages=3)
+    block_b = 32 if itemsize == 4 and precision == "ieee" else 64
+    return StepPlan(BLOCK_B=block_b, BLOCK_H=16, BLOCK_K=block_k, num_warps=4, num_stages=3)
 
 
 def chunk_steps(T: int, B: int) -> int:

@@ -3,7 +3,7 @@
     python -m rnnfast.check [--device cpu|cuda]
 
 On a GPU the kernels run for real; on the CPU in Triton's interpreter, on small cases. Exit code 0 if every error is within
-`allowed`, 1 if one is not or the kernels cannot run here.
+`allowed`, 1 if one is not, 2 if the kernels cannot run here.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     device = parser.parse_args(argv).device
     if device == "cuda" and not torch.cuda.is_available():
         print("no GPU is visible to PyTorch: use --device cpu", file=sys.stderr)
-        return 1
+        return 2
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
     from rnnfast import backends
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     obstacles = backends.tensor_obstacles(torch.empty(1, device=device))
     if obstacles:
         print(f"the Triton kernels cannot be checked here: {'; '.join(obstacles)}", file=sys.stderr)
-        return 1
+        return 2
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, interpreted"
     print(f"Triton kernels on {where}: root mean square error against float64, of the tensor nearest to its limit")
     print(f"{'case':58} {'tensor':28} {'rnnfast':>9} {'torch.nn':>9} {'allowed':>9}")

@@ -94,7 +94,7 @@ def _triton(module: _Recurrent, tensor: Tensor) -> str:
 
     directions = 2 if module.bidirectional else 1
     steps = tensor.shape[1] if tensor.dim() == 3 and module.batch_first else tensor.shape[0]
-    tiles = plan.step_plan(module.hidden_size, tensor.element_size())
+    tiles = plan.step_plan(module.hidden_size, tensor.element_size(), ops.precision())
     text = (
         f"step kernels{', interpreted' if step.mode() == 'interpreted' else ''}, one launch a time step: "
         f"{module.num_layers} layers x {directions} directions x {steps} steps; a program computes {tiles.BLOCK_H} units of "

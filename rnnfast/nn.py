@@ -108,7 +108,8 @@ class _Recurrent(torch.nn.RNNBase):
             outputs = []
             for direction in range(directions):
                 n = index * directions + direction
-                w_ih, w_hh, b_ih, b_hh = (*weights[n], None, None)[:4]
+                w_ih, w_hh = weights[n][:2]
+                b_ih, b_hh = weights[n][2:4] if self.bias else (None, None)
                 start = tuple(state[n] for state in states) or None
                 y, last = layer(cell, x, start, w_ih, w_hh, b_ih, b_hh, reverse=direction == 1)
                 outputs.append(y)

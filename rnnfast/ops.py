@@ -111,7 +111,7 @@ def forward(
                 saved if save else None,
                 reverse=reverse,
                 precision=precision(),
-                plan=plan.step_plan(H, x.element_size()),
+                plan=plan.step_plan(H, x.element_size(), precision()),
             )
         last = 0 if reverse else -1
         h_n = y[last].clone()
@@ -187,7 +187,7 @@ def backward(
             d_c if spec.carries_c else None,
             reverse=reverse,
             precision=precision(),
-            plan=plan.step_plan(H, y.element_size()),
+            plan=plan.step_plan(H, y.element_size(), precision()),
         )
         dh0 = dc0 = y.new_empty(0)
         if need_h0:

@@ -31,7 +31,7 @@ def run(cell, T, B, H, dtype, device, *, reverse=False, states=True, bias=True, 
     bias_x, bias_h = (new(G * H).to(dtype), new(G * H).to(dtype)) if bias else (None, None)
     h0 = new(B, H).to(dtype) if states else None
     c0 = new(B, H) if states and spec.carries_c else None
-    tiles, guards = plan.step_plan(H, x.new_empty(0, dtype=dtype).element_size()), []
+    tiles, guards = plan.step_plan(H, x.new_empty(0, dtype=dtype).element_size(), "ieee"), []
 
     def out(*shape, dtype):
         tensor, whole = poisoned(*shape, dtype=dtype, device=device)
