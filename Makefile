@@ -34,10 +34,10 @@ demo: $(VENV)/demo.done ## train a character model on real English, check the ke
 	@$(RUN) examples/char_lm.py $(ARGS)
 
 test: $(VENV)/test.done ## all tests, on a CPU
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n 2 $(ARGS)
 
 sweep: $(VENV)/test.done ## the large sweeps under Triton's interpreter, which `make test` leaves out
-	@$(RUN) -m pytest -m sweep $(ARGS)
+	@$(RUN) -m pytest -n 2 -m sweep $(ARGS)
 
 lint: $(VENV)/dev.done checkout ## ruff and pyright
 	@failed=0; \

@@ -39,7 +39,7 @@ def run(module, parameters, x):
     "name, backend, options",
     [
         ("LSTM", "aot_eager", {"batch_first": True}),
-        ("GRU", "eager", {"bidirectional": True}),
+        ("GRU", "eager", {"num_layers": 2}),
     ],
 )
 def test_one_graph(name, backend, options, device):
@@ -48,7 +48,7 @@ def test_one_graph(name, backend, options, device):
     rnnfast.enable_compile()
     counter, eager = CompileCounterWithBackend(backend), model(name, device, **options)
     compiled = torch.compile(eager, fullgraph=True, backend=counter)
-    for number, (T, B) in enumerate(((3, 4), (4, 3), (5, 5)), 1):
+    for number, (T, B) in enumerate(((3, 2), (4, 3), (5, 4)), 1):
         x = torch.randn(B, T, I, device=device) if options.get("batch_first") else torch.randn(T, B, I, device=device)
         found, expected = (run(module, eager.parameters(), x) for module in (compiled, eager))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -119,3 +119,14 @@ def test_other_backends(backend, device):
     eager, x = rnnfast.GRU(I, H, device=device, backend=backend), torch.randn(2, 3, I, device=device)
     compiled = torch.compile(eager, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x)[0], eager(x)[0])
+
+
+def test_fallback(device):
+    """What the kernels do not take falls back in compiled code as it does outside: whole graph, warning and results."""
+    rnnfast.enable_compile()
+    eager = rnnfast.GRU(I, H, device=device, dtype=torch.float64, backend="triton")
+    x = torch.randn(2, 3, I, device=device, dtype=torch.float64)
+    with pytest.warns(rnnfast.FallbackWarning, match="the dtype is torch.float64"):
+        found = torch.compile(eager, fullgraph=True, backend="eager")(x)[0]
+    with rnnfast.use_backend("torch"):
+        torch.testing.assert_close(found, eager(x)[0])
