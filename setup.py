@@ -1,11 +1,12 @@
-from setuptools import setup
+"""Says where the packages lie: ``kernels/`` installs as ``rnnfast.kernels``. All else is in pyproject.toml."""
+
+from setuptools import find_packages, setup
 
 setup(
-    packages=["rnnfast", "rnnfast.kernels", "rnnfast.kernels.cells", "rnnfast.kernels.persistent"],
-    package_dir={
-        "rnnfast": "rnnfast",
-        "rnnfast.kernels": "kernels",
-        "rnnfast.kernels.cells": "kernels/cells",
-        "rnnfast.kernels.persistent": "kernels/persistent",
-    },
+    packages=[
+        *find_packages(include=["rnnfast", "rnnfast.*"]),
+        "rnnfast.kernels",
+        *(f"rnnfast.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"rnnfast.kernels": "kernels"},
 )

@@ -1,6 +1,7 @@
 """Compiles the kernels for GPUs that are not there, through the very functions that launch them, and counts the result.
 
-    python -m benchmarks.offline [--family step persistent] [--arch 80 90 100] [--json FILE]
+    python -m benchmarks.offline [--family step persistent] [--arch 80 90 100] [--cells lstm gru] [--dtypes float16 tf32]
+                                 [--hidden 50 512] [--batch 16] [--json FILE]
 
 A stand-in takes the place of Triton's GPU driver: it names the target, accepts the finished machine code, and counts each
 launch without running it. So argument types, alignment specialisation, tile minimums and options are those of a real launch.
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import triton
@@ -30,7 +31,7 @@ GPU_OF_ARCH = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B20
 
 
 def limits_of(arch: int):
-    from rnnfast.kernels.plan import GPUS
+    from rnnfast.kernels.persistent.plan import GPUS
 
     return GPUS[GPU_OF_ARCH[arch]]
 
@@ -85,9 +86,10 @@ class StandInDriver(DriverBase):
 @contextmanager
 def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     """Kernels launched inside compile for sm_`arch` and are counted, not run. Takes CPU tensors."""
+    from rnnfast import families
     from rnnfast.kernels import persistent, step
 
-    if step.interpreting():
+    if step.mode() != "compiled":
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
     driver = StandInDriver(arch)
     triton.runtime.driver.set_active(driver)
@@ -100,7 +102,8 @@ def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     ):
         kernel.device_caches.clear()
     try:
-        yield driver
+        with families.assume(limits_of(arch)):
+            yield driver
     finally:
         triton.runtime.driver.set_active(None)  # the default, looked up when next asked for
 
@@ -118,8 +121,7 @@ class Built:
     stack_bytes: int = 0
     shared_bytes: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
-    batch: int = 0
-    launches: int = 0  # of a persistent kernel, for all time steps
+    batch: int = 0  # of a persistent kernel; the step kernels' tiles do not depend on it
     plan: str = ""  # of a persistent kernel, or why there is none
     loop: dict[str, int | float | str] = field(default_factory=dict)  # of a persistent kernel, see `count_loop`
 
@@ -223,74 +225,82 @@ def compiled(kernel: triton.JITFunction) -> list:
     return [built for cache in kernel.device_caches.values() for built in cache[0].values()]
 
 
-def compile_layer(arch: int, cell: str, dtype: torch.dtype, hidden: int, tf32: bool = False, T: int = 4, B: int = 3):
-    """Run one layer forward and backward on the stand-in; yields its `Built` counts and the launches counted."""
+SHAPES = ((4, 3), (1, 1), (16, 32), (5, 50))  # (T, B): none of them may cause a variant of its own
+
+
+@contextmanager
+def settings(family: str, tf32: bool) -> Iterator[None]:
+    """RNNFAST_KERNELS=`family`, and float32 products in TF32 or not."""
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
+    os.environ["RNNFAST_KERNELS"] = family
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.rnn.fp32_precision = before
+        del os.environ["RNNFAST_KERNELS"]
+
+
+def run_layer(cell: str, dtype: torch.dtype, hidden: int, T: int, B: int) -> None:
+    """Forward and backward in training, forward in inference."""
     from rnnfast import ops
-    from rnnfast.kernels import step
     from rnnfast.reference import GATES
 
     rows = GATES[cell] * hidden
-    x, h0, c0 = (torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((T, B, 8), (B, hidden), (B, hidden)))
-    weights = [torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((rows, 8), (rows, hidden), (rows,), (rows,))]
-    before = torch.backends.cudnn.rnn.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        with pretend_gpu(arch) as driver:
-            y, states = ops.layer(cell, x, (h0, c0) if cell == "lstm" else (h0,), *weights, False)
-            sum(out.sum() for out in (y, *states)).backward()
-            name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
-            rows = [
-                Built(kernel.__name__, arch, cell, name, hidden, **count(built))
-                for kernel in (step.forward_step_kernel, step.backward_step_kernel)
-                for built in compiled(kernel)
-            ]
-    finally:
-        torch.backends.cudnn.rnn.fp32_precision = before
-    return rows, driver.launches
+    weights = [torch.zeros(*shape, dtype=dtype) for shape in ((rows, 8), (rows, hidden), (rows,), (rows,))]
+    x = torch.zeros(T, B, 8, dtype=dtype, requires_grad=True)
+    states = tuple(torch.zeros(B, hidden, dtype=dtype) for _ in range(2 if cell == "lstm" else 1))
+    y, last = ops.layer(cell, x, states, *weights)
+    sum(out.sum() for out in (y, *last)).backward()
+    with torch.no_grad():
+        ops.layer(cell, x, None, *weights)
 
 
-def compile_persistent(arch: int, cell: str, dtype: torch.dtype, hidden: int, batch: int, tf32: bool = False, T: int = 4):
-    """The `Built` counts of the persistent forward and backward of one layer, for the plan of the GPU of `arch`."""
+def compile_layer(arch: int, cell: str, dtype: str, hidden: int) -> tuple[list[Built], int]:
+    """Run a layer of the step kernels on the stand-in, for several T and B.
+
+    Returns:
+        The counts of every variant that was compiled, and the number of launches.
+    """
+    from rnnfast.kernels import step
+
+    element, tf32 = DTYPES[dtype]
+    with settings("step", tf32), pretend_gpu(arch) as driver:
+        for T, B in SHAPES:
+            run_layer(cell, element, hidden, T, B)
+        built = [
+            Built(kernel.__name__, arch, cell, dtype, hidden, **count(variant))
+            for kernel in (step.forward_step_kernel, step.backward_step_kernel)
+            for variant in compiled(kernel)
+        ]
+    return built, len(driver.launches)
+
+
+def compile_persistent(arch: int, cell: str, dtype: str, hidden: int, batch: int) -> tuple[list[Built], int]:
+    """`compile_layer` of the persistent kernels, for several T; a direction without a plan has a row that says why."""
+    from rnnfast import families
     from rnnfast.kernels import persistent
     from rnnfast.kernels.cells import CELLS
-    from rnnfast.kernels.plan import NoPlan, persistent_plan
 
-    spec, precision = CELLS[cell], "tf32" if tf32 else "ieee"
-    name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
-    h0, h = torch.zeros(batch, hidden, dtype=dtype), torch.zeros(T, batch, hidden, dtype=dtype)
-    w, bias = torch.zeros(spec.gates * hidden, hidden, dtype=dtype), torch.zeros(spec.gates * hidden, dtype=dtype)
-    saved = torch.zeros(T, batch, spec.width(True) * hidden, dtype=dtype)
-    d_gates = torch.zeros(T, batch, spec.grads * hidden, dtype=dtype)
-    d_h = torch.zeros(batch, hidden)
-    c0, c = (d_h, torch.zeros(T, batch, hidden)) if spec.carries_c else (None, None)
-    rows = []
-    for kernel, backward in ((persistent.persistent_forward_kernel, False), (persistent.persistent_backward_kernel, True)):
-        row = Built(kernel.__name__.removesuffix("_kernel"), arch, cell, name, hidden, batch=batch)
-        rows.append(row)
-        plan = persistent_plan(spec.gates, batch, hidden, dtype.itemsize, precision, backward, limits_of(arch))
-        if isinstance(plan, NoPlan):
-            row.plan = plan.reason
-            continue
-        grids = "+".join(f"{x}x{y}" for (x, y, _), _ in plan.launches(batch))
-        row.plan = (
-            f"B{plan.BLOCK_B} H{plan.BLOCK_H} K{plan.BLOCK_K} split{plan.SPLIT} pad{plan.H_PAD} {plan.num_warps} warps, {grids}"
-        )
-        options = {"reverse": False, "precision": precision, "plan": plan}
-        with pretend_gpu(arch) as driver:
-            if backward:
-                kept = saved if spec.saved else None
-                d_c = d_h if spec.carries_c else None
-                persistent.backward(spec, h, kept, h, h0, c, c0, w, d_gates, d_h, d_c, **options)
-            else:
-                persistent.forward(spec, saved, w, bias, h0, c0, h, c, save=True, **options)
-            (built,) = compiled(kernel)
-        for key, value in count(built).items():
-            setattr(row, key, value)
-        weight_rows = plan.BLOCK_H * (1 if backward else 1 << (spec.gates - 1).bit_length())
-        multiplies = plan.BLOCK_H * spec.gates * plan.BLOCK_B * hidden
-        row.launches = sum(name == kernel.__name__ for name, _ in driver.launches)
-        row.loop = count_loop(built, plan.num_warps, multiplies, weight_rows * plan.BLOCK_B * 32 // dtype.itemsize)
-    return rows
+    element, tf32 = DTYPES[dtype]
+    gates, precision = CELLS[cell].gates, "tf32" if tf32 else "ieee"
+    built = []
+    with settings("persistent", tf32), pretend_gpu(arch) as driver:
+        for T in (4, 1):
+            run_layer(cell, element, hidden, T, batch)
+        for kernel, backward in ((persistent.persistent_forward_kernel, False), (persistent.persistent_backward_kernel, True)):
+            row = Built(kernel.__name__, arch, cell, dtype, hidden, batch=batch)
+            choice = families.choose("persistent", gates, batch, hidden, element.itemsize, precision, backward, limits_of(arch))
+            plan = choice.persistent
+            if plan is None:
+                built.append(replace(row, plan=choice.reason))
+                continue
+            multiplies = plan.BLOCK_H * gates * plan.BLOCK_B * hidden
+            unsized = plan.BLOCK_H * (1 if backward else 1 << (gates - 1).bit_length()) * plan.BLOCK_B * 32 // element.itemsize
+            for variant in compiled(kernel):
+                loop = count_loop(variant, plan.num_warps, multiplies, unsized)
+                built.append(replace(row, plan=plan.words(batch), loop=loop, **count(variant)))
+    return built, len(driver.launches)
 
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -303,50 +313,36 @@ DTYPES = {
 SIZES = (1, 29, 50, 512, 1024)
 
 
-def print_step(row: Built) -> None:
-    ops = " ".join(f"{op}:{n}" for op, n in row.instructions.items())
-    print(
-        f"{row.kernel:22} sm_{row.arch:<3}{row.cell:9} {row.dtype:9} {row.hidden:5} {row.registers:5} {row.stack_bytes:6} "
-        f"{row.shared_bytes:7}  {ops}",
-        flush=True,
-    )
-
-
-def print_persistent(row: Built) -> None:
-    head = f"{row.kernel:22} sm_{row.arch:<3}{row.cell:9} {row.dtype:9} {row.hidden:5}"
-    if row.loop:
-        head += f" {row.registers:5} {row.stack_bytes:6} {row.shared_bytes:7}  "
-        head += " ".join(f"{name}:{n}" for name, n in row.loop.items())
-    print(f"{head}  [B={row.batch}: {row.plan}]", flush=True)
+def show(row: Built) -> None:
+    head = f"{row.kernel:26} sm_{row.arch:<3}{row.cell:9} {row.dtype:9} {row.hidden:5}"
+    counts = " ".join(f"{name}:{n}" for name, n in (row.loop or row.instructions).items())
+    if counts:
+        head += f" {row.registers:5} {row.stack_bytes:6} {row.shared_bytes:7}  {counts}"
+    print(head + (f"  [B={row.batch}: {row.plan}]" if row.plan else ""), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", nargs="+", default=["step", "persistent"], choices=["step", "persistent"])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description="Compiles the kernels and counts.")
+    parser.add_argument("--family", nargs="+", default=["step"], choices=["step", "persistent"])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(GPU_OF_ARCH))
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--hidden", type=int, nargs="+", default=SIZES)
-    parser.add_argument(
-        "--batch", type=int, default=16, help="of the persistent kernels; the step kernels' tiles do not depend on it"
-    )
+    parser.add_argument("--batch", type=int, default=16, help="of the persistent kernels")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)
     print(f"triton {triton.__version__}, torch {torch.__version__}")
-    print(f"{'kernel':22} {'arch':>5} {'cell':9} {'dtype':9} {'H':>5} {'regs':>5} {'stack':>6} {'shared':>7}  instructions")
-    built = []
-    for family, arch, cell, dtype, hidden in itertools.product(args.family, args.arch, args.cells, args.dtypes, args.hidden):
-        element, tf32 = DTYPES[dtype]
-        if family == "step":
-            rows, show = compile_layer(arch, cell, element, hidden, tf32)[0], print_step
-        else:
-            rows, show = compile_persistent(arch, cell, element, hidden, args.batch, tf32), print_persistent
+    print(f"{'kernel':26} {'arch':>5} {'cell':9} {'dtype':9} {'H':>5} {'regs':>5} {'stack':>6} {'shared':>7}  counts")
+    built, launches = [], 0
+    for family, *case in itertools.product(args.family, args.arch, args.cells, args.dtypes, args.hidden):
+        rows, launched = compile_layer(*case) if family == "step" else compile_persistent(*case, args.batch)
+        launches += launched
         for row in rows:
             built.append(row)
             show(row)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump([asdict(row) for row in built], file, indent=1)
+            json.dump({"launches": launches, "built": [asdict(row) for row in built]}, file, indent=1)
     return 0
 
 

@@ -1,6 +1,7 @@
-"""Functions that the cells and the kernels share, in float32.
+"""Functions that the cells and the kernels share.
 
-They use nothing but ``tl.exp``: inline assembly and libdevice do not run in Triton's interpreter.
+The pointwise ones are in float32 and use nothing but ``tl.exp``: inline assembly and libdevice do not run in Triton's
+interpreter. EMULATE_BF16 is for that interpreter too, which gets bfloat16 wrong; it is never set on a GPU.
 """
 
 import triton
@@ -15,10 +16,10 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """2 sigmoid(2x) - 1, which survives any x; below |x| = 0.5, where that difference cancels, a polynomial in x^2.
+    """1 - 2 / (exp(2|x|) + 1) with the sign of x, which survives any x; below 0.5, where that cancels, a polynomial in x^2.
 
     The polynomial is a least-squares fit of tanh(x)/x at Chebyshev nodes of x^2 in [0, 0.25], with a relative error of
-    3.6e-10 before rounding. ``tests/kernels/test_maths.py`` holds the whole function to four float32 roundings.
+    3.6e-10 before rounding. ``tests/kernels/test_maths.py`` holds the whole function to three float32 roundings.
     """
     square = x * x
     series = -0.00664559835
@@ -27,13 +28,25 @@ def tanh(x):
     series = series * square + 0.133329609
     series = series * square - 0.333333268
     near_zero = x + x * square * series
-    return tl.where(tl.abs(x) < 0.5, near_zero, 2.0 * sigmoid(2.0 * x) - 1.0)
+    size = tl.abs(x)
+    beyond = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    return tl.where(size < 0.5, near_zero, tl.where(x < 0.0, -beyond, beyond))
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """a b + acc in float32. UPCAST is for Triton's interpreter, which multiplies bfloat16 operands as raw integers."""
-    if UPCAST:
+def dot(a, b, acc, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr):
+    """a b + acc in float32. Triton's interpreter multiplies bfloat16 operands as raw integers, so there they are widened."""
+    if EMULATE_BF16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(x, TYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
+    """float32 to TYPE, to nearest even. Triton's interpreter truncates to bfloat16, so there the bits are rounded first."""
+    if EMULATE_BF16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    return x.to(TYPE)

@@ -12,29 +12,35 @@ has_prev or has_next is 0, the product is skipped and the state is zero.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+
 import triton
 import triton.language as tl
 
 from rnnfast.kernels.cells import Cell
-from rnnfast.kernels.maths import dot
+from rnnfast.kernels.maths import dot, round_to
 from rnnfast.kernels.plan import StepPlan
 
-__all__ = ["backward", "forward", "interpreting", "upcast"]
+__all__ = ["as_a_gpu", "backward", "before", "emulate_bf16", "forward", "mode"]
 
 
-@triton.jit(do_not_specialize=["t", "t_prev", "has_prev", "t_c", "t_c_prev", "B"])
+@triton.jit(do_not_specialize=["t", "t_x", "t_prev", "has_prev", "t_c", "t_c_prev", "B"])
 def forward_step_kernel(
     # inputs
-    gates_ptr,  # (T * B, WIDTH * H) W_ih x + b_ih in its first G blocks; with SAVE, saved activations out, in place
+    x_ptr,  # (*, B, G * H) float32, W_ih x_t at index t_x
     w_ptr,  # (G * H, H) W_hh
-    bias_ptr,  # (G * H,) b_hh
+    bias_x_ptr,  # (G * H,) b_ih
+    bias_h_ptr,  # (G * H,) b_hh
     h_prev_ptr,  # (*, B, H) h_{t-1} at index t_prev
     c_prev_ptr,  # (*, B, H) float32, c_{t-1} at index t_c_prev
     # outputs
     h_ptr,  # (T, B, H) h_t at index t
     c_ptr,  # (*, B, H) float32, c_t at index t_c
+    saved_ptr,  # (T, B, SAVED * H) activations for backward, at index t
     # sizes
     t,
+    t_x,
     t_prev,
     has_prev,
     t_c,
@@ -44,12 +50,11 @@ def forward_step_kernel(
     # flags
     CELL: tl.constexpr,
     G: tl.constexpr,
-    WIDTH: tl.constexpr,
+    SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
     # tiles
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -62,6 +67,7 @@ def forward_step_kernel(
     mask = mask_b[:, None] & mask_h[None, :]
     mask_prev = (offs_b < B * has_prev)[:, None] & mask_h[None, :]
     row = t.to(tl.int64) * B + offs_b
+    row_x = t_x.to(tl.int64) * B + offs_b
     row_prev = t_prev.to(tl.int64) * B + offs_b
 
     h_gates = ()
@@ -77,19 +83,19 @@ def forward_step_kernel(
         for g in tl.static_range(G):
             w_rows = (g * H + offs_h).to(tl.int64)
             w_chunk = tl.load(w_ptr + w_rows[None, :] * H + offs_k[:, None], mask=mask_k[:, None] & mask_h[None, :], other=0.0)
-            sums = sums + (dot(h_chunk, w_chunk, h_gates[g], PRECISION, UPCAST),)
+            sums = sums + (dot(h_chunk, w_chunk, h_gates[g], PRECISION, EMULATE_BF16),)
         h_gates = sums
 
-    gates = gates_ptr + row[:, None] * (WIDTH * H) + offs_h[None, :]
     x_gates = ()
     biased = ()
     for g in tl.static_range(G):
-        x_gates = x_gates + (tl.load(gates + g * H, mask=mask, other=0.0).to(tl.float32),)
+        x_gate = tl.load(x_ptr + row_x[:, None] * (G * H) + g * H + offs_h[None, :], mask=mask, other=0.0)
+        h_gate = h_gates[g]
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + g * H + offs_h, mask=mask_h, other=0.0).to(tl.float32)
-            biased = biased + (h_gates[g] + bias[None, :],)
-        else:
-            biased = biased + (h_gates[g],)
+            x_gate += tl.load(bias_x_ptr + g * H + offs_h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
+            h_gate += tl.load(bias_h_ptr + g * H + offs_h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
+        x_gates = x_gates + (x_gate,)
+        biased = biased + (h_gate,)
 
     h_prev = tl.load(h_prev_ptr + row_prev[:, None] * H + offs_h[None, :], mask=mask_prev, other=0.0)
     states = (h_prev.to(tl.float32),)
@@ -100,20 +106,22 @@ def forward_step_kernel(
 
     new_states, saved = CELL(x_gates, biased, states)
 
-    tl.store(h_ptr + row[:, None] * H + offs_h[None, :], new_states[0].to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        h_ptr + row[:, None] * H + offs_h[None, :], round_to(new_states[0], h_ptr.dtype.element_ty, EMULATE_BF16), mask=mask
+    )
     if CARRIES_C:
         row_c = t_c.to(tl.int64) * B + offs_b
         tl.store(c_ptr + row_c[:, None] * H + offs_h[None, :], new_states[1], mask=mask)
-    if SAVE:
-        for s in tl.static_range(len(saved)):
-            tl.store(gates + s * H, saved[s].to(gates_ptr.dtype.element_ty), mask=mask)
+    for s in tl.static_range(SAVED):
+        tile = round_to(saved[s], saved_ptr.dtype.element_ty, EMULATE_BF16)
+        tl.store(saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :], tile, mask=mask)
 
 
 @triton.jit(do_not_specialize=["t", "t_prev", "t_next", "has_prev", "has_next", "B"])
 def backward_step_kernel(
     # inputs
     dy_ptr,  # (T, B, H) gradient of the outputs
-    saved_ptr,  # (T * B, WIDTH * H) activations that forward saved
+    saved_ptr,  # (T, B, SAVED * H) activations that forward saved
     h_ptr,  # (T, B, H) h_t
     h_prev_ptr,  # (*, B, H) h_{t-1} at index t_prev
     c_ptr,  # (T, B, H) float32, c_t
@@ -136,12 +144,11 @@ def backward_step_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     SAVED: tl.constexpr,
-    WIDTH: tl.constexpr,
     CARRIES_C: tl.constexpr,
     DIRECT: tl.constexpr,
     HAS_DY: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
     # tiles
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -167,7 +174,7 @@ def backward_step_kernel(
         w_chunk = tl.load(
             w_ptr + offs_k.to(tl.int64)[:, None] * H + offs_h[None, :], mask=mask_k[:, None] & mask_h[None, :], other=0.0
         )
-        d_h = dot(d_chunk, w_chunk, d_h, PRECISION, UPCAST)
+        d_h = dot(d_chunk, w_chunk, d_h, PRECISION, EMULATE_BF16)
 
     at = row[:, None] * H + offs_h[None, :]
     at_prev = row_prev[:, None] * H + offs_h[None, :]
@@ -181,7 +188,7 @@ def backward_step_kernel(
 
     saved = ()
     for s in tl.static_range(SAVED):
-        tile = tl.load(saved_ptr + row[:, None] * (WIDTH * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
+        tile = tl.load(saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
         saved = saved + (tile.to(tl.float32),)
     states = (tl.load(h_prev_ptr + at_prev, mask=mask_prev, other=0.0).to(tl.float32),)
     new_states = (tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32),)
@@ -195,20 +202,33 @@ def backward_step_kernel(
 
     d_gates_out = d_gates_ptr + row[:, None] * (D * H) + offs_h[None, :]
     for g in tl.static_range(D):
-        tl.store(d_gates_out + g * H, d_gates[g].to(d_gates_ptr.dtype.element_ty), mask=mask)
+        tl.store(d_gates_out + g * H, round_to(d_gates[g], d_gates_ptr.dtype.element_ty, EMULATE_BF16), mask=mask)
     if DIRECT:
         tl.store(d_h_ptr + carried, d_h_direct, mask=mask)
     if CARRIES_C:
         tl.store(d_c_ptr + carried, d_c, mask=mask)
 
 
-def interpreting() -> bool:
-    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was first imported)."""
-    return not isinstance(forward_step_kernel, triton.JITFunction)
+def mode() -> str:
+    """How kernels run: "compiled", or "interpreted" if TRITON_INTERPRET=1 was set in time; "mixed", which runs neither way,
+    if it was changed between the import of Triton and that of this module."""
+    interpreted = [not isinstance(function, triton.JITFunction) for function in (forward_step_kernel, tl.zeros)]
+    return "interpreted" if all(interpreted) else "mixed" if any(interpreted) else "compiled"
 
 
-def upcast(tensor) -> bool:
-    return interpreting() and "bfloat16" in str(tensor.dtype)
+def emulate_bf16(tensor) -> bool:
+    return mode() == "interpreted" and "bfloat16" in str(tensor.dtype)
+
+
+@contextlib.contextmanager
+def as_a_gpu():
+    """In the interpreter numpy warns where a GPU gives inf or NaN and says nothing."""
+    if mode() == "compiled":
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 class _Launcher:
@@ -235,45 +255,59 @@ class _Launcher:
             self.compiled = built[self.grid]
 
 
-def forward(cell: Cell, gates, w, bias, h0, c0, h, c, *, save: bool, reverse: bool, precision: str, plan: StepPlan) -> None:
-    """Run the recurrence over all time steps, one launch each. All tensors contiguous and on one device.
+@as_a_gpu()
+def forward(
+    cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: StepPlan
+) -> None:
+    """Run the recurrence over the time steps of a chunk, one launch each. All tensors contiguous and on one device.
 
     Args:
         cell: the cell, from `rnnfast.kernels.cells.CELLS`.
-        gates: (T, B, cell.width(save) * H), the input side W_ih x + b_ih in its first G blocks, overwritten with the saved
-            activations if `save`.
+        x: (n, B, G * H) float32, the input side W_ih x of the steps begin, ..., begin + n - 1.
+        begin: the first of them in time. Chunks are run in the order of processing: for `reverse`, the last one first.
         w: (G * H, H), W_hh.
-        bias: (G * H,), b_hh, or None.
+        bias_x, bias_h: (G * H,), b_ih and b_hh, or both None.
         h0: (B, H) initial hidden state, or None for zeros.
         c0: (B, H) float32 initial cell state, or None for zeros; None for a cell without one.
-        h: (T, B, H), written: the hidden states.
-        c: (T, B, H) float32 if `save`, else (1, B, H), written: the cell states, else the last one; None without one.
-        save: whether backward will follow.
+        h: (T, B, H), written: the hidden states; the chunk continues from the step beside it.
+        c: (T, B, H) float32 if `saved` is given, else (1, B, H), written: all cell states, else the last; None without any.
+        saved: (T, B, cell.saved * H), written: what backward needs; None in inference.
         reverse: from the last step to the first.
         precision: of a float32 product, "ieee" or "tf32".
         plan: the tiles.
     """
     T, B, H = h.shape
+    n = x.shape[0]
+    training = saved is not None
     constants = {
         "CELL": cell.forward,
         "G": cell.gates,
-        "WIDTH": cell.width(save),
+        "SAVED": cell.saved if training else 0,
         "CARRIES_C": cell.carries_c,
-        "HAS_BIAS": bias is not None,
-        "SAVE": save and cell.saved > 0,
+        "HAS_BIAS": bias_x is not None,
         "PRECISION": precision,
-        "UPCAST": upcast(h),
+        "EMULATE_BF16": emulate_bf16(h),
     }
     launch = _Launcher(forward_step_kernel, plan.grid(B, H), plan, constants)
-    bias = w if bias is None else bias
+    # arguments that a variant does not use still need a pointer
+    bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
     c = h if c is None else c
-    t_prev, h_prev, c_prev, has_prev = 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
-    for t in reversed(range(T)) if reverse else range(T):
-        t_c, t_c_prev = (t, t_prev) if save else (0, 0)
-        launch(gates, w, bias, h_prev, c_prev, h, c, t, t_prev, has_prev, t_c, t_c_prev, B, H)
-        t_prev, h_prev, c_prev, has_prev = t, h, c, 1
+    saved = saved if training and cell.saved else h
+    for at in reversed(range(n)) if reverse else range(n):
+        t = begin + at
+        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0)
+        t_c, t_c_prev = (t, t_prev) if training else (0, 0)
+        launch(x, w, bias_x, bias_h, h_prev, c_prev, h, c, saved, t, at, t_prev, has_prev, t_c, t_c_prev, B, H)
 
 
+def before(t: int, T: int, reverse: bool, h, h0, c, c0):
+    """The step processed before t: its index, the tensors that hold its h and c, and whether there is any state."""
+    if t != (T - 1 if reverse else 0):
+        return t + 1 if reverse else t - 1, h, c, 1
+    return 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
+
+
+@as_a_gpu()
 def backward(
     cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: StepPlan
 ) -> None:
@@ -282,7 +316,7 @@ def backward(
     Args:
         cell: the cell.
         dy: (T, B, H) gradient of the hidden states, or None.
-        saved: (T, B, cell.width(True) * H), as forward left it; None for a cell that saves nothing.
+        saved: (T, B, cell.saved * H), as forward left it; empty for a cell that saves nothing.
         h, h0, c, c0, w: as in `forward`, with all cell states.
         d_gates: (T, B, cell.grads * H), written: the gate gradients.
         d_h: (B, H) float32; on entry the gradient of the last hidden state, on return, if `cell.direct`, the part of h0's
@@ -296,24 +330,19 @@ def backward(
         "G": cell.gates,
         "D": cell.grads,
         "SAVED": cell.saved,
-        "WIDTH": cell.width(True),
         "CARRIES_C": cell.carries_c,
         "DIRECT": cell.direct,
         "HAS_DY": dy is not None,
         "PRECISION": precision,
-        "UPCAST": upcast(h),
+        "EMULATE_BF16": emulate_bf16(h),
     }
     launch = _Launcher(backward_step_kernel, plan.grid(B, H), plan, constants)
     dy = h if dy is None else dy
-    saved = h if saved is None else saved
+    saved = saved if cell.saved else h
     c = h if c is None else c
     d_c = d_h if d_c is None else d_c
-    first, stride = (T - 1, -1) if reverse else (0, 1)  # the step that forward began with
     t_next, has_next = 0, 0
     for t in range(T) if reverse else reversed(range(T)):
-        if t != first:
-            t_prev, h_prev, c_prev, has_prev = t - stride, h, c, 1
-        else:
-            t_prev, h_prev, c_prev, has_prev = 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
+        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0)
         launch(dy, saved, h, h_prev, c, c_prev, w, d_gates, d_h, d_c, t, t_prev, t_next, has_prev, has_next, B, H)
         t_next, has_next = t, 1

@@ -1,0 +1,34 @@
+"""Fused recurrent layers for PyTorch on GPUs: drop-in replacements for torch.nn.LSTM, GRU and RNN, written in Triton."""
+
+from rnnfast import functional
+from rnnfast.backends import BACKENDS, FallbackWarning, use_backend
+from rnnfast.explain import Explanation, explain
+from rnnfast.nn import GRU, LSTM, RNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Explanation",
+    "FallbackWarning",
+    "enable_compile",
+    "explain",
+    "functional",
+    "use_backend",
+]
+
+
+def enable_compile() -> None:
+    """Let ``torch.compile`` trace rnnfast layers. Call it once, before compiling.
+
+    Dynamo refuses every instance of torch.nn.LSTM, GRU and RNN, and so of the subclasses here, unless its own switch
+    ``torch._dynamo.config.allow_rnn`` is on. This turns it on, for the whole process. Plain torch.nn layers in the same model
+    are then traced too, unrolled step by step, which takes long for a long sequence: swap those as well, or wrap
+    them in ``torch.compiler.disable``.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.allow_rnn = True

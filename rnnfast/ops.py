@@ -1,12 +1,14 @@
 """The kernels as PyTorch operators: ``rnnfast::forward`` and ``rnnfast::backward``, one layer, one direction each.
 
-    forward    gates = x W_ih^T + b_ih for all steps, one GEMM through PyTorch; then the recurrence, one launch a step.
+    forward    for one chunk of steps after another: W_ih x of the chunk, one GEMM through PyTorch into a float32 buffer that
+               does not grow with T; then the recurrence over the chunk, on the kernels that
+               `rnnfast.families` chose.
     backward   the recurrence in reverse, which writes the gate gradients of all steps; then, in `_backward`, each weight,
                bias and input gradient as one GEMM or sum over T * B, through PyTorch, and only those that are needed.
 
-Inside, everything is time-major and contiguous. In training the gate buffer of forward is overwritten in place with the
-activations that backward needs. Kept for backward, in bytes per unit and step, e being the size of an element: LSTM
-4 e + 4 (gates and the float32 cell state), GRU 4 e, RNN nothing; besides the input and the output, which live anyway.
+Inside, everything is time-major and contiguous. Kept for backward, in bytes per unit and step, e being the size of an
+element: LSTM 4 e + 4 (gates and the float32 cell state), GRU 4 e, RNN nothing; besides the input and the output, which live
+anyway.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from rnnfast import families
 from rnnfast.reference import GATES
 
 __all__ = ["backward", "forward", "precision"]
@@ -27,17 +29,33 @@ def precision() -> str:
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
-def _dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Contiguous, of the given dtype, and on a 16-byte boundary, which the kernels are compiled for."""
-    if tensor is None:
-        return None
-    tensor = tensor.to(dtype or tensor.dtype).contiguous()
+def _dense(tensor: Tensor) -> Tensor:
+    """Contiguous and on a 16-byte boundary, which the kernels are compiled for."""
+    tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _dense_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _dense(tensor)
+
+
+def _dense_float_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _dense(tensor.float())
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _project(x: Tensor, w_ih: Tensor) -> Tensor:
+    """W_ih x of some steps in float32: rounded to half precision, it would cost more accuracy than all else together."""
+    rows = x.reshape(-1, x.shape[2])
+    if x.dtype == torch.float32 or not x.is_cuda:
+        product = rows.float() @ w_ih.float().t()
+    else:
+        product = torch.mm(rows, w_ih.t(), out_dtype=torch.float32)
+    return product.view(*x.shape[:2], -1)
 
 
 @torch.library.custom_op("rnnfast::forward", mutates_args=())
@@ -60,49 +78,49 @@ def forward(
         x: (T, B, I), T, B, I >= 1; float16, bfloat16 or float32, as every other tensor.
         h0, c0: (B, H), or None for zeros; c0 None for a cell without a cell state.
         w_ih, w_hh: (G*H, I), (G*H, H).
-        b_ih, b_hh: (G*H,), or None.
+        b_ih, b_hh: (G*H,), or both None.
         reverse: from the last step to the first.
         save: whether to keep what `backward` needs.
 
     Returns:
         y (T, B, H), h_n (B, H), c_n (B, H) or empty, and for backward the saved activations
-        (T, B, `Cell.width` * H) and all cell states (T, B, H) in float32, each empty where nothing is kept.
+        (T, B, `Cell.saved` * H) and all cell states (T, B, H) in float32, each empty where nothing is kept.
     """
-    from rnnfast.kernels import cells, plan, step
+    from rnnfast.kernels import cells, plan
 
     spec = cells.CELLS[cell]
     T, B, _ = x.shape
     H = w_hh.shape[1]
-    width = spec.width(save)
-    y = x.new_empty(T, B, H)
-    c = x.new_empty(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
     with _on_device(x):
-        gates = x.new_empty(T * B, width * H)
-        project = gates[:, : spec.gates * H]
-        rows = x.reshape(T * B, -1)
-        if b_ih is None:
-            torch.mm(rows, w_ih.t(), out=project)
-        else:
-            torch.addmm(b_ih, rows, w_ih.t(), out=project)
-        step.forward(
-            spec,
-            gates,
-            _dense(w_hh),
-            _dense(b_hh),
-            _dense(h0),
-            _dense(c0, torch.float32),
-            y,
-            c,
-            save=save,
-            reverse=reverse,
-            precision=precision(),
-            plan=plan.step_plan(H, x.element_size()),
-        )
+        y = x.new_empty(T, B, H)
+        c = x.new_empty(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
+        saved = x.new_empty((T, B, spec.saved * H) if save and spec.saved else (0,))
+        w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
+        bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
+        choice = families.pick(spec.gates, B, H, x.dtype, precision(), False, x.device)
+        n = plan.chunk_steps(T, B, persistent=choice.persistent is not None)
+        for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
+            choice = families.run(
+                "forward",
+                choice,
+                x.device,
+                spec,
+                _project(x[begin : begin + n], w_ih),
+                begin,
+                w,
+                bias_x,
+                bias_h,
+                start_h,
+                start_c,
+                y,
+                c,
+                saved if save else None,
+                reverse=reverse,
+                precision=precision(),
+            )
         last = 0 if reverse else -1
-        nothing = x.new_empty(0)
         h_n = y[last].clone()
-        c_n = nothing.clone() if c is None else c[last].to(x.dtype, copy=True)
-        saved = gates.view(T, B, width * H) if save and spec.saved else nothing
+        c_n = x.new_empty(0) if c is None else c[last].to(x.dtype, copy=True)
         cs = c if save and c is not None else x.new_empty(0, dtype=torch.float32)
     return y, h_n, c_n, saved, cs
 
@@ -147,7 +165,7 @@ def backward(
     Returns:
         The gate gradients (T, B, `Cell.grads` * H), the gradient of h0 (B, H) or empty, and that of c0 (B, H) or empty.
     """
-    from rnnfast.kernels import cells, plan, step
+    from rnnfast.kernels import cells
 
     spec = cells.CELLS[cell]
     T, B, H = y.shape
@@ -160,21 +178,23 @@ def backward(
             for grad in (dh_n, dc_n)
         )
         w = _dense(w_hh)
-        step.backward(
+        families.run(
+            "backward",
+            families.pick(spec.gates, B, H, y.dtype, precision(), True, y.device),
+            y.device,
             spec,
-            _dense(dy),
-            saved if spec.saved else None,
+            _dense_or_none(dy),
+            saved,
             y,
-            _dense(h0),
+            _dense_or_none(h0),
             c if spec.carries_c else None,
-            _dense(c0, torch.float32),
+            _dense_float_or_none(c0),
             w,
             d_gates,
             d_h,
             d_c if spec.carries_c else None,
             reverse=reverse,
             precision=precision(),
-            plan=plan.step_plan(H, y.element_size()),
         )
         dh0 = dc0 = y.new_empty(0)
         if need_h0:
@@ -250,9 +270,10 @@ def layer(
     states: tuple[Tensor, ...] | None,
     w_ih: Tensor,
     w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    reverse: bool,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    reverse: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`rnnfast.reference.layer` on the Triton kernels; saves for backward only if there can be one. `states` may be None."""
     h0, c0 = (*states, None)[:2] if states else (None, None)

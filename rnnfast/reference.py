@@ -59,7 +59,7 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 def layer(
     cell: str,
     x: Tensor,
-    states: States,
+    states: States | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
@@ -72,7 +72,7 @@ def layer(
     Args:
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         x: (T, B, I).
-        states: ``(h0, c0)`` for the LSTM, ``(h0,)`` otherwise, each (B, H).
+        states: ``(h0, c0)`` for the LSTM, ``(h0,)`` otherwise, each (B, H); None for zeros.
         w_ih, w_hh, b_ih, b_hh: weights as above.
         reverse: from the last step to the first; ``y[t]`` still belongs to ``x[t]``.
 
@@ -80,6 +80,8 @@ def layer(
         ``y`` (T, B, H) and the states after the last step taken.
     """
     step, outputs = STEPS[cell], [x] * x.shape[0]
+    if states is None:
+        states = (x.new_zeros(x.shape[1], w_hh.shape[1]),) * (2 if cell == "lstm" else 1)
     for t in reversed(range(x.shape[0])) if reverse else range(x.shape[0]):
         states = step(x[t], states, w_ih, w_hh, b_ih, b_hh)
         outputs[t] = states[0]

@@ -49,10 +49,6 @@ class Cell:
     forward: triton.JITFunction
     backward: triton.JITFunction
 
-    def width(self, save: bool) -> int:
-        """Blocks per row of the gate buffer: pre-activations in, and in training the saved activations out, in place."""
-        return max(self.gates, self.saved) if save else self.gates
-
 
 CELLS = {
     "lstm": Cell(gates=4, saved=4, grads=4, carries_c=True, direct=False, forward=lstm.forward, backward=lstm.backward),

@@ -10,23 +10,24 @@ from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
-from rnnfast.kernels.plan import PersistentPlan
-from rnnfast.kernels.step import upcast
+from rnnfast.kernels.persistent.plan import PersistentPlan
+from rnnfast.kernels.plan import chunk_steps
+from rnnfast.kernels.step import as_a_gpu, before, emulate_bf16
 
 __all__ = ["backward", "clear_kernel", "forward", "persistent_backward_kernel", "persistent_forward_kernel"]
+
+CLEAR_BLOCK = 4096
 
 
 def _power_of_two(gates: int) -> int:
     return 1 << (gates - 1).bit_length()
 
 
-def _exchange(like, out, H: int, plan: PersistentPlan, blocks: int):
+def _exchange(out, H: int, plan: PersistentPlan, blocks: int):
     """A cleared exchange buffer of `blocks` * H_PAD a row: `out` itself where nothing is padded, else a new one."""
-    T, B, _ = like.shape
-    buffer = out if plan.H_PAD == H else like.new_empty(T, B, blocks * plan.H_PAD)
+    buffer = out if plan.H_PAD == H else out.new_empty(*out.shape[:2], blocks * plan.H_PAD)
     words = buffer.numel() * buffer.element_size() // 4
-    block = 4096
-    clear_kernel[(-(-words // block),)](buffer, words, BLOCK=block)
+    clear_kernel[(-(-words // CLEAR_BLOCK),)](buffer, words, BLOCK=CLEAR_BLOCK)
     return buffer
 
 
@@ -46,75 +47,85 @@ def _options(plan: PersistentPlan) -> dict:
     }
 
 
+@as_a_gpu()
 def forward(
-    cell: Cell, gates, w, bias, h0, c0, h, c, *, save: bool, reverse: bool, precision: str, plan: PersistentPlan
+    cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: PersistentPlan
 ) -> None:
-    """Run the recurrence over all time steps, `plan.steps` a launch. Arguments as in `rnnfast.kernels.step.forward`."""
+    """Run the recurrence over the time steps of a chunk in one launch, or a few where the batch takes several.
+
+    Arguments as in `rnnfast.kernels.step.forward`. The rows of the chunk in `h` are its exchange.
+    """
     T, B, H = h.shape
-    exchange = _exchange(h, h, H, plan, 1)
-    dt = -1 if reverse else 1
+    n = x.shape[0]
+    training = saved is not None
+    exchange = _exchange(h[begin : begin + n], H, plan, 1)
+    dt, t_x = (-1, n - 1) if reverse else (1, 0)
+    t = begin + t_x
+    t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0)
     flags = {
         "CELL": cell.forward,
         "G": cell.gates,
         "GATES": _power_of_two(cell.gates),
-        "WIDTH": cell.width(save),
+        "SAVED": cell.saved if training else 0,
         "CARRIES_C": cell.carries_c,
-        "HAS_BIAS": bias is not None,
-        "SAVE": save and cell.saved > 0,
-        "KEEP_C": save,
+        "HAS_BIAS": bias_x is not None,
+        "KEEP_C": training,
         "PER_WORD": 4 // h.element_size(),
         "PRECISION": precision,
-        "UPCAST": upcast(h),
+        "EMULATE_BF16": emulate_bf16(h),
     }
-    bias = w if bias is None else bias
-    c = h if c is None else c
+    # arguments that a variant does not use still need a pointer
+    bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
+    c, c_prev = (h, h) if c is None else (c, c_prev)
+    saved = saved if training and cell.saved else h
+    t_c_prev = t_prev if training else 0
     for grid, b_begin in plan.launches(B):
-        t_prev, h_prev, c_prev, has_prev = 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
-        for begin in range(0, T, plan.steps):
-            t, steps = (T - 1 - begin if reverse else begin), min(plan.steps, T - begin)
-            t_c_prev = t_prev if save else 0
-            persistent_forward_kernel[grid](
-                gates, w, bias, h_prev, c_prev, exchange, h, c, t, dt, steps, t_prev, has_prev, t_c_prev, b_begin, B,
-                H=H, **flags, **_options(plan),
-            )  # fmt: skip
-            t_prev, h_prev, c_prev, has_prev = t + dt * (steps - 1), h, c, 1
+        persistent_forward_kernel[grid](
+            x, w, bias_x, bias_h, h_prev, c_prev, exchange, h, c, saved,
+            t, t_x, dt, n, t_prev, has_prev, t_c_prev, b_begin, B, H=H, **flags, **_options(plan),
+        )  # fmt: skip
 
 
+@as_a_gpu()
 def backward(
     cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: PersistentPlan
 ) -> None:
-    """Run the recurrence backward, `plan.steps` a launch. Arguments as in `rnnfast.kernels.step.backward`."""
+    """Run the recurrence backward, `plan.steps` a launch. Arguments as in `rnnfast.kernels.step.backward`.
+
+    The rows of a launch in `d_gates` are its exchange. Where that is padded, a launch is a chunk of steps: its size then does
+    not grow with T.
+    """
     T, B, H = h.shape
-    exchange = _exchange(h, d_gates, H, plan, cell.gates)
-    dt = 1 if reverse else -1
+    most = plan.steps if plan.H_PAD == H else min(plan.steps, chunk_steps(T, B, persistent=True))
     flags = {
         "CELL": cell.backward,
         "G": cell.gates,
         "GATES": _power_of_two(cell.gates),
         "D": cell.grads,
         "SAVED": cell.saved,
-        "WIDTH": cell.width(True),
         "CARRIES_C": cell.carries_c,
         "DIRECT": cell.direct,
         "HAS_DY": dy is not None,
         "PER_WORD": 4 // h.element_size(),
         "PRECISION": precision,
-        "UPCAST": upcast(h),
+        "EMULATE_BF16": emulate_bf16(h),
     }
     dy = h if dy is None else dy
-    saved = h if saved is None else saved
+    saved = saved if cell.saved else h
     has_first, h0 = (0, h) if h0 is None else (1, h0)
     c = h if c is None else c
     c0 = c if c0 is None else c0
     d_c = d_h if d_c is None else d_c
     t_first = T - 1 if reverse else 0
-    for grid, b_begin in plan.launches(B):
-        t_next, has_next = 0, 0
-        for begin in range(0, T, plan.steps):
-            t, steps = (begin if reverse else T - 1 - begin), min(plan.steps, T - begin)
+    t_next, has_next = 0, 0
+    for done in range(0, T, most):
+        steps = min(most, T - done)
+        dt, begin, t_x = (1, done, 0) if reverse else (-1, T - done - steps, steps - 1)
+        exchange = _exchange(d_gates[begin : begin + steps], H, plan, cell.gates)
+        for grid, b_begin in plan.launches(B):
             persistent_backward_kernel[grid](
                 dy, saved, h, h0, c, c0, w, exchange, d_gates, d_h, d_c,
-                t, dt, steps, t_first, has_first, t_next, has_next, b_begin, B,
+                begin + t_x, t_x, dt, steps, t_first, has_first, t_next, has_next, b_begin, B,
                 H=H, **flags, **_options(plan),
             )  # fmt: skip
-            t_next, has_next = t + dt * (steps - 1), 1
+        t_next, has_next = begin + t_x + dt * (steps - 1), 1

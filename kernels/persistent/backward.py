@@ -13,6 +13,7 @@ forward's order: this kernel comes from the next step and goes on to the one bef
 import triton
 import triton.language as tl
 
+from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import over_parts, over_rows, poll, product, publish
 
 
@@ -34,7 +35,6 @@ def _load_step(
     batch,
     H: tl.constexpr,
     SAVED: tl.constexpr,
-    WIDTH: tl.constexpr,
     CARRIES_C: tl.constexpr,
     HAS_DY: tl.constexpr,
 ):
@@ -46,7 +46,7 @@ def _load_step(
         dy = (tl.load(dy_ptr + at, mask=mask, other=0.0),)
     saved = ()
     for s in tl.static_range(SAVED):
-        tile = tl.load(saved_ptr + row[:, None] * (WIDTH * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
+        tile = tl.load(saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
         saved = saved + (tile,)
     # before the first step comes the initial state, or zeros
     is_first = t == t_first
@@ -75,23 +75,26 @@ def _side_by_side(d_gates, D: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr
         return tl.reshape(tl.permute(joined, (0, 2, 1)), (BLOCK_B, GATES * BLOCK_H))
 
 
-@triton.jit(do_not_specialize=["t", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "b_begin", "B"])
+@triton.jit(do_not_specialize=["t", "t_x", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "b_begin", "B"])
 def persistent_backward_kernel(
     # inputs
     dy_ptr,  # (T, B, H) gradient of the outputs
-    saved_ptr,  # (T * B, WIDTH * H) activations that forward saved
+    saved_ptr,  # (T, B, SAVED * H) activations that forward saved
     h_ptr,  # (T, B, H) h_t
     h0_ptr,  # (B, H) the hidden state before step t_first
     c_ptr,  # (T, B, H) float32, c_t
     c0_ptr,  # (B, H) float32, the cell state before step t_first
     w_ptr,  # (G * H, H) W_hh
     # outputs
-    exchange_ptr,  # (T, B, X_ROW) hidden-side gate gradients from X_OFFSET on, EMPTY on entry; d_gates_ptr itself unless PADDED
+    # (n, B, X_ROW) hidden-side gate gradients from X_OFFSET on, at index t_x, EMPTY on entry; unless PADDED those rows of
+    # d_gates_ptr themselves
+    exchange_ptr,
     d_gates_ptr,  # (T * B, D * H) gate gradients
     d_h_ptr,  # (B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
     d_c_ptr,  # (B, H) float32, carried likewise: gradient of c_t
     # sizes
     t,  # the first step that this launch runs
+    t_x,  # its index in the exchange
     dt,  # from it to the one before, 1 or -1
     steps,
     t_first,  # the step that forward began with
@@ -108,13 +111,12 @@ def persistent_backward_kernel(
     GATES: tl.constexpr,
     D: tl.constexpr,
     SAVED: tl.constexpr,
-    WIDTH: tl.constexpr,
     CARRIES_C: tl.constexpr,
     DIRECT: tl.constexpr,
     HAS_DY: tl.constexpr,
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
     # tiles
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -145,6 +147,7 @@ def persistent_backward_kernel(
         mask = mask & (offs_h < H)[None, :]
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
+    t_x = t_x.to(tl.int64)
 
     # what stays on chip: these units' columns of W, and the carried gradients
     row_next = t_next.to(tl.int64) * batch + offs_b
@@ -179,19 +182,20 @@ def persistent_backward_kernel(
 
     dy, saved, states = _load_step(
         dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, t, dt, t_first, has_first, offs_b, offs_h, mask, batch,
-        H, SAVED, WIDTH, CARRIES_C, HAS_DY,
+        H, SAVED, CARRIES_C, HAS_DY,
     )  # fmt: skip
     for step in range(steps):
         row = t * batch + offs_b
+        row_x = t_x * batch + offs_b
         # the last step needs nothing of one before it, and waits for nobody
         mask_more = offs_b < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the product and the poll
         dy_before, saved_before, states_before = _load_step(
             dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, t + dt, dt, t_first, has_first, offs_b, offs_h,
-            mask & mask_more[:, None], batch, H, SAVED, WIDTH, CARRIES_C, HAS_DY,
+            mask & mask_more[:, None], batch, H, SAVED, CARRIES_C, HAS_DY,
         )  # fmt: skip
 
-        d_h = product(w, d_chunks, BLOCK_H, BLOCK_B, CHUNKS, SPLIT, PRECISION, UPCAST) + d_h_direct
+        d_h = product(w, d_chunks, BLOCK_H, BLOCK_B, CHUNKS, SPLIT, PRECISION, EMULATE_BF16) + d_h_direct
         if HAS_DY:
             d_h += dy[0].to(tl.float32)
         saved_tiles = ()
@@ -206,14 +210,15 @@ def persistent_backward_kernel(
             d_states = d_states + (d_c[0],)
         d_gates, d_h_through, d_c_before = CELL(saved_tiles, before, after, d_states)
 
-        d_hidden = _side_by_side(d_gates, D, G, GATES, BLOCK_B, BLOCK_H).to(DTYPE)
+        d_hidden = round_to(_side_by_side(d_gates, D, G, GATES, BLOCK_B, BLOCK_H), DTYPE, EMULATE_BF16)
         if PADDED:
             d_hidden = tl.where(unit_of_column[None, :] < H, d_hidden, 0.0).to(DTYPE)
-        publish(words_ptr + row[:, None] * (X_ROW // PER_WORD) + offs_word[None, :], d_hidden, mask_word, PER_WORD)
+        publish(words_ptr + row_x[:, None] * (X_ROW // PER_WORD) + offs_word[None, :], d_hidden, mask_word, PER_WORD)
         for d in tl.static_range(D if PADDED else D - G):
-            tl.store(d_gates_ptr + row[:, None] * (D * H) + d * H + offs_h[None, :], d_gates[d].to(DTYPE), mask=mask)
+            d_pointers = d_gates_ptr + row[:, None] * (D * H) + d * H + offs_h[None, :]
+            tl.store(d_pointers, round_to(d_gates[d], DTYPE, EMULATE_BF16), mask=mask)
         d_chunks = poll(
-            words_ptr + over_parts(row * (X_ROW // PER_WORD), PART // PER_WORD, CHUNK_WORDS, SPLIT),
+            words_ptr + over_parts(row_x * (X_ROW // PER_WORD), PART // PER_WORD, CHUNK_WORDS, SPLIT),
             over_rows(mask_more, SPLIT),
             CHUNKS,
             CHUNK_WORDS,
@@ -233,6 +238,7 @@ def persistent_backward_kernel(
         new_states = states
         states = states_before
         t += dt
+        t_x += dt
     if DIRECT:
         tl.store(d_h_ptr + carried, d_h_direct, mask=mask)
     if CARRIES_C:

@@ -139,7 +139,7 @@ def product(
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
 ):
     """The resident w, CHUNKS tiles ([SPLIT,] ROWS, BLOCK_K), times the chunks ([SPLIT,] BLOCK_B, BLOCK_K): (BLOCK_B, ROWS).
 
@@ -149,10 +149,10 @@ def product(
     if SPLIT == 1:
         total = tl.zeros((ROWS, BLOCK_B), tl.float32)
         for j in tl.static_range(CHUNKS):
-            total = dot(w[j], tl.trans(chunks[j]), total, PRECISION, UPCAST)
+            total = dot(w[j], tl.trans(chunks[j]), total, PRECISION, EMULATE_BF16)
         return tl.trans(total)
     else:
         partial = tl.zeros((SPLIT, ROWS, BLOCK_B), tl.float32)
         for j in tl.static_range(CHUNKS):
-            partial = dot(w[j], tl.permute(chunks[j], (0, 2, 1)), partial, PRECISION, UPCAST)
+            partial = dot(w[j], tl.permute(chunks[j], (0, 2, 1)), partial, PRECISION, EMULATE_BF16)
         return _sum_parts(partial, ROWS, BLOCK_B, SPLIT)

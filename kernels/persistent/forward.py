@@ -12,6 +12,7 @@ row is t * B + b. ROWS are the weight rows of a program, GATES to a unit: G roun
 import triton
 import triton.language as tl
 
+from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import over_parts, over_rows, poll, product, publish
 
 
@@ -38,20 +39,23 @@ def _split_gates(rows, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.c
         return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["t", "dt", "steps", "t_prev", "has_prev", "t_c_prev", "b_begin", "B"])
+@triton.jit(do_not_specialize=["t", "t_x", "dt", "steps", "t_prev", "has_prev", "t_c_prev", "b_begin", "B"])
 def persistent_forward_kernel(
     # inputs
-    gates_ptr,  # (T * B, WIDTH * H) W_ih x + b_ih in its first G blocks; with SAVE, saved activations out, in place
+    x_ptr,  # (n, B, G * H) float32, W_ih x_t at index t_x
     w_ptr,  # (G * H, H) W_hh
-    bias_ptr,  # (G * H,) b_hh
+    bias_x_ptr,  # (G * H,) b_ih
+    bias_h_ptr,  # (G * H,) b_hh
     h_prev_ptr,  # (*, B, H) the hidden state to start from, at index t_prev
     c_prev_ptr,  # (*, B, H) float32, the cell state to start from, at index t_c_prev
     # outputs
-    exchange_ptr,  # (T, B, H_PAD) h_t at index t, EMPTY on entry; h_ptr itself unless PADDED
+    exchange_ptr,  # (n, B, H_PAD) h_t at index t_x, EMPTY on entry; unless PADDED those rows of h_ptr themselves
     h_ptr,  # (T, B, H) h_t at index t
-    c_ptr,  # (T, B, H) float32, c_t at index t; without SAVE (1, B, H), the last
+    c_ptr,  # (T, B, H) float32, c_t at index t; without KEEP_C (1, B, H), the last
+    saved_ptr,  # (T, B, SAVED * H) activations for backward, at index t
     # sizes
     t,  # the first step of this launch
+    t_x,  # its index in the chunk
     dt,  # from a step to the next in the order of processing, 1 or -1
     steps,
     t_prev,
@@ -65,14 +69,13 @@ def persistent_forward_kernel(
     CELL: tl.constexpr,
     G: tl.constexpr,
     GATES: tl.constexpr,
-    WIDTH: tl.constexpr,
+    SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
     KEEP_C: tl.constexpr,
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
     # tiles
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -97,10 +100,11 @@ def persistent_forward_kernel(
         mask = mask & (offs_h < H)[None, :]
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
+    t_x = t_x.to(tl.int64)
     row_prev = t_prev.to(tl.int64) * batch + offs_b
     mask_prev = offs_b < B * has_prev
 
-    # what stays on chip: these units' rows of W, their bias and their states
+    # what stays on chip: these units' rows of W, their biases and their states
     offs_row = tl.arange(0, ROWS)
     unit = tl.program_id(0) * BLOCK_H + offs_row // GATES
     gate = offs_row % GATES
@@ -120,10 +124,12 @@ def persistent_forward_kernel(
         w = w + (tl.load(w_pointers + j * BLOCK_K, mask=w_chunk_mask, other=0.0),)
         h_chunks = h_chunks + (tl.load(h_pointers + j * BLOCK_K, mask=h_chunk_mask, other=0.0),)
 
-    bias = ()
+    bias_x = ()
+    bias_h = ()
     for g in tl.static_range(G):
         if HAS_BIAS:
-            bias = bias + (tl.load(bias_ptr + g * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)[None, :],)
+            bias_x = bias_x + (tl.load(bias_x_ptr + g * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)[None, :],)
+            bias_h = bias_h + (tl.load(bias_h_ptr + g * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)[None, :],)
 
     mask_state = mask & mask_prev[:, None]
     h_prev = tl.load(h_prev_ptr + row_prev[:, None] * H + offs_h[None, :], mask=mask_state, other=0.0)
@@ -132,33 +138,33 @@ def persistent_forward_kernel(
         row_c_prev = t_c_prev.to(tl.int64) * batch + offs_b
         states = states + (tl.load(c_prev_ptr + row_c_prev[:, None] * H + offs_h[None, :], mask=mask_state, other=0.0),)
 
-    x_gates = _load_gates(gates_ptr + (t * batch + offs_b)[:, None] * (WIDTH * H) + offs_h[None, :], mask, H, G)
+    x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask, H, G)
     for step in range(steps):
         row = t * batch + offs_b
-        row_next = row + dt * batch
+        row_x = t_x * batch + offs_b
+        row_x_next = row_x + dt * batch
         # the last step needs nothing of a next one, and waits for nobody
         mask_next = offs_b < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the product and the poll
-        x_gates_next = _load_gates(
-            gates_ptr + row_next[:, None] * (WIDTH * H) + offs_h[None, :], mask & mask_next[:, None], H, G
-        )
+        x_gates_next = _load_gates(x_ptr + row_x_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
 
-        h_rows = product(w, h_chunks, ROWS, BLOCK_B, CHUNKS, SPLIT, PRECISION, UPCAST)
+        h_rows = product(w, h_chunks, ROWS, BLOCK_B, CHUNKS, SPLIT, PRECISION, EMULATE_BF16)
         h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
         x_sides = ()
         h_sides = ()
         for g in tl.static_range(G):
-            x_sides = x_sides + (x_gates[g].to(tl.float32),)
             if HAS_BIAS:
-                h_sides = h_sides + (h_gates[g] + bias[g],)
+                x_sides = x_sides + (x_gates[g] + bias_x[g],)
+                h_sides = h_sides + (h_gates[g] + bias_h[g],)
             else:
+                x_sides = x_sides + (x_gates[g],)
                 h_sides = h_sides + (h_gates[g],)
         new_states, saved = CELL(x_sides, h_sides, states)
 
-        h = new_states[0].to(DTYPE)
+        h = round_to(new_states[0], DTYPE, EMULATE_BF16)
         if PADDED:
             h = tl.where((offs_h < H)[None, :], h, 0.0).to(DTYPE)
-        publish(words_ptr + row[:, None] * WORDS + offs_word[None, :], h, mask_b[:, None], PER_WORD)
+        publish(words_ptr + row_x[:, None] * WORDS + offs_word[None, :], h, mask_b[:, None], PER_WORD)
         at = row[:, None] * H + offs_h[None, :]
         if PADDED:
             tl.store(h_ptr + at, h, mask=mask)
@@ -167,12 +173,11 @@ def persistent_forward_kernel(
             states = states + (new_states[1],)
             if KEEP_C:
                 tl.store(c_ptr + at, new_states[1], mask=mask)
-        if SAVE:
-            for s in tl.static_range(len(saved)):
-                saved_pointers = gates_ptr + row[:, None] * (WIDTH * H) + s * H + offs_h[None, :]
-                tl.store(saved_pointers, saved[s].to(gates_ptr.dtype.element_ty), mask=mask)
+        for s in tl.static_range(SAVED):
+            saved_pointers = saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :]
+            tl.store(saved_pointers, round_to(saved[s], saved_ptr.dtype.element_ty, EMULATE_BF16), mask=mask)
         h_chunks = poll(
-            words_ptr + over_parts(row * WORDS, PART // PER_WORD, CHUNK_WORDS, SPLIT),
+            words_ptr + over_parts(row_x * WORDS, PART // PER_WORD, CHUNK_WORDS, SPLIT),
             over_rows(mask_next, SPLIT),
             CHUNKS,
             CHUNK_WORDS,
@@ -182,5 +187,6 @@ def persistent_forward_kernel(
         )
         x_gates = x_gates_next
         t += dt
+        t_x += dt
     if CARRIES_C and not KEEP_C:
         tl.store(c_ptr + offs_b.to(tl.int64)[:, None] * H + offs_h[None, :], states[1], mask=mask)

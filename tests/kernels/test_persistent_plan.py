@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rnnfast.kernels.plan import GPUS, MOST_LAUNCHES, NoPlan, PersistentPlan, persistent_plan
+from rnnfast.kernels.persistent.plan import GPUS, MOST_LAUNCHES, NoPlan, PersistentPlan, persistent_plan
 
 KINDS = st.sampled_from([(2, "ieee"), (4, "tf32"), (4, "ieee")])
 

@@ -1,0 +1,93 @@
+# A virtual environment of its own, what to do in it, and what to do without one on a GPU machine. `make` lists the targets.
+
+VENV ?= .venv
+-include $(VENV)/choice.mk
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+ARGS ?=
+OUT ?= out/gpu-check
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install -qq --disable-pip-version-check
+CHECKOUT := build/checkout
+CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test sweep lint gpu-check checkout clean FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  ARGS=\"...\"      options of the program or of pytest, e.g. make demo ARGS=\"--steps 60\""
+	@echo "  PYTHON=...      the Python to build on           now: $(PYTHON)"
+	@echo "  TORCH=...       the PyTorch to install           now: $(TORCH)"
+	@echo "  TRITON=...      the Triton to install where      now: $(TRITON)"
+	@echo "                  torch brings none; TRITON= for none"
+	@echo "  VENV=...        the virtual environment          now: $(VENV)"
+	@echo
+	@echo "With an NVIDIA GPU: make demo TORCH=torch. What was chosen stays until chosen otherwise or make clean."
+
+demo: $(VENV)/demo.done ## train a character model on real English, check the kernels (examples/char_lm.py)
+	@$(RUN) examples/char_lm.py $(ARGS)
+
+test: $(VENV)/test.done ## all tests, on a CPU
+	@$(RUN) -m pytest -n 2 $(ARGS)
+
+sweep: $(VENV)/test.done ## the large sweeps under Triton's interpreter, which `make test` leaves out
+	@$(RUN) -m pytest -n 2 -m sweep $(ARGS)
+
+lint: $(VENV)/dev.done checkout ## ruff and pyright
+	@failed=0; \
+	$(RUN) -m ruff check . || failed=1; \
+	$(RUN) -m ruff format --check . || failed=1; \
+	$(RUN) -m pyright --pythonpath $(RUN) || failed=1; \
+	exit $$failed
+
+# Nothing can be installed there, and the kernels are rnnfast.kernels only once installed. So it runs in a copy of the
+# checkout laid out as it installs; results go to OUT, here.
+gpu-check: checkout ## tests and a short benchmark on this machine's GPU, with this machine's own Python; installs nothing
+	@cd $(CHECKOUT) && PYTHONPATH="$(abspath $(CHECKOUT))$${PYTHONPATH:+:$$PYTHONPATH}" \
+		$(PYTHON) -m benchmarks.gpu_check --out $(abspath $(OUT)) $(ARGS)
+
+checkout:
+	@rm -rf $(CHECKOUT)
+	@mkdir -p $(CHECKOUT)
+	@cp -R rnnfast benchmarks examples tests pyproject.toml $(CHECKOUT)
+	@cp -R kernels $(CHECKOUT)/rnnfast/kernels
+
+clean: ## remove the virtual environment and everything built
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find benchmarks examples kernels rnnfast tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	if [ -e $(VENV)/made-by-make ]; then rm -rf $(VENV); fi
+
+# The environment. choice.mk keeps what was chosen, so that `make demo TORCH=torch` and then `make test` share one; another
+# choice builds it anew. A .done file stands for one finished installation.
+ifneq ($(CHOICE),$(INSTALLED))
+$(VENV)/base.done: FORCE
+endif
+
+$(VENV)/base.done:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "rnnfast needs Python 3.10 or newer; $(PYTHON) is not. Name another: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@[ ! -e $(VENV) ] || [ -e $(VENV)/made-by-make ] || \
+		{ echo "$(VENV) is there already, and not by make: remove it, or name another: make VENV=.venv-make ..." >&2; exit 1; }
+	@echo "Making $(VENV) with $(TORCH): this takes a minute or more"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@touch $(VENV)/made-by-make
+	@$(PIP) $(foreach package,$(TORCH),'$(package)')
+ifneq ($(strip $(TRITON)),)
+	@$(RUN) -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null || \
+		$(PIP) $(foreach package,$(TRITON),'$(package)')
+endif
+	@printf '%s\n' 'PYTHON ?= $(PYTHON)' 'TORCH ?= $(TORCH)' 'TRITON ?= $(TRITON)' 'INSTALLED := $(CHOICE)' > $(VENV)/choice.mk
+	@touch $@
+
+$(VENV)/%.done: $(VENV)/base.done setup.py pyproject.toml
+	@$(PIP) --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,193 @@
+"""The whole check of a GPU machine in one command: the tests on the real device, then a short benchmark against torch.nn.
+
+    make gpu-check                      (or python -m benchmarks.gpu_check --out DIR)
+
+Installs nothing. Writes gpu-check.json and gpu-check.md into DIR with the GPU, the versions and the commit. Exit code 0 if
+the tests passed and every timed case was right, 1 if not or if there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import rnnfast
+from rnnfast.check import Case, compare
+
+TEST_SECONDS = 300
+CASES = [
+    Case(cell, T, B, H, H, dtype, states=False)
+    for cell in ("LSTM", "GRU")
+    for T, B, H, dtype in (
+        (512, 16, 768, torch.float16),
+        (512, 64, 512, torch.bfloat16),
+        (256, 32, 512, torch.float32),
+        (128, 128, 1024, torch.float16),
+    )
+]
+
+
+def environment() -> dict[str, str]:
+    """GPU, versions and commit: what a figure means nothing without."""
+    import triton
+
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda or "unknown",
+        "cudnn": str(torch.backends.cudnn.version()),
+        "rnnfast": rnnfast.__version__,
+        "commit": git.stdout.strip() or os.environ.get("RNNFAST_COMMIT", "unknown"),
+        "tf32": f"rnn {torch.backends.cudnn.rnn.fp32_precision}, matmul {torch.backends.cuda.matmul.fp32_precision}",
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def run_tests(folder: Path) -> dict[str, str | int]:
+    """The test suite on the device, all but the packaging; its closing line and exit code."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--ignore=tests/test_packaging.py"]
+    command += ["--maxfail=25", "--tb=short"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with open(folder / "gpu-check-tests.txt", "w") as log:
+        try:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env, timeout=TEST_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+    text = (folder / "gpu-check-tests.txt").read_text()
+    closing = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+    line = closing[-1].strip("= ") if closing and code != -1 else f"not finished in {TEST_SECONDS} s"
+    return {"exit_code": code, "closing_line": line}
+
+
+def microseconds_per_step(function: Callable[[], object], steps: int, repeats: int) -> list[float]:
+    """`repeats` timings of one call by device events, per time step."""
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / steps)
+    return times
+
+
+def calls(case: Case, layer: torch.nn.Module) -> dict[str, Callable[[], object]]:
+    """One call forward in inference, and one training step (forward and backward) under a random upstream gradient."""
+    x = torch.randn(case.T, case.B, case.I, device="cuda", dtype=case.dtype)
+    dy = torch.randn(case.T, case.B, case.H, device="cuda", dtype=case.dtype)
+    inputs = [x.clone().requires_grad_(), *layer.parameters()]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return layer(x)
+
+    def training() -> object:
+        return torch.autograd.grad(layer(inputs[0])[0], inputs, dy)
+
+    return {"forward": forward, "training step": training}
+
+
+def measure(case: Case) -> list[dict]:
+    """The rows of one case. A case that is not right is not timed."""
+    options = {"device": "cuda", "dtype": case.dtype}
+    layers = {
+        "rnnfast": getattr(rnnfast, case.cell)(case.I, case.H, backend="triton", **options),
+        "torch.nn": getattr(torch.nn, case.cell)(case.I, case.H, **options),
+    }
+    wrong = [result for result in compare(case, "cuda") if not result.ok]
+    row = {"case": str(case)}
+    if wrong:
+        worst = max(wrong, key=lambda result: result.ours / result.allowed)
+        return [row | {"error": f"{worst.tensor}: error {worst.ours:.1e}, allowed {worst.allowed:.1e}"}]
+    functions = {name: calls(case, layer) for name, layer in layers.items()}
+    rows = []
+    for mode in ("forward", "training step"):
+        times: dict[str, list[float]] = {name: [] for name in layers}
+        memory = {}
+        for name in layers:
+            microseconds_per_step(functions[name][mode], case.T, 2)  # warm-up: compiles, picks algorithms
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            microseconds_per_step(functions[name][mode], case.T, 1)
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        for _ in range(5):  # side by side, so that a change of clocks meets both
+            for name in layers:
+                times[name] += microseconds_per_step(functions[name][mode], case.T, 2)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        rows.append(
+            row
+            | {"mode": mode, "speed_up": medians["torch.nn"] / medians["rnnfast"]}
+            | {f"{name} us/step": median for name, median in medians.items()}
+            | {f"{name} min-max": [min(values), max(values)] for name, values in times.items()}
+            | {f"{name} peak MiB": value for name, value in memory.items()}
+        )
+    return rows
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in report["environment"].items()), ""]
+    lines += [f"Tests: {report['tests']['closing_line']}", ""]
+    lines += ["One layer, one direction, input side included, eager. Times in microseconds per time step, medians of 10.", ""]
+    lines += ["| case | mode | rnnfast | torch.nn | speed-up | rnnfast MiB | torch.nn MiB |", "|---|---|--:|--:|--:|--:|--:|"]
+    for row in report["benchmark"]:
+        if "error" in row:
+            lines.append(f"| {row['case']} | not timed: {row['error']} | | | | | |")
+        else:
+            cells = [f"{row[f'{name} us/step']:.2f}" for name in ("rnnfast", "torch.nn")] + [f"{row['speed_up']:.2f}"]
+            cells += [f"{row[f'{name} peak MiB']:.0f}" for name in ("rnnfast", "torch.nn")]
+            lines.append(f"| {row['case']} | {row['mode']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description="Tests and a short benchmark on a GPU.")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu-check"), help="folder for the results")
+    parser.add_argument("--skip-tests", action="store_true", help="only the benchmark")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("gpu-check needs an NVIDIA GPU, and PyTorch sees none here; make test runs everything on a CPU", file=sys.stderr)
+        return 1
+    os.environ.pop("TRITON_INTERPRET", None)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tests = {"exit_code": 0, "closing_line": "skipped"} if args.skip_tests else run_tests(args.out)
+    print(f"tests: {tests['closing_line']}", flush=True)
+    report: dict = {"environment": environment(), "tests": tests, "benchmark": []}
+    for case in CASES:
+        torch.cuda.empty_cache()
+        try:
+            rows = measure(case)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            rows = [{"case": str(case), "error": f"{type(error).__name__}: {error}".splitlines()[0]}]
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        report["benchmark"] += rows
+        (args.out / "gpu-check.json").write_text(json.dumps(report, indent=1))
+        (args.out / "gpu-check.md").write_text(table(report))
+    print(f"\n{table(report)}\nwritten: {args.out / 'gpu-check.json'}, {args.out / 'gpu-check.md'}")
+    return 1 if tests["exit_code"] or any("error" in row for row in report["benchmark"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

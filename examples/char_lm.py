@@ -1,0 +1,509 @@
+"""Train a character-level language model with rnnfast and check the result against plain PyTorch.
+
+The model is an embedding, a stack of `rnnfast.LSTM` (or GRU) layers and a linear softmax layer at every step. It learns
+the English prose that ships inside Python (`pydoc_data.topics`), or any UTF-8 file:
+
+    python examples/char_lm.py                          # one to three minutes on two CPU cores
+    python examples/char_lm.py --text book.txt --cell gru --hidden 512 --steps 5000
+    python examples/char_lm.py --resume                 # go on after Ctrl-C
+
+It leaves OUT/checkpoint.pt and OUT/loss.png, and shows that the weights give the same held-out loss in torch.nn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import math
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as torch loads; spinning threads crawl on a busy machine
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rnnfast
+
+CELLS = {"lstm": (rnnfast.LSTM, nn.LSTM), "gru": (rnnfast.GRU, nn.GRU)}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SAME_LOSS = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}  # nats a character, rnnfast against torch.nn
+FORMAT = "rnnfast-char-lm-1"
+BITS = 1 / math.log(2)  # bits per nat
+
+
+class UserError(Exception):
+    """What the user has to put right, in one line; the program exits with code 2."""
+
+
+@dataclass
+class Config:
+    """What fixes the course of a training run. It is kept in the checkpoint."""
+
+    cell: str = "lstm"
+    hidden: int = 128
+    layers: int = 2
+    steps: int = 700
+    batch: int = 32
+    length: int = 64
+    lr: float = 8e-3
+    dtype: str = "float32"
+    seed: int = 0
+    text: str | None = None  # None: Python's own documentation
+
+
+@dataclass
+class Corpus:
+    vocabulary: str
+    train: Tensor
+    heldout: Tensor
+    digest: str
+
+
+def python_prose() -> str:
+    """The topics of Python's `help()`, each paragraph once: repeated ones would leak into the held-out text."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("this Python comes without pydoc_data; give a text with --text FILE") from None
+    paragraphs = (paragraph.strip("\n") for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
+    return "\n\n".join(dict.fromkeys(paragraphs))
+
+
+def read_corpus(config: Config) -> Corpus:
+    """Read the text and split it: the last tenth is held out."""
+    try:
+        text = python_prose() if config.text is None else Path(config.text).read_text("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read the text {config.text}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{config.text} is not UTF-8 text") from None
+    if "\0" in text:
+        raise UserError(f"{config.text} is a binary file, not text")
+    needed = max(20, (config.batch * config.length + 1) * 10 // 9)
+    if len(text) < needed:
+        sizes = f"--batch {config.batch} --length {config.length}"
+        raise UserError(f"the text has {len(text)} characters; {sizes} need at least {needed} characters")
+    vocabulary = "".join(sorted(set(text)))
+    index = {character: i for i, character in enumerate(vocabulary)}
+    tokens = torch.tensor([index[character] for character in text])
+    split = len(text) - len(text) // 10
+    return Corpus(vocabulary, tokens[:split], tokens[split:], hashlib.sha256(text.encode()).hexdigest())
+
+
+def streams(tokens: Tensor, batch: int) -> Tensor:
+    """Cut the text into `batch` contiguous streams, (time, batch); each shares one character with the next."""
+    steps = (len(tokens) - 1) // batch
+    return torch.stack([tokens[i * steps : (i + 1) * steps + 1] for i in range(batch)], dim=1)
+
+
+# --------------------------------------------------------------------------------------------------------- the model
+
+State = Tensor | tuple[Tensor, Tensor] | None  # GRU, LSTM, all zeros
+
+
+class CharLM(nn.Module):
+    def __init__(self, recurrent: nn.RNNBase, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, recurrent.input_size)
+        self.recurrent = recurrent
+        self.head = nn.Linear(recurrent.hidden_size, vocabulary)
+
+    def forward(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """tokens (time, batch) -> float32 logits (time, batch, vocabulary), state"""
+        output, state = self.recurrent(self.embedding(tokens), state)
+        return self.head(output).float(), state
+
+
+def detach(state: State) -> State:
+    return tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
+
+
+@torch.no_grad()
+def heldout_loss(model: CharLM, heldout: Tensor, length: int = 256) -> float:
+    """Mean loss in nats a character over the whole held-out text, read as (at most) 16 streams."""
+    data = streams(heldout, min(16, len(heldout) - 1))
+    total, state = 0.0, None
+    for start in range(0, len(data) - 1, length):
+        chunk = data[start : start + length + 1]
+        logits, state = model(chunk[:-1], state)
+        total += F.cross_entropy(logits.flatten(0, 1), chunk[1:].flatten(), reduction="sum").item()
+    return total / data[1:].numel()
+
+
+@torch.no_grad()
+def sample(model: CharLM, vocabulary: str, generator: torch.Generator, count: int, temperature: float = 0.7) -> str:
+    prompt = "The " if set("The ") <= set(vocabulary) else vocabulary[0]
+    device = model.head.weight.device
+    text, state = prompt, None
+    tokens = torch.tensor([[vocabulary.index(character)] for character in prompt], device=device)
+    for _ in range(count):
+        logits, state = model(tokens, state)
+        choice = torch.multinomial((logits[-1, 0].cpu() / temperature).softmax(0), 1, generator=generator)
+        text += vocabulary[choice.item()]
+        tokens = choice.view(1, 1).to(device)
+    return text
+
+
+@dataclass
+class Run:
+    """All that training changes.
+
+    In float16 and bfloat16 the model computes in that type, while the optimizer works on a float32 copy of the weights
+    (`weights`): small updates would be lost in 8 or 11 bits. In float16 small gradients would be lost as well, so the
+    loss is scaled up first; where that overflows, the step is left out and the scale is halved.
+    """
+
+    config: Config
+    corpus: Corpus
+    device: torch.device
+    step: int = 0
+    state: State = None
+    losses: list[float] = field(default_factory=list)  # of each step
+    heldout: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.generator = torch.Generator().manual_seed(config.seed)  # of the sampled text; training draws nothing
+        torch.manual_seed(config.seed)
+        try:
+            self.model = self.new_model(CELLS[config.cell][0])
+        except (RuntimeError, MemoryError):
+            raise UserError(f"no memory for --hidden {config.hidden} --layers {config.layers} on {self.device}") from None
+        self.weights = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.lr, weight_decay=0.01)
+        self.model.to(DTYPES[config.dtype])
+        self.scale = 1024.0 if config.dtype == "float16" else 1.0
+
+    def new_model(self, recurrent_class: type[nn.RNNBase]) -> CharLM:
+        config = self.config
+        recurrent = recurrent_class(config.hidden, config.hidden, config.layers)
+        return CharLM(recurrent, len(self.corpus.vocabulary)).to(self.device)
+
+    def learning_rate(self) -> float:
+        """Warm up for a twentieth of the steps, then a half cosine down to a fiftieth."""
+        warmup = max(1, self.config.steps // 20)
+        progress = max(0, self.step - warmup) / max(1, self.config.steps - warmup)
+        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2
+        return self.config.lr * min((self.step + 1) / warmup, 1) * cosine
+
+    def train_step(self, chunk: Tensor) -> None:
+        """One step on (length + 1, batch) characters, from the state in which the chunk before left the layers."""
+        logits, state = self.model(chunk[:-1], self.state)
+        loss = F.cross_entropy(logits.flatten(0, 1), chunk[1:].flatten())
+        self.model.zero_grad()
+        (loss * self.scale).backward()
+        for name, parameter in self.model.named_parameters():
+            self.weights[name].grad = parameter.grad.float() / self.scale
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), max_norm=1.0)
+        if norm.isfinite():
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate()
+            self.optimizer.step()
+            self.copy_weights()
+        elif self.scale <= 1:
+            raise UserError(f"training diverged at step {self.step + 1}: start again with a smaller --lr")
+        else:
+            self.scale /= 2
+        self.state = detach(state)
+        self.losses.append(loss.item())
+        self.step += 1
+
+    @torch.no_grad()
+    def copy_weights(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self.weights[name])
+
+    def save(self, path: Path) -> None:
+        content = {
+            "format": FORMAT,
+            "config": asdict(self.config),
+            "vocabulary": self.corpus.vocabulary,
+            "digest": self.corpus.digest,
+            "model": self.weights,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            **{name: getattr(self, name) for name in ("step", "state", "losses", "heldout", "scale")},
+        }
+        write_atomically(path, lambda file: torch.save(content, file))
+
+    def load(self, content: dict, path: Path) -> None:
+        if content["digest"] != self.corpus.digest:
+            theirs, ours = len(content["vocabulary"]), len(self.corpus.vocabulary)
+            raise UserError(f"{path} was trained on another text (it has {theirs} different characters, this one {ours})")
+        try:
+            for name, weight in self.weights.items():
+                weight.copy_(content["model"][name])
+            self.copy_weights()
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.generator.set_state(content["generator"])
+            for name in ("step", "losses", "heldout", "scale"):
+                setattr(self, name, content[name])
+            state = content["state"]
+            self.state = tuple(part.to(self.device) for part in state) if isinstance(state, tuple) else state.to(self.device)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            raise UserError(f"the checkpoint {path} is damaged") from None
+
+
+def read_checkpoint(path: Path) -> dict:
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] == FORMAT and content["digest"] and content["vocabulary"] and Config(**content["config"]):
+            return content
+    except Exception:  # torch.load raises nearly any kind on a file that is not its own
+        pass
+    raise UserError(f"{path} is damaged or no checkpoint of this program")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a temporary file beside `path`, then rename it: a reader finds the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Progress:
+    """A bar on one line of a terminal; elsewhere twenty plain lines."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.shown, self.time, self.terminal = run, run.step, time.perf_counter(), sys.stdout.isatty()
+
+    def update(self) -> None:
+        run, config, seconds = self.run, self.run.config, time.perf_counter() - self.time
+        due = seconds > 0.2 if self.terminal else run.step % max(1, config.steps // 20) == 0
+        if not due and run.step < config.steps:
+            return
+        speed = (run.step - self.shown) * config.batch * config.length / seconds
+        loss = statistics.fmean(run.losses[-50:])
+        line = f"step {run.step}/{config.steps}  loss {loss:.3f}, {loss * BITS:.3f} bits/character, {speed:,.0f} characters/s"
+        if self.terminal:
+            columns = shutil.get_terminal_size().columns - 1
+            width = min(max(columns - len(line) - 3, 4), 40)
+            line = f"[{'#' * (width * run.step // config.steps):.<{width}}] {line}"[:columns]
+        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+        self.shown, self.time = run.step, time.perf_counter()
+
+    def message(self, text: str) -> None:
+        print(f"\n{text}" if self.terminal else text, flush=True)
+        self.time = time.perf_counter()
+
+
+@contextlib.contextmanager
+def catch_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C only sets the event, so that the step under way is finished; a second one interrupts at once."""
+    asked = threading.Event()
+
+    def handler(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+def train(run: Run, checkpoint: Path) -> bool:
+    """Train to the last step and save; False if Ctrl-C ended it before (what is done is saved then, too)."""
+    config, corpus = run.config, run.corpus
+    data = streams(corpus.train.to(run.device), config.batch)
+    heldout = corpus.heldout.to(run.device)
+    chunks = (len(data) - 1) // config.length
+    progress = Progress(run)
+    with catch_interrupt() as asked:
+        while run.step < config.steps and not asked.is_set():
+            start = run.step % chunks * config.length
+            if start == 0:
+                run.state = None  # back at the head of each stream
+            run.train_step(data[start : start + config.length + 1])
+            progress.update()
+            if run.step % max(1, config.steps // 5) == 0 or run.step == config.steps:
+                loss = heldout_loss(run.model, heldout)
+                run.heldout.append((run.step, loss))
+                text = " ".join(sample(run.model, corpus.vocabulary, run.generator, 100).split())
+                progress.message(f"held-out loss {loss:.4f}, {loss * BITS:.3f} bits a character; sample: {text}")
+                run.save(checkpoint)
+        run.save(checkpoint)
+    return run.step >= config.steps
+
+
+def plot_losses(run: Run, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"matplotlib is not installed: {path} is not drawn")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.plot(range(1, len(run.losses) + 1), [loss * BITS for loss in run.losses], lw=0.6, alpha=0.7, label="training")
+    axes.plot([step for step, _ in run.heldout], [loss * BITS for _, loss in run.heldout], "o-", label="held out")
+    axes.set(xlabel="step", ylabel="bits per character", title=f"{run.config.layers} x {run.config.cell}({run.config.hidden})")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def compare_with_torch(run: Run, checkpoint: Path) -> bool:
+    """Load the checkpoint into a model around plain torch.nn.LSTM/GRU; its held-out loss must be the trained model's."""
+    torch_class = CELLS[run.config.cell][1]
+    plain = run.new_model(torch_class)
+    plain.load_state_dict(torch.load(checkpoint, map_location=run.device, weights_only=True)["model"])
+    plain.to(DTYPES[run.config.dtype])
+    heldout = run.corpus.heldout.to(run.device)
+    ours, theirs = heldout_loss(run.model, heldout), heldout_loss(plain, heldout)
+    same = abs(ours - theirs) <= SAME_LOSS[run.config.dtype]
+    print(f"held-out loss with rnnfast.{torch_class.__name__}: {ours:.6f} ({ours * BITS:.3f} bits a character)")
+    verdict = "the same" if same else f"NOT the same: more than {SAME_LOSS[run.config.dtype]} apart"
+    print(f"held-out loss with torch.nn.{torch_class.__name__} from the checkpoint: {theirs:.6f}, {verdict}")
+    return same
+
+
+def check_kernels(device: torch.device) -> bool:
+    print("\nkernel check:", flush=True)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    return subprocess.run([sys.executable, "-m", "rnnfast.check", "--device", kind]).returncode != 1  # 2: cannot run here
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def positive(kind: type) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not 0 < value < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def usable_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device that this PyTorch can use here") from None
+    return device
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The options of `Config` are None where not given: a resumed run takes them from its checkpoint."""
+    default = Config()
+    parser = Parser(description=__doc__.split("\n")[0], prog="char_lm.py")
+    add = parser.add_argument
+    add("--text", metavar="FILE", help="learn this UTF-8 file (default: the documentation inside Python)")
+    add("--cell", choices=CELLS, help=f"(default: {default.cell})")
+    add("--dtype", choices=DTYPES, help=f"what the model computes in (default: {default.dtype})")
+    for name in ("hidden", "layers", "steps", "batch", "length"):
+        add(f"--{name}", type=positive(int), metavar="N", help=f"(default: {getattr(default, name)})")
+    add("--lr", type=positive(float), metavar="RATE", help=f"highest learning rate (default: {default.lr})")
+    add("--seed", type=int, metavar="N", help=f"(default: {default.seed})")
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=usable_device, default=cuda, help=f"(default here: {cuda})")
+    add("--out", type=Path, metavar="FOLDER", help="(default: out/char_lm, or the folder of --resume CHECKPOINT)")
+    add("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT", help="go on (default: with OUT's)")
+    add("--no-check", action="store_true", help="leave out the kernel check at the end")
+    args = parser.parse_args(argv)
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        parser.error(f"argument --seed: {args.seed} is not from 0 to 2**63 - 1")
+    if args.text is not None:
+        args.text = os.path.abspath(args.text)
+    if args.resume == Path():
+        args.resume = (args.out or Path("out/char_lm")) / "checkpoint.pt"
+    if args.out is None:
+        args.out = args.resume.parent if args.resume else Path("out/char_lm")
+    return args
+
+
+def make_run(args: argparse.Namespace) -> Run:
+    given = {option.name: getattr(args, option.name) for option in fields(Config) if getattr(args, option.name) is not None}
+    content = read_checkpoint(args.resume) if args.resume else None
+    if content:
+        for name, value in given.items():
+            trained = content["config"][name]
+            if name not in ("steps", "text") and value != trained:
+                raise UserError(f"{args.resume} was trained with --{name} {trained}, not {value}")
+        given = content["config"] | given
+    config = Config(**given)
+    run = Run(config, read_corpus(config), args.device)
+    if content:
+        run.load(content, args.resume)
+    return run
+
+
+def prepare_folder(folder: Path) -> None:
+    """Find out before training whether `folder` can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+def run_program(argv: list[str] | None) -> int:
+    args = parse_arguments(argv)
+    run = make_run(args)
+    prepare_folder(args.out)
+    config, corpus, checkpoint = run.config, run.corpus, args.out / "checkpoint.pt"
+
+    print(f"text: {len(corpus.train):,} characters, {len(corpus.heldout):,} more held out, {len(corpus.vocabulary)} different")
+    print(f"model: {sum(weight.numel() for weight in run.weights.values()):,} weights in {config.dtype} on {run.device}")
+    example = torch.zeros(config.length, config.batch, dtype=torch.long, device=run.device)
+    print(rnnfast.explain(run.model.recurrent, run.model.embedding(example)), flush=True)
+
+    if args.resume:
+        print(f"resuming {args.resume} after step {run.step}")
+    start, first = time.perf_counter(), run.step
+    if not train(run, checkpoint):
+        command = [sys.executable, sys.argv[0], "--resume", str(checkpoint), "--device", str(run.device)]
+        command += ["--no-check"] * args.no_check
+        print(f"\ninterrupted: step {run.step} of {config.steps} is saved; to go on, run\n  {shlex.join(command)}")
+        return 130
+    print(f"\ntrained {run.step - first} steps in {time.perf_counter() - start:.0f} s; a sample:\n")
+    print(sample(run.model, corpus.vocabulary, run.generator, 600) + "\n")
+    plot_losses(run, args.out / "loss.png")
+    print(f"wrote {checkpoint} and {args.out / 'loss.png'}")
+    same = compare_with_torch(run, checkpoint)
+    checked = args.no_check or check_kernels(run.device)
+    return 0 if same and checked else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run_program(argv)
+    except UserError as error:
+        print(f"char_lm.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Which executor runs a call, and why not another.
+
+    "triton"     the fused kernels of rnnfast, on a GPU, or interpreted on the CPU with TRITON_INTERPRET=1
+    "torch"      PyTorch's own layer on the same parameters: cuDNN on a GPU, ATen elsewhere
+    "reference"  the equations in plain PyTorch (`rnnfast.reference`)
+
+Asked for, in this order: by `use_backend` around the call, by ``backend=`` on the module or function, by RNNFAST_BACKEND in
+the environment; else chosen for each call: "triton" where it can run, "torch" where not. A backend that was asked for but
+cannot run gives way to "torch" with a `FallbackWarning`; with RNNFAST_STRICT=1, nothing gives way: a `RuntimeError` says why.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "FallbackWarning", "asked", "check_name", "settle", "tensor_obstacles", "use_backend"]
+
+BACKENDS = ("triton", "torch", "reference")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_RANGE = ((3, 6), (3, 10))  # from, below
+
+_F = TypeVar("_F", bound=Callable)
+_known: dict[str, str | None] = {}  # what was found of Triton and of each device; functools.cache would make Dynamo warn
+_in_context: ContextVar[str | None] = ContextVar("rnnfast_backend", default=None)
+
+
+def _constant(function: _F) -> _F:
+    """``torch.compiler.assume_constant_result`` without importing Dynamo, and with it Triton, along with rnnfast."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+class FallbackWarning(UserWarning):
+    """A backend that was asked for by name cannot run this call; PyTorch's own layer runs it instead."""
+
+
+def check_name(name: str | None, source: str = "backend") -> str | None:
+    """`name` if it is a backend's or None, else a `ValueError` that names the choices. "auto" stands for None."""
+    if name in (None, "auto"):
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{source} should be one of {', '.join(map(repr, BACKENDS))} or 'auto', got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the ``with`` block, and in this thread, every rnnfast layer runs on the backend `name`.
+
+    It wins over ``backend=`` and RNNFAST_BACKEND. "auto" or None: the choice per call. Raises `ValueError` for another name.
+
+    Example:
+        >>> layer = rnnfast.GRU(3, 4)
+        >>> with rnnfast.use_backend("reference"):
+        ...     output, h_n = layer(torch.zeros(5, 2, 3))
+    """
+    token = _in_context.set(check_name(name) or "auto")
+    try:
+        yield
+    finally:
+        _in_context.reset(token)
+
+
+@_constant
+def asked(own: str | None) -> tuple[str | None, str]:
+    """The backend asked for by name, or None, and by whom. `own` is the module's or function's ``backend=``."""
+    for name, source in (
+        (_in_context.get(), "rnnfast.use_backend"),
+        (own, "backend="),
+        (os.environ.get("RNNFAST_BACKEND") or None, "RNNFAST_BACKEND"),
+    ):
+        if name is not None:
+            return check_name(name, source), source
+    return None, "nobody"
+
+
+def strict() -> bool:
+    return os.environ.get("RNNFAST_STRICT", "0") not in ("", "0")
+
+
+def triton_obstacle() -> str | None:
+    """Why the kernels cannot be imported, or None."""
+    if "triton" not in _known:
+        _known["triton"] = _find_triton_obstacle()
+    return _known["triton"]
+
+
+def _find_triton_obstacle() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+        return "Triton is not installed (pip install triton)" if missing else f"Triton does not import: {error}"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if not TRITON_RANGE[0] <= version < TRITON_RANGE[1]:
+        return f"Triton {triton.__version__} is not supported: rnnfast knows 3.6 to 3.9"
+    return None
+
+
+def device_obstacle(kind: str, index: int | None) -> str | None:
+    """Why the kernels cannot run on this device, or None."""
+    device = f"{kind}:{index}"
+    if device not in _known:
+        _known[device] = _find_device_obstacle(kind, index)
+    return _known[device]
+
+
+def _find_device_obstacle(kind: str, index: int | None) -> str | None:
+    if kind not in ("cpu", "cuda"):
+        return f"the tensors are on a {kind!r} device: the kernels need an NVIDIA GPU"
+    if triton_obstacle():
+        return None if kind == "cuda" else "the tensors are on the CPU"
+    from rnnfast.kernels import step
+
+    mode = step.mode()
+    if mode == "mixed":
+        return "TRITON_INTERPRET was changed after Triton had been imported: set it before Python starts"
+    if kind == "cpu":
+        wanted = "the tensors are on the CPU, where the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
+        return None if mode == "interpreted" else wanted
+    if torch.version.hip:
+        return "the kernels are not validated on AMD GPUs"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the GPU is sm_{major}{minor}: the kernels need sm_80 (Ampere) or newer"
+    return None
+
+
+def _transforms() -> str | None:
+    """Ways of running a function for which the operators have no rule."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+        return "the call is inside a torch.func transform, which the kernels' operators do not support yet"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on, which the kernels' operators do not support yet"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is on: a trace should hold PyTorch's own operators only"
+    return None
+
+
+@_constant
+def _tensor_obstacles(kind: str, index: int | None, dtype: torch.dtype) -> tuple[str, ...]:
+    autocast = "autocast is on: on the CPU, PyTorch's own layer decides what it casts"
+    return tuple(
+        reason
+        for reason in (
+            triton_obstacle(),
+            device_obstacle(kind, index),
+            None if dtype in DTYPES else f"the dtype is {dtype}: the kernels take float16, bfloat16 and float32",
+            autocast if kind == "cpu" and torch.is_autocast_enabled("cpu") else None,
+            _transforms(),
+        )
+        if reason
+    )
+
+
+def tensor_obstacles(tensor: Tensor) -> tuple[str, ...]:
+    """All that keeps the Triton kernels from taking a tensor like this, here and now; empty if nothing does."""
+    return _tensor_obstacles(tensor.device.type, tensor.device.index, tensor.dtype)
+
+
+@_constant
+def settle(name: str | None, source: str, obstacles: tuple[str, ...]) -> str:
+    """The backend that runs: `name` if asked for and free of obstacles, "triton" where possible, else "torch".
+
+    Args:
+        name, source: from `asked`.
+        obstacles: what keeps the backend asked for, "triton" if none was, from running.
+
+    Raises:
+        RuntimeError: with RNNFAST_STRICT=1, if "torch" would have to stand in.
+    """
+    if name == "torch":
+        return "torch"
+    if not obstacles:
+        return name or "triton"
+    if strict():
+        wanted = name or "triton"
+        raise RuntimeError(f"RNNFAST_STRICT is set and the {wanted!r} backend cannot run this call: {'; '.join(obstacles)}")
+    if name is not None:
+        message = f"{name!r} was asked for by {source}, but PyTorch's own layer runs: {'; '.join(obstacles)}"
+        warnings.warn(message, FallbackWarning, stacklevel=4)
+    return "torch"

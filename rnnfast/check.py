@@ -1,0 +1,185 @@
+"""Checks the Triton kernels on this machine against the float64 reference, beside torch.nn's own error.
+
+    python -m rnnfast.check [--device cpu|cuda]
+
+On a GPU the kernels run for real; on the CPU in Triton's interpreter, on small cases. Exit code 0 if every error is within
+`allowed`, 1 if one is not, 2 if the kernels cannot run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Case", "Result", "allowed", "compare", "error", "main"]
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    """Root mean square of result - exact, in float64. (The largest of a few rounding errors is a game of chance; the mean
+    of their squares is not, and one wrong element still dominates it.)"""
+    return (result.double() - exact).square().mean().sqrt().item()
+
+
+def allowed(theirs: float, exact: Tensor, dtype: torch.dtype) -> float:
+    """The numerics contract: the largest `error` that a tensor of ours may have against the float64 `exact`.
+
+    Twice the error `theirs` of torch.nn in the same dtype on the same input, plus a floor, the rounding that a perfect result
+    may suffer by being stored in `dtype`: half of eps times its root mean square.
+    """
+    return 2 * theirs + 0.5 * torch.finfo(dtype).eps * error(torch.zeros_like(exact), exact)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and its input. `states`: hx is given. `scale`: standard deviation of the input."""
+
+    cell: str  # "LSTM", "GRU" or "RNN"
+    T: int
+    B: int
+    I: int
+    H: int
+    dtype: torch.dtype
+    layers: int = 1
+    bidirectional: bool = False
+    batch_first: bool = False
+    bias: bool = True
+    nonlinearity: str = "tanh"
+    states: bool = True
+    scale: float = 1.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        cell = self.cell if self.nonlinearity == "tanh" else f"{self.cell} {self.nonlinearity}"
+        extras = [
+            f"{self.layers} layers" if self.layers > 1 else "",
+            "2 directions" if self.bidirectional else "",
+            "batch first" if self.batch_first else "",
+            "" if self.bias else "no bias",
+            "" if self.states else "no hx",
+            f"scale {self.scale:g}" if self.scale != 1 else "",
+        ]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{cell} T={self.T} B={self.B} I={self.I} H={self.H} {dtype} {' '.join(filter(None, extras))}".rstrip()
+
+
+@dataclass(frozen=True)
+class Result:
+    """One tensor of a case: our error, torch.nn's, and the error `allowed`."""
+
+    case: Case
+    tensor: str
+    ours: float
+    theirs: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= self.allowed
+
+
+def _run(layer: torch.nn.Module, x: Tensor, hx: tuple[Tensor, ...], upstream: list[Tensor]) -> dict[str, Tensor]:
+    """All outputs and the gradients of everything, under the given upstream gradients."""
+    x = x.clone().requires_grad_()
+    hx = tuple(state.clone().requires_grad_() for state in hx)
+    y, last = layer(x, None if not hx else hx if len(hx) == 2 else hx[0])
+    last = last if isinstance(last, tuple) else (last,)
+    outputs = dict(zip(("output", "h_n", "c_n"), (y, *last), strict=False))
+    inputs = {"input": x, **dict(zip(("h_0", "c_0"), hx, strict=False)), **dict(layer.named_parameters())}
+    grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), [g.to(y.dtype) for g in upstream])
+    return outputs | {f"grad of {name}": grad for name, grad in zip(inputs, grads, strict=True)}
+
+
+def compare(case: Case, device: str, backend: str = "triton") -> list[Result]:
+    """Run a case on `backend` and on torch.nn, both against the reference in float64, and compare every tensor."""
+    import rnnfast
+
+    torch.manual_seed(case.seed)
+    options = {
+        "num_layers": case.layers,
+        "bidirectional": case.bidirectional,
+        "batch_first": case.batch_first,
+        "bias": case.bias,
+    }
+    if case.cell == "RNN":
+        options["nonlinearity"] = case.nonlinearity
+    exact = getattr(rnnfast, case.cell)(case.I, case.H, **options, backend="reference", device=device)
+    ours = getattr(rnnfast, case.cell)(case.I, case.H, **options, backend=backend, device=device, dtype=case.dtype)
+    theirs = getattr(torch.nn, case.cell)(case.I, case.H, **options, device=device, dtype=case.dtype)
+    exact.to(case.dtype).double()  # all three from the same rounded numbers
+    for layer in (ours, theirs):
+        layer.load_state_dict(exact.state_dict())
+    D = 2 if case.bidirectional else 1
+    count = 2 if case.cell == "LSTM" else 1
+    lead = (case.B, case.T) if case.batch_first else (case.T, case.B)
+    shape = (D * case.layers, case.B, case.H)
+    x = (torch.randn(*lead, case.I, device=device) * case.scale).to(case.dtype)
+    hx = tuple(torch.randn(shape, device=device).to(case.dtype) for _ in range(count if case.states else 0))
+    upstream = [torch.randn(*lead, D * case.H, device=device).to(case.dtype)]
+    upstream += [torch.randn(shape, device=device).to(case.dtype) for _ in range(count)]
+    right = _run(exact, x.double(), tuple(state.double() for state in hx), upstream)
+    mine, torchs = (_run(layer, x, hx, upstream) for layer in (ours, theirs))
+    results = []
+    for name, value in right.items():
+        our_error, their_error = error(mine[name], value), error(torchs[name], value)
+        results.append(Result(case, name, our_error, their_error, allowed(their_error, value, case.dtype)))
+    return results
+
+
+def small_cases() -> list[Case]:
+    """A few seconds in the interpreter: each cell in each dtype, with two directions and odd sizes."""
+    return [
+        Case(cell, 4, 3, 5, 18, dtype, layers=2 if dtype == torch.float32 else 1, bidirectional=True)
+        for cell in ("LSTM", "GRU", "RNN")
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ]
+
+
+def gpu_cases() -> list[Case]:
+    """Sizes of real layers, odd sizes and stacks."""
+    sizes = ((64, 16, 128, 256, 1), (33, 5, 29, 50, 2), (128, 64, 512, 768, 1), (7, 200, 33, 129, 1))
+    return [
+        Case(cell, T, B, I, H, dtype, layers=layers, bidirectional=layers > 1)
+        for cell in ("LSTM", "GRU", "RNN")
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for T, B, I, H, layers in sizes
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rnnfast.check", description=(__doc__ or "").split("\n")[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, choices=("cpu", "cuda"))
+    device = parser.parse_args(argv).device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("no GPU is visible to PyTorch: use --device cpu", file=sys.stderr)
+        return 2
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
+    from rnnfast import backends
+
+    obstacles = backends.tensor_obstacles(torch.empty(1, device=device))
+    if obstacles:
+        print(f"the Triton kernels cannot be checked here: {'; '.join(obstacles)}", file=sys.stderr)
+        return 2
+    where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, interpreted"
+    print(f"Triton kernels on {where}: root mean square error against float64, of the tensor nearest to its limit")
+    print(f"{'case':58} {'tensor':28} {'rnnfast':>9} {'torch.nn':>9} {'allowed':>9}")
+    failed = 0
+    for case in gpu_cases() if device == "cuda" else small_cases():
+        results = compare(case, device)
+        failed += sum(not result.ok for result in results)
+        worst = max(results, key=lambda result: result.ours / result.allowed if result.allowed else float(result.ours > 0))
+        verdict = "ok" if all(result.ok for result in results) else "TOO LARGE"
+        errors = f"{worst.ours:9.1e} {worst.theirs:9.1e} {worst.allowed:9.1e}"
+        print(f"{case!s:58} {worst.tensor:28} {errors}  {verdict}", flush=True)
+    print(f"{failed} too large" if failed else "every error is within the contract: twice torch.nn's, plus the last rounding")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""`explain`: what will run for a call, and why not another backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast import backends, families, ops
+from rnnfast.nn import _Recurrent
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. ``print`` it.
+
+    Attributes:
+        backend: the backend that will run: "triton", "torch" or "reference".
+        asked: how that was asked for, in words.
+        obstacles: all that keeps the Triton kernels from running this call; empty if nothing does.
+        call: the layer and its input, in words.
+        details: how it will run, in words.
+    """
+
+    backend: str
+    asked: str
+    obstacles: tuple[str, ...]
+    call: str
+    details: str
+
+    def __str__(self) -> str:
+        lines = [self.call, f"  backend: {self.backend} ({self.asked})", f"  how: {self.details}"]
+        lines += [f"  not triton: {obstacle}" for obstacle in self.obstacles]
+        return "\n".join(lines)
+
+
+def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
+    """Say which backend will run ``module(input, hx)`` as things stand now, and why not another. Runs nothing.
+
+    Args:
+        module: an `rnnfast.LSTM`, `rnnfast.GRU` or `rnnfast.RNN`.
+        input, hx: as for the call.
+
+    Returns:
+        An `Explanation`; its ``str`` is for people.
+
+    Raises:
+        TypeError: if `module` is not a layer of rnnfast.
+
+    Example:
+        >>> print(rnnfast.explain(rnnfast.LSTM(3, 4, backend="torch"), torch.zeros(5, 2, 3)))
+        LSTM(3, 4, backend='torch'), input (5, 2, 3) torch.float32 on cpu
+          backend: torch (asked for by backend=)
+          how: PyTorch's own layer, on ATen
+          not triton: the tensors are on the CPU, where the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)
+    """
+    if not isinstance(module, _Recurrent):
+        raise TypeError(f"module should be an rnnfast.LSTM, GRU or RNN, got {type(module).__name__}")
+    packed = isinstance(input, PackedSequence)
+    tensor = input.data if isinstance(input, PackedSequence) else input
+    shape = f"{'packed ' if packed else ''}{tuple(tensor.shape)}"
+    call = f"{module}, input {shape} {tensor.dtype} on {tensor.device}"
+    name, source = backends.asked(module.backend)
+    by = f"asked for by {source}" if name else "chosen for this call"
+    obstacles = module._obstacles(input, None)
+    if not packed and not module._is_plain(input, hx):
+        obstacles += ("torch.nn itself serves or refuses a call of this form",)
+        backend = "torch"
+    else:
+        backend = "torch" if name == "torch" or module._obstacles(input, name) else name or "triton"
+    if name not in (None, backend):
+        by = f"{name!r} was {by}, but cannot run this call"
+    details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, tensor)
+    return Explanation(backend, by, obstacles, call, details)
+
+
+def _torch(module: _Recurrent, tensor: Tensor) -> str:
+    cudnn = tensor.is_cuda and torch.backends.cudnn.is_acceptable(tensor)
+    return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}"
+
+
+def _reference(module: _Recurrent, tensor: Tensor) -> str:
+    return "the equations in plain PyTorch, one time step after another"
+
+
+def _triton(module: _Recurrent, tensor: Tensor) -> str:
+    from rnnfast.kernels import plan, step
+
+    directions = 2 if module.bidirectional else 1
+    steps, rows = (tensor.shape[0], 1) if tensor.dim() == 2 else tensor.shape[:2]
+    if tensor.dim() == 3 and module.batch_first:
+        steps, rows = rows, steps
+    times = f"{module.num_layers} layers x {directions} directions x"
+
+    def words(choice: families.Choice) -> str:
+        if choice.persistent is not None:
+            chunk = plan.chunk_steps(steps, max(rows, 1), persistent=True)
+            return f"persistent kernels, one launch for up to {chunk} steps: {times} {steps} steps; {choice.persistent.words(rows)}"
+        tiles = choice.step
+        return (
+            f"step kernels{', interpreted' if step.mode() == 'interpreted' else ''}, one launch a time step: "
+            f"{times} {steps} steps; a program computes {tiles.BLOCK_H} units of {tiles.BLOCK_B} rows in chunks of "
+            f"{tiles.BLOCK_K}, {tiles.num_warps} warps, {tiles.num_stages} stages"
+            + (f"; not persistent: {choice.reason}" if choice.reason else "")
+        )
+
+    gates = module.weight_hh_l0.shape[0] // module.hidden_size
+    arguments = (gates, rows, module.hidden_size, tensor.dtype, ops.precision())
+    forward, backward = (words(families.pick(*arguments, backward, tensor.device)) for backward in (False, True))
+    text = forward if forward == backward else f"forward: {forward}\n       backward: {backward}"
+    return text + (f"; products in {ops.precision()}" if tensor.dtype == torch.float32 else "")

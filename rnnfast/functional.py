@@ -1,0 +1,170 @@
+"""One layer, one direction, with explicit weights.
+
+    x      (T, B, I)   T, B >= 1; float16, bfloat16, float32 or float64, as every other tensor
+    hx     states before the first step, each (B, H), or None for zeros
+    w_ih   (G*H, I), w_hh (G*H, H); b_ih, b_hh (G*H,), or None
+
+G gates in PyTorch's order; the equations are in `rnnfast.reference`. Every function returns ``(y, states)``: y (T, B, H), the
+hidden state of each step, and the state or states after the last step taken, (B, H). All outputs are differentiable with
+respect to every tensor given. ``reverse`` runs from the last step to the first; ``y[t]`` belongs to ``x[t]`` all the same.
+``backend`` is as on the modules. Errors, of the types torch.nn raises: `RuntimeError` for a wrong rank or size, `ValueError`
+for a wrong dtype or an unknown backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnnfast import backends, ops, reference
+
+__all__ = ["gru", "lstm", "rnn"]
+
+_States = tuple[Tensor, ...]
+
+
+def lstm(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """LSTM layer: i, f, o = sigmoid(.), g = tanh(.); c' = f c + i g; h' = o tanh(c'). Gate order i, f, g, o.
+
+    Args, shapes, dtypes and errors: as the module says. ``hx`` is (h_0, c_0); returns ``y, (h_n, c_n)``.
+
+    Example:
+        >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(20, 3), torch.randn(20, 5)
+        >>> y, (h_n, c_n) = rnnfast.functional.lstm(x, None, w_ih, w_hh)
+        >>> y.shape, torch.equal(y[-1], h_n)
+        (torch.Size([7, 2, 5]), True)
+    """
+    y, states = _layer("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, reverse, backend)
+    return y, (states[0], states[1])
+
+
+def gru(
+    x: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """GRU layer: r, z = sigmoid(.); n = tanh(x_n + r h_n); h' = (1 - z) n + z h. Gate order r, z, n.
+
+    Args, shapes, dtypes and errors: as the module says. ``hx`` is h_0; returns ``y, h_n``.
+
+    Example:
+        >>> y, h_n = rnnfast.functional.gru(torch.randn(7, 2, 3), None, torch.randn(15, 3), torch.randn(15, 5))
+        >>> y.shape
+        torch.Size([7, 2, 5])
+    """
+    y, states = _layer("gru", x, None if hx is None else (hx,), w_ih, w_hh, b_ih, b_hh, reverse, backend)
+    return y, states[0]
+
+
+def rnn(
+    x: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Elman layer: h' = f(W_ih x + b_ih + W_hh h + b_hh), f the ``nonlinearity``, "tanh" or "relu" (else `ValueError`).
+
+    Args, shapes, dtypes and errors: as the module says. ``hx`` is h_0; returns ``y, h_n``.
+
+    Example:
+        >>> y, h_n = rnnfast.functional.rnn(torch.randn(7, 2, 3), None, torch.randn(5, 3), torch.randn(5, 5))
+        >>> y.shape
+        torch.Size([7, 2, 5])
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    states = None if hx is None else (hx,)
+    y, states = _layer(f"rnn_{nonlinearity}", x, states, w_ih, w_hh, b_ih, b_hh, reverse, backend)
+    return y, states[0]
+
+
+def _layer(
+    cell: str,
+    x: Tensor,
+    hx: _States | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    reverse: bool,
+    backend: str | None,
+) -> tuple[Tensor, _States]:
+    _check(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
+    name, source = backends.asked(backends.check_name(backend))
+    obstacles = () if name in ("torch", "reference") else backends.tensor_obstacles(x)
+    run = {"triton": ops.layer, "reference": reference.layer, "torch": _torch_layer}[backends.settle(name, source, obstacles)]
+    return run(cell, x, hx, w_ih, w_hh, b_ih, b_hh, reverse=reverse)
+
+
+def _check(
+    cell: str, x: Tensor, hx: _States | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> None:
+    gates = reference.GATES[cell]
+    if x.dim() != 3:
+        raise RuntimeError(f"x must have 3 dimensions, got {x.dim()}")
+    if w_hh.dim() != 2 or w_hh.shape[0] != gates * w_hh.shape[1]:
+        raise RuntimeError(f"w_hh must be (G*H, H) with G = {gates}, got {tuple(w_hh.shape)}")
+    T, B, I = x.shape
+    if T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if B == 0 or I == 0:
+        raise RuntimeError(f"x must not be empty, got {tuple(x.shape)}")
+    rows, H = w_hh.shape
+    count = 2 if cell == "lstm" else 1
+    if hx is not None and len(hx) != count:
+        raise RuntimeError(f"hx must hold {count} states, got {len(hx)}")
+    shapes = {"w_ih": (w_ih, (rows, I)), "w_hh": (w_hh, (rows, H)), "b_ih": (b_ih, (rows,)), "b_hh": (b_hh, (rows,))}
+    shapes |= {f"hx[{n}]": (state, (B, H)) for n, state in enumerate(hx or ())}
+    for label, (tensor, shape) in shapes.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise RuntimeError(f"Expected {label} of size {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"x has dtype {x.dtype} and {label} has {tensor.dtype}: all tensors must have one dtype")
+        if tensor.device != x.device:
+            raise RuntimeError(f"x is on {x.device} and {label} on {tensor.device}: all tensors must be on one device")
+    if (b_ih is None) != (b_hh is None):
+        raise RuntimeError("b_ih and b_hh must be given both or neither")
+
+
+def _torch_layer(
+    cell: str,
+    x: Tensor,
+    hx: _States | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, _States]:
+    """`rnnfast.reference.layer` on PyTorch's own operators: cuDNN on a GPU, ATen elsewhere."""
+    zeros = x.new_zeros(1, x.shape[1], w_hh.shape[1])
+    states = (zeros,) * (2 if cell == "lstm" else 1) if hx is None else tuple(state.unsqueeze(0) for state in hx)
+    weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    run = getattr(torch._VF, cell)
+    first = list(states) if cell == "lstm" else states[0]
+    y, *last = run(x.flip(0) if reverse else x, first, weights, len(weights) == 4, 1, 0.0, False, False, False)
+    return y.flip(0) if reverse else y, tuple(state.squeeze(0) for state in last)

@@ -1,0 +1,28 @@
+"""One suite for two machines: on a GPU the kernels run for real, elsewhere in Triton's interpreter on CPU tensors."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
+
+import pytest
+from hypothesis import settings
+
+torch.set_num_threads(1)  # the cores are shared among pytest's workers
+settings.register_profile("rnnfast", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("rnnfast")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _clean_settings(monkeypatch):
+    """Every test starts from the same seed and without the user's RNNFAST_* settings."""
+    for name in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "RNNFAST_STRICT"):
+        monkeypatch.delenv(name, raising=False)
+    torch.manual_seed(0)

@@ -1,0 +1,186 @@
+"""Which family of kernels runs: the environment, the device, the plan, and a driver that refuses."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnnfast
+from rnnfast import families, ops, reference
+from rnnfast.kernels import persistent, plan, step
+from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+REFUSAL = "Triton Error [CUDA]: too many blocks in cooperative launch"
+
+
+@pytest.fixture
+def layer():
+    return rnnfast.GRU(3, 4, backend="triton")
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """CPU tensors pass for an H100's, and its driver refuses every cooperative launch; the calls of each family."""
+    called = []
+
+    def refuse(*args, **options):
+        called.append("persistent")
+        raise RuntimeError(REFUSAL)
+
+    def counted(direction):
+        own = getattr(step, direction)
+
+        def run(*args, **options):
+            called.append("step")
+            own(*args, **options)
+
+        return run
+
+    for direction in ("forward", "backward"):
+        monkeypatch.setattr(step, direction, counted(direction))
+        monkeypatch.setattr(persistent, direction, refuse)
+    monkeypatch.setattr(families, "_refused", {})
+    monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
+    with families.assume(GPUS["H100"]):
+        yield called
+
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="takes CPU tensors, in the interpreter")
+
+
+@pytest.mark.parametrize("name", ["Persistent", "auto", "torch"])
+def test_other_names_are_refused(name, layer, device, monkeypatch):
+    monkeypatch.setenv("RNNFAST_KERNELS", name)
+    x = torch.zeros(2, 1, 3, device=device)
+    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of 'step', 'persistent', got '{name}'"):
+        layer.to(device)(x)
+    with pytest.raises(ValueError, match="RNNFAST_KERNELS"):
+        rnnfast.explain(layer, x)
+
+
+@pytest.mark.parametrize("name", [None, "", "step", "persistent"])
+def test_known_names(name, monkeypatch):
+    if name is not None:
+        monkeypatch.setenv("RNNFAST_KERNELS", name)
+    assert families.asked() == (name or "step")
+
+
+def test_choice_is_a_pure_function():
+    """Persistent only if asked for, on a GPU, where there is a plan; else the step kernels, with the reason."""
+    main = (4, 16, 768, 2, "ieee", False)
+    assert families.choose("step", *main, GPUS["H100"]) == families.Choice(plan.step_plan(768, 2, "ieee"))
+    chosen = families.choose("persistent", *main, GPUS["H100"])
+    assert isinstance(chosen.persistent, PersistentPlan) and chosen.step == plan.step_plan(768, 2, "ieee")
+    assert chosen == families.choose("persistent", *main, GPUS["H100"])
+    too_large = families.choose("persistent", 4, 16, 8192, 2, "ieee", False, GPUS["H100"])
+    assert too_large.persistent is None and "programs, where there are 132 SMs" in too_large.reason
+    on_a_cpu = families.choose("persistent", *main, None)
+    assert on_a_cpu.persistent is None and "on a CPU" in on_a_cpu.reason
+
+
+@on_cpu
+@pytest.mark.parametrize("cell", list(reference.GATES))
+def test_never_on_cpu_tensors(cell, monkeypatch):
+    """In the plain interpreter the first program would wait for the others for ever."""
+
+    def never(*args, **options):
+        raise AssertionError("a persistent kernel on a CPU")
+
+    monkeypatch.setattr(persistent, "forward", never)
+    monkeypatch.setattr(persistent, "backward", never)
+    rows = reference.GATES[cell] * 4
+    x, w_ih, w_hh = torch.randn(3, 2, 5, requires_grad=True), torch.randn(rows, 5), torch.randn(rows, 4)
+    expected = ops.layer(cell, x, None, w_ih, w_hh)[0]
+    monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
+    y = ops.layer(cell, x, None, w_ih, w_hh)[0]
+    y.sum().backward()
+    assert torch.equal(y, expected) and families.limits(CPU) is None
+
+
+@on_cpu
+def test_refused_launch_falls_back_once(refusing, layer):
+    """The step kernels run, with one warning a plan; afterwards the driver is not asked again, and explain says why."""
+    x = torch.randn(3, 2, 3)
+    assert "persistent kernels" in str(rnnfast.explain(layer, x))
+    with pytest.warns(rnnfast.FallbackWarning, match="step kernels run: the driver refused the launch") as caught:
+        y = layer(x)[0]
+        y.sum().backward()
+    assert len(caught) == 2  # forward and backward have a plan each
+    assert refusing == ["persistent", "step"] * 2
+    refusing.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(layer(x)[0], y)
+    assert refusing == ["step"]
+    assert f"not persistent: the driver refused the launch: {REFUSAL}" in str(rnnfast.explain(layer, x))
+
+
+@on_cpu
+def test_refused_launch_in_strict_mode(refusing, layer, monkeypatch):
+    monkeypatch.setenv("RNNFAST_STRICT", "1")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="RNNFAST_STRICT is set and the persistent kernels cannot run this call"):
+            layer(torch.randn(3, 2, 3))
+    assert refusing == ["persistent"] * 2
+
+
+@on_cpu
+def test_other_errors_pass(refusing, layer, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(persistent, "forward", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        layer(torch.randn(3, 2, 3))
+    assert not refusing and not families._refused
+
+
+@on_cpu
+def test_explain(layer, monkeypatch):
+    """The family, its plan in words for either direction, or why there is none."""
+    x = torch.zeros(7, 2, 3)
+    monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
+    assert "step kernels" in str(rnnfast.explain(layer, x))
+    assert "not persistent: on a CPU" in str(rnnfast.explain(layer, x))
+    with families.assume(GPUS["H100"]):
+        text = str(rnnfast.explain(layer, x))
+        assert "forward: persistent kernels" in text and "backward: persistent kernels" in text
+        assert "programs of 16 units and 8 rows" in text
+        large = rnnfast.RNN(1, 2200, backend="triton")
+        assert "not persistent: no tiles fit" in str(rnnfast.explain(large, torch.zeros(1, 1, 1)))
+    monkeypatch.delenv("RNNFAST_KERNELS")
+    assert "persistent" not in str(rnnfast.explain(layer, x))
+
+
+PROGRAM = """
+import json, torch
+from benchmarks.offline import pretend_gpu, settings
+from rnnfast import ops
+from rnnfast.kernels import plan
+
+plan.PERSISTENT_CHUNK_ROWS = 8 * 3
+x, w_ih, w_hh = (torch.zeros(*shape, dtype=torch.float16) for shape in ((20, 3, 4), (512, 4), (512, 128)))
+found = {}
+for reverse in (False, True):
+    with settings("persistent", False), pretend_gpu(90) as driver:
+        y, _ = ops.layer("lstm", x.requires_grad_(), None, w_ih, w_hh, reverse=reverse)
+        y.sum().backward()
+    found[str(reverse)] = [name for name, _ in driver.launches]
+print(json.dumps(found))
+"""
+
+
+def test_one_launch_a_chunk():
+    """20 steps in chunks of 8: three launches forward, each after its rows were cleared; one backward."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    forward, backward = ["clear_kernel", "persistent_forward_kernel"], ["clear_kernel", "persistent_backward_kernel"]
+    assert json.loads(done.stdout) == {"False": forward * 3 + backward, "True": forward * 3 + backward}

@@ -1,0 +1,114 @@
+"""Who may import whom, read from the sources: benchmarks, tests, examples -> rnnfast -> rnnfast.kernels -> Triton."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST = 450  # lines; a file should be read at one sitting
+OUTSIDE = {"benchmarks", "examples", "tests"}
+
+
+def sources(folder: str) -> list[Path]:
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found, f"no sources in {folder}/"
+    return found
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def for_types(node: ast.AST) -> bool:
+    """``if TYPE_CHECKING:``, which never runs."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports(path: Path, deferred: bool = True) -> Iterator[tuple[str, int]]:
+    """Each module or name that `path` imports, dotted, and its line; `deferred`: also those that importing it does not run."""
+    queue: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"), filename=str(path))]
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{named(path)}:{node.lineno}: relative import: write the whole name"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+        elif deferred or not (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or for_types(node)):
+            queue.extend(ast.iter_child_nodes(node))
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def refuse(path: Path, wrong, rule: str, deferred: bool = True) -> None:
+    found = [f"{named(path)}:{line}: {name}" for name, line in imports(path, deferred) if wrong(name)]
+    assert not found, f"{rule}: {', '.join(found)}"
+
+
+@pytest.mark.parametrize("path", sources("kernels"), ids=named)
+def test_kernels_import_triton_the_standard_library_and_themselves(path):
+    def wrong(name):
+        return not within(name, "triton", "rnnfast.kernels") and name.split(".")[0] not in sys.stdlib_module_names
+
+    refuse(path, wrong, "kernels/ imports Triton, the standard library and rnnfast.kernels only")
+
+
+def test_reference_imports_torch_alone():
+    refuse(
+        ROOT / "rnnfast/reference.py", lambda name: not within(name, "__future__", "torch"), "the oracle stands on torch alone"
+    )
+
+
+@pytest.mark.parametrize("path", sources("rnnfast"), ids=named)
+def test_library_imports_neither_benchmarks_nor_tests_nor_examples(path):
+    refuse(path, lambda name: within(name, *OUTSIDE, "kernels"), "rnnfast/ stands below benchmarks, tests and examples")
+
+
+@pytest.mark.parametrize("path", sources("rnnfast"), ids=named)
+def test_library_imports_triton_and_kernels_inside_functions_only(path):
+    refuse(path, lambda name: within(name, "triton", "rnnfast.kernels"), "importing rnnfast needs no Triton", deferred=False)
+
+
+@pytest.mark.parametrize("path", [path for path in sources("rnnfast") if named(path).startswith("rnnfast/nn")], ids=named)
+def test_modules_know_no_triton(path):
+    refuse(path, lambda name: within(name, "triton", "rnnfast.kernels"), "no Triton in the modules, they call the operators")
+
+
+def test_operators_stand_below_the_modules():
+    def wrong(name):
+        below = ("rnnfast.kernels", "rnnfast.families", "rnnfast.ops", "rnnfast.reference")
+        return within(name, "rnnfast") and not within(name, *below)
+
+    paths = [path for path in sources("rnnfast") if named(path).startswith("rnnfast/ops")]
+    assert paths
+    for path in paths:
+        refuse(path, wrong, "operators stand on kernels, their choice, and reference")
+
+
+@pytest.mark.parametrize("path", [*sources("kernels"), *sources("rnnfast"), *sources("benchmarks")], ids=named)
+def test_files_stay_small(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST, f"{named(path)} has {lines} lines: split it"
+
+
+@pytest.mark.parametrize(
+    "before", ["", "sys.modules['triton'] = None"], ids=["Triton installed or not", "Triton refusing to import"]
+)
+def test_importing_rnnfast_imports_no_triton(before):
+    program = f"""
+import sys
+{before}
+import torch
+known = set(sys.modules)
+import rnnfast
+new = [name for name in set(sys.modules) - known if name.split(".")[0] == "triton" or name.startswith("rnnfast.kernels")]
+sys.exit(f"import rnnfast imported {{new}}" if new else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

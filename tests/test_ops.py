@@ -1,0 +1,211 @@
+"""The operators: PyTorch's own checks, every gradient, and what nobody needs not being computed."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rnnfast import ops, reference
+from rnnfast.check import allowed, error
+from rnnfast.kernels import plan
+
+CELLS = list(reference.GATES)
+T, B, I, H = 4, 3, 5, 6
+
+
+def make(cell, device, dtype=torch.float32, T=T, B=B, I=I, H=H, states=True, bias=True, grad=True, scale=1.0):
+    rows = reference.GATES[cell] * H
+    shapes = {"x": (T, B, I)}
+    if states:
+        shapes |= {"h0": (B, H)} | ({"c0": (B, H)} if cell == "lstm" else {})
+    shapes |= {"w_ih": (rows, I), "w_hh": (rows, H)} | ({"b_ih": (rows,), "b_hh": (rows,)} if bias else {})
+    size = {"x": scale, "w_ih": I**-0.5, "w_hh": H**-0.5}
+    made = {name: torch.randn(*shape, device=device) * size.get(name, 1) for name, shape in shapes.items()}
+    return {name: tensor.to(dtype).requires_grad_(grad) for name, tensor in made.items()}
+
+
+def call(layer, cell, tensors, reverse=False):
+    """y and the last states of `ops.layer` or `reference.layer`."""
+    states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors) or None
+    weights = [tensors.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    y, last = layer(cell, tensors["x"], states, *weights, reverse=reverse)
+    return (y, *last)
+
+
+def op_args(cell, tensors, reverse, save):
+    return (cell, *(tensors.get(name) for name in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")), reverse, save)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_opcheck(cell, bare, grad, device):
+    """torch.library.opcheck: schema, autograd registration, fake kernels and AOT dispatch with dynamic shapes."""
+    tensors = make(cell, device, states=not bare, bias=not bare, grad=grad)
+    torch.library.opcheck(ops.forward, op_args(cell, tensors, bare, grad))
+    with torch.no_grad():
+        y, h_n, _, saved, c = ops.forward(*op_args(cell, tensors, bare, True))
+        upstream = (torch.randn_like(y), None, None) if bare else (None, torch.randn_like(h_n), None)
+        w_hh = tensors["w_hh"].detach()
+        states = (None, None) if bare else (tensors["h0"].detach(), tensors["c0"].detach() if cell == "lstm" else None)
+        torch.library.opcheck(ops.backward, (cell, *upstream, y, saved, c, *states, w_hh, bare, not bare))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_gradient(cell, dtype, reverse, device):
+    """Outputs and all gradients against the float64 reference; the yardstick is the same reference run in `dtype`."""
+    tensors = make(cell, device, dtype)
+    right = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    outputs = [call(ops.layer, cell, tensors, reverse), *(call(reference.layer, cell, t, reverse) for t in (right, plain))]
+    upstream = [torch.randn_like(out) for out in outputs[0]]
+    found = [
+        (*out, *torch.autograd.grad(out, list(ins.values()), [g.to(out[0].dtype) for g in upstream]))
+        for out, ins in zip(outputs, (tensors, right, plain), strict=True)
+    ]
+    names = [*(f"output {n}" for n in range(len(outputs[0]))), *tensors]
+    for name, ours, exact, theirs in zip(names, *found, strict=True):
+        assert error(ours, exact) <= allowed(error(theirs, exact), exact, dtype), name
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
+def test_backward_twice(cell, device):
+    """retain_graph: the second backward gives bitwise what the first gave (saved activations are not overwritten)."""
+    tensors = make(cell, device)
+    outputs = call(ops.layer, cell, tensors)
+    loss = sum(out.square().sum() for out in outputs)
+    first = torch.autograd.grad(loss, list(tensors.values()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(tensors.values()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_each_output_alone(cell, device):
+    """A loss of only one output gives what the reference gives: absent upstream gradients count as zero."""
+    tensors = make(cell, device)
+    right = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+    for n in range(3 if cell == "lstm" else 2):
+        ours = torch.autograd.grad(call(ops.layer, cell, tensors)[n].sum(), list(tensors.values()))
+        exact = torch.autograd.grad(call(reference.layer, cell, right)[n].sum(), list(right.values()))
+        for a, b in zip(ours, exact, strict=True):
+            assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+class Counter(TorchDispatchMode):
+    """Counts the calls of each operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func._schema.name)
+        return func(*args, **kwargs or {})
+
+    def count(self, *names):
+        return sum(name in names for name in self.calls)
+
+
+PRODUCTS = {"x": 1, "w_ih": 1, "w_hh": 2, "b_ih": 0, "b_hh": 0}  # w_hh: the steps, and the first step with h0
+SUMS = {"b_ih": 1, "b_hh": 1}
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_only_what_is_needed(cell, device):
+    """For every subset of inputs that require gradients: those gradients, and no product or sum for any other."""
+    names = ["x", "w_ih", "w_hh", "b_ih", "b_hh"]
+    everything = make(cell, device, T=2, B=2)
+    grads = torch.autograd.grad(call(ops.layer, cell, everything)[0].sum(), list(everything.values()))
+    full = dict(zip(everything, grads, strict=True))
+    for needed in (subset for n in range(1, 6) for subset in itertools.combinations(names, n)):
+        tensors = {name: tensor.detach().requires_grad_(name in needed) for name, tensor in everything.items()}
+        loss = call(ops.layer, cell, tensors)[0].sum()
+        with Counter() as counter:
+            grads = torch.autograd.grad(loss, [tensors[name] for name in needed])
+        assert all(torch.equal(grad, full[name]) for name, grad in zip(needed, grads, strict=True))
+        assert counter.count("aten::mm", "aten::addmm") == sum(PRODUCTS[name] for name in needed)
+        assert counter.count("aten::sum") == sum(SUMS.get(name, 0) for name in needed)
+
+
+def test_no_grad_saves_nothing(device):
+    """Neither no_grad nor inputs without gradients keep anything; an input that needs one does."""
+    tensors = make("lstm", device)
+    with torch.no_grad():
+        assert call(ops.layer, "lstm", tensors)[0].grad_fn is None
+    assert not call(ops.layer, "lstm", make("lstm", device, grad=False))[0].requires_grad
+    with pytest.raises(RuntimeError, match="save=False"):
+        ops.forward(*op_args("lstm", tensors, False, False))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_layouts(cell, device):
+    """Transposed, strided, expanded and misaligned inputs give what contiguous ones give, and stay as they were."""
+    base = make(cell, device, grad=False)
+    expected = call(ops.layer, cell, base)
+    shift = lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)  # noqa: E731 - off the 16-byte boundary
+    wide = lambda t: torch.stack([t, t], -1)[..., 0]  # noqa: E731
+    turn = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t  # noqa: E731
+    for change in (shift, wide, turn):
+        changed = {name: change(tensor) for name, tensor in base.items()}
+        copies = {name: tensor.clone() for name, tensor in changed.items()}
+        for a, b in zip(call(ops.layer, cell, changed), expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+        assert all(torch.equal(changed[name], copies[name]) for name in changed)
+    same = dict(base, x=base["x"][:1].expand(T, B, I), h0=base["h0"][:1].expand(B, H))
+    dense = {name: tensor.contiguous() for name, tensor in same.items()}
+    assert all(torch.equal(a, b) for a, b in zip(call(ops.layer, cell, same), call(ops.layer, cell, dense), strict=True))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_large_values(cell, device):
+    """Inputs of 1e4 saturate the gates and give finite outputs and gradients."""
+    tensors = make(cell, device, scale=1e4)
+    outputs = call(ops.layer, cell, tensors)
+    grads = torch.autograd.grad(sum(out.sum() for out in outputs), list(tensors.values()))
+    assert all(tensor.isfinite().all() for tensor in (*outputs, *grads))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_and_inf_stay_in_their_row(cell, bad, device):
+    """One bad element makes NaN exactly where the reference has it, and never in another batch row."""
+    tensors = make(cell, device, grad=False)
+    tensors["x"][1, 2, 0] = bad
+    outputs, right = call(ops.layer, cell, tensors), call(reference.layer, cell, tensors)
+    for ours, exact in zip(outputs, right, strict=True):
+        assert torch.equal(ours.isnan(), exact.isnan())
+        assert torch.equal(ours.isinf(), exact.isinf())
+    assert outputs[0][:, :2].isfinite().all()
+
+
+def test_chunked_input_side(device, monkeypatch):
+    """A sequence longer than a chunk: the same states, in both directions, with a last chunk that is shorter."""
+    tensors = make("lstm", device, grad=False)
+    for reverse in (False, True):
+        whole = call(ops.layer, "lstm", tensors, reverse)
+        monkeypatch.setattr(plan, "CHUNK_ROWS", 3 * B)
+        assert plan.chunk_steps(T, B) == 3
+        chunked = call(ops.layer, "lstm", tensors, reverse)
+        monkeypatch.undo()
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in zip(whole, chunked, strict=True))
+
+
+@settings(max_examples=12)
+@given(
+    cell=st.sampled_from(CELLS), T=st.integers(1, 3), B=st.integers(1, 34), I=st.integers(1, 20), H=st.integers(1, 34),
+    reverse=st.booleans(), states=st.booleans(), bias=st.booleans(),
+)  # fmt: skip
+def test_any_shape(device, cell, T, B, I, H, reverse, states, bias):
+    """Outputs and gradients against float64 for any shape and option."""
+    tensors = make(cell, device, T=T, B=B, I=I, H=H, states=states, bias=bias)
+    right = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+    ours, exact = call(ops.layer, cell, tensors, reverse), call(reference.layer, cell, right, reverse)
+    our_grads = torch.autograd.grad(sum(out.square().sum() for out in ours), list(tensors.values()))
+    exact_grads = torch.autograd.grad(sum(out.square().sum() for out in exact), list(right.values()))
+    for a, b in zip((*ours, *our_grads), (*exact, *exact_grads), strict=True):
+        assert error(a, b) <= 2e-6 * (1 + b.abs().max().item())
