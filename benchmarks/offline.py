@@ -147,9 +147,7 @@ def compile_layer(arch: int, cell: str, dtype: torch.dtype, hidden: int, tf32: b
     from rnnfast.reference import GATES
 
     rows = GATES[cell] * hidden
-    weights = [
-        torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((rows, 8), (rows, hidden), (rows,), (rows,))
-    ]
+    weights = [torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((rows, 8), (rows, hidden), (rows,), (rows,))]
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
     try:

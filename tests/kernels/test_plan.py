@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from rnnfast.kernels import plan
 
 
-@given(H=st.integers(1, 10_000), itemsize=st.sampled_from([2, 4]), precision=st.sampled_from(["ieee", "tf32"]), B=st.integers(1, 10**6))
+@given(
+    H=st.integers(1, 10_000),
+    itemsize=st.sampled_from([2, 4]),
+    precision=st.sampled_from(["ieee", "tf32"]),
+    B=st.integers(1, 10**6),
+)
 def test_step_plan(H, itemsize, precision, B):
     """The grid covers every row and unit once, no tile is below tl.dot's least, and powers of two throughout."""
     tiles = plan.step_plan(H, itemsize, precision)
