@@ -34,10 +34,10 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     16 units, so that a layer of H = 768 spreads over 48 SMs even at a small batch: a step is bound by how fast the SMs pull the
     weights out of L2, not by the arithmetic. 64 batch rows: Triton lays the warps of a sum over several gates along the rows,
     so 4 warps cover 64 rows without repeating a product (with 32 rows each product was counted twice in the machine code), and
-    64 is the least for wgmma. Without tensor cores (float32 in "ieee" `precision`) the sums of 64 rows do not fit the
-    registers. Chunks of 256 bytes (half precision: 128 elements, float32: 64) keep the loads wide and three of them in flight;
-    a small layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows are
-    not aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers.
+    64 is the least for wgmma. Without tensor cores (float32 in "ieee" `precision`) the sums of 64 rows overflow the registers.
+    Chunks of 256 bytes (half precision: 128 elements, float32: 64) keep the loads wide and three of them in flight; a small
+    layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows are not
+    aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers.
     """
     aligned = H * itemsize % 16 == 0
     widest = 256 // itemsize if aligned else 32

@@ -100,7 +100,8 @@ def _triton(module: _Recurrent, tensor: Tensor) -> str:
     def words(choice: families.Choice) -> str:
         if choice.persistent is not None:
             chunk = plan.chunk_steps(steps, max(rows, 1), persistent=True)
-            return f"persistent kernels, one launch for up to {chunk} steps: {times} {steps} steps; {choice.persistent.words(rows)}"
+            programs = choice.persistent.words(rows)
+            return f"persistent kernels, one launch for up to {chunk} steps: {times} {steps} steps; {programs}"
         tiles = choice.step
         return (
             f"step kernels{', interpreted' if step.mode() == 'interpreted' else ''}, one launch a time step: "

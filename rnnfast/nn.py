@@ -32,13 +32,13 @@ class _Recurrent(torch.nn.RNNBase):
         self.backend = backends.check_name(backend)
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:  # type: ignore[override]
-        if self._is_plain(input, hx):
-            name, source = backends.asked(self.backend)
-            backend = backends.settle(name, source, () if name == "torch" else self._obstacles(input, name))
-            if backend != "torch":
-                return self._run(backend, input, hx)
-        elif isinstance(input, PackedSequence):
-            backends.settle(*backends.asked(self.backend), self._obstacles(input, None))
+        name, source = backends.asked(self.backend)
+        if name != "torch":
+            obstacles = self._obstacles(input, name)
+            if obstacles:
+                backends.settle(name, source, obstacles)
+            elif self._is_plain(input, hx):
+                return self._run(name or "triton", input, hx)
         return super().forward(input, hx)
 
     def _states(self, hx: Any) -> tuple[Tensor, ...]:
@@ -48,21 +48,19 @@ class _Recurrent(torch.nn.RNNBase):
         return tuple(hx) if self.mode == "LSTM" and isinstance(hx, (tuple, list)) else (hx,)
 
     def _is_plain(self, input: Any, hx: Any) -> bool:
-        """Whether this is a padded call whose tensors all fit. Any other goes to torch.nn, to be served or refused there."""
+        """Whether the tensors of this call all fit. If not it goes to torch.nn, to be served or refused there."""
         if not isinstance(input, Tensor) or input.dim() not in (2, 3) or input.numel() == 0:
             return False
         batch = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
         directions = 2 if self.bidirectional else 1
-        expected = (self.num_layers * directions, *batch, self.proj_size or self.hidden_size)
+        expected = (self.num_layers * directions, *batch, self.hidden_size)
         states, weights = self._states(hx), self._weights()
         rows = reference.GATES[self.mode.lower()] * self.hidden_size
-        inner = (self.proj_size or self.hidden_size) * directions
         autocast = torch.is_autocast_enabled(input.device.type)
         return (
             input.shape[-1] == self.input_size
             and (not states or len(states) == (2 if self.mode == "LSTM" else 1))
-            and all(isinstance(state, Tensor) for state in states)
-            and (self.proj_size > 0 or all(state.shape == expected for state in states))
+            and all(isinstance(state, Tensor) and state.shape == expected for state in states)
             and all(
                 isinstance(tensor, Tensor)
                 and tensor.device == input.device
@@ -70,7 +68,8 @@ class _Recurrent(torch.nn.RNNBase):
                 for tensor in (*states, *(weight for group in weights for weight in group))
             )
             and all(
-                (w_ih.shape, w_hh.shape) == ((rows, self.input_size if n < directions else inner), (rows, expected[-1]))
+                (w_ih.shape, w_hh.shape)
+                == ((rows, self.input_size if n < directions else directions * self.hidden_size), (rows, self.hidden_size))
                 and all(bias.shape == (rows,) for bias in rest[:2] if self.bias)
                 for n, (w_ih, w_hh, *rest) in enumerate(weights)
             )
@@ -80,12 +79,14 @@ class _Recurrent(torch.nn.RNNBase):
         """The weights of each layer and direction, looked up by name at each call: a replaced weight is never missed."""
         return [[getattr(self, name, None) for name in names] for names in self._all_weights]
 
-    def _obstacles(self, input: Tensor | PackedSequence, name: str | None) -> tuple[str, ...]:
-        """What keeps the backend `name`, or "triton" if None, from running a call that fits."""
-        found = () if name == "reference" else backends.tensor_obstacles(input if isinstance(input, Tensor) else input.data)
+    def _obstacles(self, input: Any, name: str | None) -> tuple[str, ...]:
+        """What keeps the backend `name`, or "triton" if None, from running a call that is plain; see `_is_plain`."""
+        packed = isinstance(input, PackedSequence)
+        tensor = input.data if packed else input
+        found = () if name == "reference" or not isinstance(tensor, Tensor) else backends.tensor_obstacles(tensor)
         if self.proj_size:
             found += ("proj_size is set, which the kernels do not know yet",)
-        if isinstance(input, PackedSequence):
+        if packed:
             found += ("the input is a PackedSequence, which the kernels do not take yet",)
         return found
 
