@@ -2,8 +2,9 @@
 
     make gpu-check                      (or python -m benchmarks.gpu_check --out DIR)
 
-Installs nothing. Writes gpu-check.json and gpu-check.md into DIR with the GPU, the versions and the commit. Exit code 0 if
-the tests passed and every timed case was right, 1 if not or if there is no GPU.
+Installs nothing. Writes gpu-check.json and gpu-check.md into DIR with the GPU, the versions and the commit. The persistent
+kernels come last, each case in a process of its own with a time limit: should one hang, all else is written already. Exit code
+0 if the tests passed and every case was right, 1 if not or if there is no GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import rnnfast
 from rnnfast.check import Case, compare
 
 TEST_SECONDS = 300
+PERSISTENT_SECONDS = 180  # a case, compilation included
+STRESS_LAUNCHES = 1000
 CASES = [
     Case(cell, T, B, H, H, dtype, states=False)
     for cell in ("LSTM", "GRU")
@@ -108,11 +111,12 @@ def calls(case: Case, layer: torch.nn.Module) -> dict[str, Callable[[], object]]
     return {"forward": forward, "training step": training}
 
 
-def measure(case: Case) -> list[dict]:
-    """The rows of one case. A case that is not right is not timed."""
+def measure(case: Case, ours: str = "rnnfast") -> list[dict]:
+    """The rows of one case, with rnnfast, as it is set up in this process, under the name `ours`. What is not right is not
+    timed."""
     options = {"device": "cuda", "dtype": case.dtype}
     layers = {
-        "rnnfast": getattr(rnnfast, case.cell)(case.I, case.H, backend="triton", **options),
+        ours: getattr(rnnfast, case.cell)(case.I, case.H, backend="triton", **options),
         "torch.nn": getattr(torch.nn, case.cell)(case.I, case.H, **options),
     }
     wrong = [result for result in compare(case, "cuda") if not result.ok]
@@ -137,7 +141,7 @@ def measure(case: Case) -> list[dict]:
         medians = {name: statistics.median(values) for name, values in times.items()}
         rows.append(
             row
-            | {"mode": mode, "speed_up": medians["torch.nn"] / medians["rnnfast"]}
+            | {"mode": mode, "speed_up": medians["torch.nn"] / medians[ours]}
             | {f"{name} us/step": median for name, median in medians.items()}
             | {f"{name} min-max": [min(values), max(values)] for name, values in times.items()}
             | {f"{name} peak MiB": value for name, value in memory.items()}
@@ -145,48 +149,125 @@ def measure(case: Case) -> list[dict]:
     return rows
 
 
+def stress(case: Case) -> str:
+    """Launch the kernels again and again on a few steps, each time for the same bits; what went wrong, or nothing."""
+    layer = getattr(rnnfast, case.cell)(case.I, case.H, backend="triton", device="cuda", dtype=case.dtype)
+    x = torch.randn(8, case.B, case.I, device="cuda", dtype=case.dtype, requires_grad=True)
+    first, wrong = None, torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(STRESS_LAUNCHES):
+        y = layer(x)[0]
+        found = torch.cat((y.detach().flatten(), torch.autograd.grad(y.sum(), x)[0].flatten()))
+        first = found if first is None else first
+        wrong += (found != first).any()
+    return f"{wrong.item()} of {STRESS_LAUNCHES} runs gave other bits than the first" if wrong.item() else ""
+
+
+def measure_persistent(number: int) -> list[dict]:
+    """`measure` of a case on the persistent kernels, after a stress run; for a process with RNNFAST_KERNELS=persistent."""
+    from rnnfast import families, ops
+
+    case = CASES[number]
+    gates = 4 if case.cell == "LSTM" else 3
+    for backward in (False, True):
+        device = torch.device("cuda", torch.cuda.current_device())
+        choice = families.pick(gates, case.B, case.H, case.dtype, ops.precision(), backward, device)
+        if choice.persistent is None:
+            return [{"skipped": f"no persistent {'backward' if backward else 'forward'}: {choice.reason}"}]
+    rows = measure(case, "persistent")
+    if not any("error" in row for row in rows) and (wrong := stress(case)):
+        return [{"error": wrong}]
+    return rows
+
+
+def run_persistent(number: int, folder: Path) -> list[dict]:
+    """`measure_persistent` in a process that may hang."""
+    out = folder / f"gpu-check-persistent-{number}.json"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--persistent", str(number), "--out", str(folder)]
+    env = os.environ | {"RNNFAST_KERNELS": "persistent", "RNNFAST_STRICT": "1"}
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PERSISTENT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [{"error": f"not finished in {PERSISTENT_SECONDS} s"}]
+    if not out.exists():
+        return [{"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}]
+    return json.loads(out.read_text())
+
+
+def persistent_cell(report: dict, row: dict) -> str:
+    """The persistent kernels' column in the table, beside a row of the benchmark: time and speed-up, or why there is none."""
+    for other in report["persistent"].get(row["case"], []):
+        if note := other.get("error") or other.get("skipped"):
+            return note
+        if other["mode"] == row.get("mode"):
+            return f"{other['persistent us/step']:.2f} ({other['speed_up']:.2f})"
+    return "not run"
+
+
 def table(report: dict) -> str:
     """The report as Markdown."""
     lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in report["environment"].items()), ""]
     lines += [f"Tests: {report['tests']['closing_line']}", ""]
     lines += ["One layer, one direction, input side included, eager. Times in microseconds per time step, medians of 10.", ""]
-    lines += ["| case | mode | rnnfast | torch.nn | speed-up | rnnfast MiB | torch.nn MiB |", "|---|---|--:|--:|--:|--:|--:|"]
+    lines += ["Persistent: RNNFAST_KERNELS=persistent, beside torch.nn in another process, with that speed-up.", ""]
+    lines += ["| case | mode | rnnfast | torch.nn | speed-up | rnnfast MiB | torch.nn MiB | persistent |"]
+    lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
     for row in report["benchmark"]:
         if "error" in row:
-            lines.append(f"| {row['case']} | not timed: {row['error']} | | | | | |")
+            lines.append(f"| {row['case']} | not timed: {row['error']} | | | | | | {persistent_cell(report, row)} |")
         else:
             cells = [f"{row[f'{name} us/step']:.2f}" for name in ("rnnfast", "torch.nn")] + [f"{row['speed_up']:.2f}"]
             cells += [f"{row[f'{name} peak MiB']:.0f}" for name in ("rnnfast", "torch.nn")]
-            lines.append(f"| {row['case']} | {row['mode']} | {' | '.join(cells)} |")
+            lines.append(f"| {row['case']} | {row['mode']} | {' | '.join(cells)} | {persistent_cell(report, row)} |")
     return "\n".join(lines) + "\n"
+
+
+def write(report: dict, folder: Path) -> None:
+    (folder / "gpu-check.json").write_text(json.dumps(report, indent=1))
+    (folder / "gpu-check.md").write_text(table(report))
+
+
+def attempt(function: Callable[..., list[dict]], *args) -> list[dict]:
+    """The rows that `function` gives, or one with its error."""
+    try:
+        return function(*args)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        return [{"error": f"{type(error).__name__}: {error}".splitlines()[0]}]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description="Tests and a short benchmark on a GPU.")
     parser.add_argument("--out", type=Path, default=Path("out/gpu-check"), help="folder for the results")
     parser.add_argument("--skip-tests", action="store_true", help="only the benchmark")
+    parser.add_argument("--persistent", type=int, metavar="CASE", help=argparse.SUPPRESS)  # see `run_persistent`
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("gpu-check needs an NVIDIA GPU, and PyTorch sees none here; make test runs everything on a CPU", file=sys.stderr)
         return 1
     os.environ.pop("TRITON_INTERPRET", None)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.persistent is not None:
+        rows = attempt(measure_persistent, args.persistent)
+        (args.out / f"gpu-check-persistent-{args.persistent}.json").write_text(json.dumps(rows))
+        return 0
+    os.environ["RNNFAST_KERNELS"] = "step"
     tests = {"exit_code": 0, "closing_line": "skipped"} if args.skip_tests else run_tests(args.out)
     print(f"tests: {tests['closing_line']}", flush=True)
-    report: dict = {"environment": environment(), "tests": tests, "benchmark": []}
+    report: dict = {"environment": environment(), "tests": tests, "benchmark": [], "persistent": {}}
     for case in CASES:
         torch.cuda.empty_cache()
-        try:
-            rows = measure(case)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            rows = [{"case": str(case), "error": f"{type(error).__name__}: {error}".splitlines()[0]}]
-        for row in rows:
-            print(json.dumps(row), flush=True)
-        report["benchmark"] += rows
-        (args.out / "gpu-check.json").write_text(json.dumps(report, indent=1))
-        (args.out / "gpu-check.md").write_text(table(report))
+        for row in attempt(measure, case):
+            report["benchmark"].append({"case": str(case)} | row)
+            print(json.dumps(report["benchmark"][-1]), flush=True)
+        write(report, args.out)
+    for number, case in enumerate(CASES):
+        rows = run_persistent(number, args.out)
+        print(json.dumps({"case": str(case), "persistent": rows}), flush=True)
+        report["persistent"][str(case)] = rows
+        write(report, args.out)
     print(f"\n{table(report)}\nwritten: {args.out / 'gpu-check.json'}, {args.out / 'gpu-check.md'}")
-    return 1 if tests["exit_code"] or any("error" in row for row in report["benchmark"]) else 0
+    rows = [row for found in (report["benchmark"], *report["persistent"].values()) for row in found]
+    return 1 if tests["exit_code"] or any("error" in row for row in rows) else 0
 
 
 if __name__ == "__main__":

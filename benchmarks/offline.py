@@ -180,9 +180,9 @@ def count_loop(built, warps: int, multiplies: int, unsized: int) -> dict[str, in
 
     Returns:
         instructions, barriers and spill accesses in the loop; tensor_core, instructions a warp or warp group; redundancy, the
-        multiplies that they do over those needed; poll, width of the polling loads; reread, global loads that do not poll,
-        which are the step's inputs; async_copies, anywhere in the kernel; exchange, the accesses of the exchange and their
-        scalar width in PTX; cooperative, whether the launch asks for all programs to be resident.
+        multiplies that they do over those needed; poll and publish, the strong loads and stores; reread, global loads that do
+        not poll, which are the step's inputs; async_copies, anywhere in the kernel; exchange, the accesses of the exchange and
+        their scalar width in PTX; cooperative, whether the launch asks for all programs to be resident.
     """
     _, sass = disassemble(built)
     loop = time_loop(sass)
@@ -213,6 +213,7 @@ def count_loop(built, warps: int, multiplies: int, unsized: int) -> dict[str, in
         "tensor_core": tensor_core,
         "redundancy": round(done / multiplies, 3),
         "poll": ",".join(sorted({opcode for opcode in loads if "STRONG" in opcode})),
+        "publish": ",".join(sorted({opcode for opcode in opcodes if opcode.startswith("STG.") and "STRONG" in opcode})),
         "reread": sum("STRONG" not in opcode for opcode in loads),
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)) + built.asm["ttgir"].count("async_copy"),
         "exchange": ", ".join(sorted(exchange)),

@@ -89,19 +89,23 @@ def _reference(module: _Recurrent, tensor: Tensor) -> str:
 
 
 def _triton(module: _Recurrent, tensor: Tensor) -> str:
-    from rnnfast.kernels import plan, step
+    from rnnfast.kernels import persistent, plan, step
 
     directions = 2 if module.bidirectional else 1
     steps, rows = (tensor.shape[0], 1) if tensor.dim() == 2 else tensor.shape[:2]
     if tensor.dim() == 3 and module.batch_first:
         steps, rows = rows, steps
+    gates = module.weight_hh_l0.shape[0] // module.hidden_size
     times = f"{module.num_layers} layers x {directions} directions x"
 
-    def words(choice: families.Choice) -> str:
+    def words(backward: bool) -> str:
+        choice = families.pick(gates, rows, module.hidden_size, tensor.dtype, ops.precision(), backward, tensor.device)
         if choice.persistent is not None:
-            chunk = plan.chunk_steps(steps, max(rows, 1), persistent=True)
-            programs = choice.persistent.words(rows)
-            return f"persistent kernels, one launch for up to {chunk} steps: {times} {steps} steps; {programs}"
+            most = plan.chunk_steps(steps, rows, persistent=True)
+            if backward:
+                most = persistent.launch_steps(steps, rows, module.hidden_size, choice.persistent)
+            launch = f"one launch for {min(most, steps)} time steps: {times} {steps} steps"
+            return f"persistent kernels, {launch}; {choice.persistent.words(rows)}"
         tiles = choice.step
         return (
             f"step kernels{', interpreted' if step.mode() == 'interpreted' else ''}, one launch a time step: "
@@ -110,8 +114,6 @@ def _triton(module: _Recurrent, tensor: Tensor) -> str:
             + (f"; not persistent: {choice.reason}" if choice.reason else "")
         )
 
-    gates = module.weight_hh_l0.shape[0] // module.hidden_size
-    arguments = (gates, rows, module.hidden_size, tensor.dtype, ops.precision())
-    forward, backward = (words(families.pick(*arguments, backward, tensor.device)) for backward in (False, True))
+    forward, backward = words(False), words(True)
     text = forward if forward == backward else f"forward: {forward}\n       backward: {backward}"
     return text + (f"; products in {ops.precision()}" if tensor.dtype == torch.float32 else "")
