@@ -12,6 +12,7 @@ cannot run gives way to "torch" with a `FallbackWarning`; with RNNFAST_STRICT=1,
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,19 @@ def _find_device_obstacle(kind: str, index: int | None) -> str | None:
     return None
 
 
+def autocast(kind: str) -> bool:
+    """Whether autocast is on for devices of this kind. (PyTorch raises where it knows no autocast, on "meta" say.)"""
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def _user_level() -> int:
+    """The ``stacklevel`` at which its caller's warning points at the innermost frame outside rnnfast and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rnnfast", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def _transforms() -> str | None:
     """Ways of running a function for which the operators have no rule."""
     if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
@@ -186,5 +200,5 @@ def settle(name: str | None, source: str, obstacles: tuple[str, ...]) -> str:
         raise RuntimeError(f"RNNFAST_STRICT is set and the {wanted!r} backend cannot run this call: {'; '.join(obstacles)}")
     if name is not None:
         message = f"{name!r} was asked for by {source}, but PyTorch's own layer runs: {'; '.join(obstacles)}"
-        warnings.warn(message, FallbackWarning, stacklevel=4)
+        warnings.warn(message, FallbackWarning, stacklevel=_user_level())
     return "torch"

@@ -75,6 +75,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         backend = "torch" if name == "torch" or module._obstacles(input, name) else name or "triton"
     if name not in (None, backend):
         by = f"{name!r} was {by}, but cannot run this call"
+    if backend == "torch" and name != "torch" and backends.strict():
+        by += "; RNNFAST_STRICT is set, so the call raises"
     details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, tensor)
     return Explanation(backend, by, obstacles, call, details)
 

@@ -112,7 +112,8 @@ def _layer(
     backend: str | None,
 ) -> tuple[Tensor, _States]:
     _check(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
-    name, source = backends.asked(backends.check_name(backend))
+    backends.check_name(backend)
+    name, source = backends.asked(backend)
     obstacles = () if name in ("torch", "reference") else backends.tensor_obstacles(x)
     run = {"triton": ops.layer, "reference": reference.layer, "torch": _torch_layer}[backends.settle(name, source, obstacles)]
     return run(cell, x, hx, w_ih, w_hh, b_ih, b_hh, reverse=reverse)
@@ -122,6 +123,16 @@ def _check(
     cell: str, x: Tensor, hx: _States | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> None:
     gates = reference.GATES[cell]
+    count = 2 if cell == "lstm" else 1
+    if hx is not None and not isinstance(hx, (tuple, list)):
+        raise TypeError(f"hx must be a tuple of {count} tensors, got {type(hx).__name__}")
+    if hx is not None and len(hx) != count:
+        raise RuntimeError(f"hx must hold {count} states, got {len(hx)}")
+    required = {"x": x, "w_ih": w_ih, "w_hh": w_hh, **{f"hx[{n}]": state for n, state in enumerate(hx or ())}}
+    optional = {label: bias for label, bias in (("b_ih", b_ih), ("b_hh", b_hh)) if bias is not None}
+    for label, tensor in (required | optional).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{label} must be a tensor, got {type(tensor).__name__}")
     if x.dim() != 3:
         raise RuntimeError(f"x must have 3 dimensions, got {x.dim()}")
     if w_hh.dim() != 2 or w_hh.shape[0] != gates * w_hh.shape[1]:
@@ -132,9 +143,6 @@ def _check(
     if B == 0 or I == 0:
         raise RuntimeError(f"x must not be empty, got {tuple(x.shape)}")
     rows, H = w_hh.shape
-    count = 2 if cell == "lstm" else 1
-    if hx is not None and len(hx) != count:
-        raise RuntimeError(f"hx must hold {count} states, got {len(hx)}")
     shapes = {"w_ih": (w_ih, (rows, I)), "w_hh": (w_hh, (rows, H)), "b_ih": (b_ih, (rows,)), "b_hh": (b_hh, (rows,))}
     shapes |= {f"hx[{n}]": (state, (B, H)) for n, state in enumerate(hx or ())}
     for label, (tensor, shape) in shapes.items():
@@ -166,5 +174,5 @@ def _torch_layer(
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     run = getattr(torch._VF, cell)
     first = list(states) if cell == "lstm" else states[0]
-    y, *last = run(x.flip(0) if reverse else x, first, weights, len(weights) == 4, 1, 0.0, False, False, False)
+    y, *last = run(x.flip(0) if reverse else x, first, weights, len(weights) == 4, 1, 0.0, True, False, False)
     return y.flip(0) if reverse else y, tuple(state.squeeze(0) for state in last)

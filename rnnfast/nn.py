@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
-from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import backends, ops, reference
@@ -29,7 +28,8 @@ class _Recurrent(torch.nn.RNNBase):
 
     def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.backend = backends.check_name(backend)
+        backends.check_name(backend)
+        self.backend = backend
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:  # type: ignore[override]
         name, source = backends.asked(self.backend)
@@ -56,11 +56,12 @@ class _Recurrent(torch.nn.RNNBase):
         expected = (self.num_layers * directions, *batch, self.hidden_size)
         states, weights = self._states(hx), self._weights()
         rows = reference.GATES[self.mode.lower()] * self.hidden_size
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = backends.autocast(input.device.type)
         return (
             input.shape[-1] == self.input_size
-            and (not states or len(states) == (2 if self.mode == "LSTM" else 1))
-            and all(isinstance(state, Tensor) and state.shape == expected for state in states)
+            and (hx is None or len(states) == (2 if self.mode == "LSTM" else 1))
+            and input.layout is torch.strided
+            and all(isinstance(state, Tensor) and state.layout is torch.strided and state.shape == expected for state in states)
             and all(
                 isinstance(tensor, Tensor)
                 and tensor.device == input.device
@@ -95,7 +96,7 @@ class _Recurrent(torch.nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         states, weights = self._states(hx), self._weights()
         kind = input.device.type
-        if backend == "triton" and torch.is_autocast_enabled(kind):  # as cuDNN's layer: everything in the lower precision
+        if backend == "triton" and backends.autocast(kind):  # as cuDNN's layer: everything in the lower precision
             low = torch.get_autocast_dtype(kind)
             input, states = input.to(low), tuple(state.to(low) for state in states)
             weights = [[weight.to(low) for weight in group] for group in weights]
@@ -117,7 +118,7 @@ class _Recurrent(torch.nn.RNNBase):
                 last_states.append(last)
             x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
             if self.dropout and self.training and index < self.num_layers - 1:
-                x = dropout(x, self.dropout, training=True)
+                x = torch.dropout(x, self.dropout, train=True)  # whose errors are torch.nn.LSTM's
 
         output = x.squeeze(1) if not batched else x.transpose(0, 1) if self.batch_first else x
         hidden = tuple(torch.stack(state) for state in zip(*last_states, strict=True))
@@ -126,7 +127,7 @@ class _Recurrent(torch.nn.RNNBase):
         return output, hidden if self.mode == "LSTM" else hidden[0]
 
     def extra_repr(self) -> str:
-        text = super().extra_repr() + (f", backend={self.backend!r}" if self.backend else "")
+        text = super().extra_repr() + (f", backend={self.backend!r}" if self.backend not in (None, "auto") else "")
         if TracingContext.try_get() and not torch._dynamo.config.allow_rnn:
             # Dynamo is about to refuse this layer, and puts its repr into the message
             text += "; to compile rnnfast layers, call rnnfast.enable_compile() once before"

@@ -261,6 +261,14 @@ def _backward(ctx, dy, dh_n, dc_n, _d_saved, _d_c):
     return None, dx, dh0 if need_h0 else None, dc0 if need_c0 else None, dw_ih, dw_hh, db_ih, db_hh, None, None
 
 
+def _double_backward(ctx, *_):
+    raise RuntimeError(
+        "double backward through the Triton kernels is not supported yet: run this layer with backend='reference', "
+        "or on a CPU with backend='torch'"
+    )
+
+
+torch.library.register_autograd("rnnfast::backward", _double_backward)
 torch.library.register_autograd("rnnfast::forward", _backward, setup_context=_setup_context)
 
 

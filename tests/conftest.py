@@ -1,5 +1,6 @@
 """One suite for two machines: on a GPU the kernels run for real, elsewhere in Triton's interpreter on CPU tensors."""
 
+import inspect
 import os
 
 import torch
@@ -26,3 +27,28 @@ def _clean_settings(monkeypatch):
     for name in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "RNNFAST_STRICT"):
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_launch(monkeypatch):
+    """A launch fails the test."""
+
+    def forward(*args, **kwargs):
+        raise AssertionError("a kernel was launched")
+
+    monkeypatch.setattr("rnnfast.kernels.step.forward", forward)
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """What each forward recurrence was given to keep activations in, as they run."""
+    from rnnfast.kernels import step
+
+    found, signature, inner = [], inspect.signature(step.forward), step.forward
+
+    def forward(*args, **kwargs):
+        found.append(signature.bind(*args, **kwargs).arguments["saved"])
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr("rnnfast.kernels.step.forward", forward)
+    return found

@@ -1,0 +1,161 @@
+"""What char_lm.py needs besides a model and its training: the text, progress, Ctrl-C, safe files, options and their errors."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import math
+import os
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BITS = 1 / math.log(2)  # bits per nat
+
+
+class UserError(Exception):
+    """What the user has to put right, in one line; the program exits with code 2."""
+
+
+@dataclass
+class Corpus:
+    vocabulary: str
+    train: Tensor
+    heldout: Tensor
+    digest: str
+
+
+def python_prose() -> str:
+    """The topics of Python's `help()`, each paragraph once: repeated ones would leak into the held-out text."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("this Python comes without pydoc_data; give a text with --text FILE") from None
+    paragraphs = (paragraph.strip("\n") for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
+    return "\n\n".join(dict.fromkeys(paragraphs))
+
+
+def read_corpus(config) -> Corpus:
+    """Read the text and split it: the last tenth is held out."""
+    try:
+        text = python_prose() if config.text is None else Path(config.text).read_text("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read the text {config.text}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{config.text} is not UTF-8 text") from None
+    if "\0" in text:
+        raise UserError(f"{config.text} is a binary file, not text")
+    needed = max(20, (config.batch * config.length + 1) * 10 // 9)
+    if len(text) < needed:
+        sizes = f"--batch {config.batch} --length {config.length}"
+        raise UserError(f"the text has {len(text)} characters; {sizes} need at least {needed} characters")
+    vocabulary = "".join(sorted(set(text)))
+    index = {character: i for i, character in enumerate(vocabulary)}
+    tokens = torch.tensor([index[character] for character in text])
+    split = len(text) - len(text) // 10
+    return Corpus(vocabulary, tokens[:split], tokens[split:], hashlib.sha256(text.encode()).hexdigest())
+
+
+def streams(tokens: Tensor, batch: int) -> Tensor:
+    """Cut the text into `batch` contiguous streams, (time, batch); each shares one character with the next."""
+    steps = (len(tokens) - 1) // batch
+    return torch.stack([tokens[i * steps : (i + 1) * steps + 1] for i in range(batch)], dim=1)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a temporary file beside `path`, then rename it: a reader finds the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Progress:
+    """A bar on one line of a terminal; elsewhere twenty plain lines."""
+
+    def __init__(self, run) -> None:
+        self.run, self.shown, self.time, self.terminal = run, run.step, time.perf_counter(), sys.stdout.isatty()
+
+    def update(self) -> None:
+        run, config, seconds = self.run, self.run.config, time.perf_counter() - self.time
+        due = seconds > 0.2 if self.terminal else run.step % max(1, config.steps // 20) == 0
+        if not due and run.step < config.steps:
+            return
+        speed = (run.step - self.shown) * config.batch * config.length / seconds
+        loss = statistics.fmean(run.losses[-50:])
+        line = f"step {run.step}/{config.steps}  loss {loss:.3f}, {loss * BITS:.3f} bits/character, {speed:,.0f} characters/s"
+        if self.terminal:
+            columns = shutil.get_terminal_size().columns - 1
+            width = min(max(columns - len(line) - 3, 4), 40)
+            line = f"[{'#' * (width * run.step // config.steps):.<{width}}] {line}"[:columns]
+        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+        self.shown, self.time = run.step, time.perf_counter()
+
+    def message(self, text: str) -> None:
+        print(f"\n{text}" if self.terminal else text, flush=True)
+        self.time = time.perf_counter()
+
+
+@contextlib.contextmanager
+def catch_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C only sets the event, so that the step under way is finished; a second one interrupts at once."""
+    asked = threading.Event()
+
+    def handler(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Find out before training whether `folder` can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def positive(kind: type) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not 0 < value < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def usable_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device that this PyTorch can use here") from None
+    return device
