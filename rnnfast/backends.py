@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "FallbackWarning", "asked", "check_name", "settle", "tensor_obstacles", "use_backend"]
+__all__ = ["BACKENDS", "FallbackWarning", "asked", "check_name", "settle", "tensor_obstacles", "use_backend", "user_level"]
 
 BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -140,7 +140,7 @@ def autocast(kind: str) -> bool:
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
-def _user_level() -> int:
+def user_level() -> int:
     """The ``stacklevel`` at which its caller's warning points at the innermost frame outside rnnfast and torch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rnnfast", "torch"):
@@ -200,5 +200,5 @@ def settle(name: str | None, source: str, obstacles: tuple[str, ...]) -> str:
         raise RuntimeError(f"RNNFAST_STRICT is set and the {wanted!r} backend cannot run this call: {'; '.join(obstacles)}")
     if name is not None:
         message = f"{name!r} was asked for by {source}, but PyTorch's own layer runs: {'; '.join(obstacles)}"
-        warnings.warn(message, FallbackWarning, stacklevel=_user_level())
+        warnings.warn(message, FallbackWarning, stacklevel=user_level())
     return "torch"

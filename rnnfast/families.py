@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rnnfast.backends import FallbackWarning, strict
+from rnnfast.backends import FallbackWarning, strict, user_level
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
@@ -153,7 +153,7 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
                 ) from error
         _refused[device, choice.persistent] = refusal
         message = f"RNNFAST_KERNELS asks for the persistent kernels, but the step kernels run: {refusal}"
-        warnings.warn(message, FallbackWarning, stacklevel=2)
+        warnings.warn(message, FallbackWarning, stacklevel=user_level())
         choice = Choice(choice.step, reason=refusal)
     getattr(step, direction)(*args, **options, plan=choice.step)
     return choice

@@ -113,6 +113,7 @@ def test_refused_launch_falls_back_once(refusing, layer):
         y = layer(x)[0]
         y.sum().backward()
     assert len(caught) == 2  # forward and backward have a plan each
+    assert caught[0].filename == __file__
     assert refusing == ["persistent", "step"] * 2
     refusing.clear()
     with warnings.catch_warnings():

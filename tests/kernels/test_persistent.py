@@ -12,13 +12,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl  # noqa: F401 - the interpreter wants it in sight of every jit function
+from side_by_side import Fault, Hang, together
 
 from rnnfast import reference
 from rnnfast.kernels import persistent, plan, step
 from rnnfast.kernels.cells import CELLS, Cell
 from rnnfast.kernels.maths import sigmoid, tanh
 from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan, persistent_plan
-from tests.side_by_side import Fault, Hang, together
 
 pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 SCHEDULES = int(os.environ.get("RNNFAST_SCHEDULES", "8"))  # of a sweep
