@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from side_by_side import together
 
 import rnnfast
 from rnnfast import families, ops, reference
@@ -141,6 +142,23 @@ def test_other_errors_pass(refusing, layer, monkeypatch):
     with pytest.raises(RuntimeError, match="illegal memory access"):
         layer(torch.randn(3, 2, 3))
     assert not refusing and not families._refused
+
+
+@on_cpu
+@pytest.mark.parametrize("reverse", [False, True])
+def test_operators_on_persistent_kernels(reverse, monkeypatch):
+    """The whole layer, forward in chunks of 2 steps and backward, with the programs of an H100's plan side by side."""
+    made = [torch.randn(*shape) * 0.3 for shape in ((5, 3, 4), (3, 40), (120, 4), (120, 40), (120,), (120,))]
+    found = []
+    for family in ("step", "persistent"):
+        x, h0, *weights = (tensor.clone().requires_grad_() for tensor in made)
+        monkeypatch.setenv("RNNFAST_KERNELS", family)
+        monkeypatch.setattr(plan, "PERSISTENT_CHUNK_ROWS", 2 * 3)
+        with families.assume(GPUS["H100"]), together(1):
+            y, (h_n,) = ops.layer("gru", x, (h0,), *weights, reverse=reverse)
+            found.append([y, h_n, *torch.autograd.grad(y.square().sum() + h_n.sum(), (x, h0, *weights))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @on_cpu

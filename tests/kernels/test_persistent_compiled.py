@@ -37,7 +37,8 @@ def test_machine_code(arch, cells, sizes, tmp_path):
         assert row["stack_bytes"] == 0 and loop["spills"] == 0, name
         # words of one width, stored and loaded strongly; nothing loaded ahead of its poll; resident or refused
         assert loop["exchange"] == "ld.volatile b32, st.cg b32", name
-        assert loop["publish"] == "STG.E.STRONG.GPU", name  # what PTX's st.relaxed.gpu becomes too
+        # the instruction that PTX's st.relaxed.gpu becomes
+        assert all(store.endswith(".STRONG.GPU") for store in loop["publish"].split(",")), name
         assert loop["async_copies"] == 0, name
         assert loop["cooperative"], name
         # per step a program loads the inputs of its units, narrow where padded, and no weights
