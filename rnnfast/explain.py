@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import backends, families, ops
+from rnnfast import backends, families, ops, reference
 from rnnfast.nn import _Recurrent
 
 __all__ = ["Explanation", "explain"]
@@ -97,7 +97,7 @@ def _triton(module: _Recurrent, tensor: Tensor) -> str:
     steps, rows = (tensor.shape[0], 1) if tensor.dim() == 2 else tensor.shape[:2]
     if tensor.dim() == 3 and module.batch_first:
         steps, rows = rows, steps
-    gates = module.weight_hh_l0.shape[0] // module.hidden_size
+    gates = reference.GATES[module.mode.lower()]
     times = f"{module.num_layers} layers x {directions} directions x"
 
     def words(backward: bool) -> str:
