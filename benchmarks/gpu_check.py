@@ -26,8 +26,10 @@ import torch
 import rnnfast
 from rnnfast.check import Case, compare
 
+DEVICE = "cuda"
+SAME_EVERYWHERE = ("test_packaging", "test_layering", "test_offline", "test_char_lm", "kernels/test_persistent_compiled")
 TEST_SECONDS = 300
-PERSISTENT_SECONDS = 180  # a case, compilation included
+PERSISTENT_SECONDS = 60  # a case, compilation included; after the first that takes longer no other is tried
 STRESS_LAUNCHES = 1000
 CASES = [
     Case(cell, T, B, H, H, dtype, states=False)
@@ -65,9 +67,9 @@ def environment() -> dict[str, str]:
 
 
 def run_tests(folder: Path) -> dict[str, str | int]:
-    """The test suite on the device, all but the packaging; its closing line and exit code."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--ignore=tests/test_packaging.py"]
-    command += ["--maxfail=25", "--tb=short"]
+    """The test suite on the device, all but what no device changes; its closing line and exit code."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25", "--tb=short"]
+    command += [f"--ignore=tests/{name}.py" for name in SAME_EVERYWHERE]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -97,8 +99,8 @@ def microseconds_per_step(function: Callable[[], object], steps: int, repeats: i
 
 def calls(case: Case, layer: torch.nn.Module) -> dict[str, Callable[[], object]]:
     """One call forward in inference, and one training step (forward and backward) under a random upstream gradient."""
-    x = torch.randn(case.T, case.B, case.I, device="cuda", dtype=case.dtype)
-    dy = torch.randn(case.T, case.B, case.H, device="cuda", dtype=case.dtype)
+    x = torch.randn(case.T, case.B, case.I, device=DEVICE, dtype=case.dtype)
+    dy = torch.randn(case.T, case.B, case.H, device=DEVICE, dtype=case.dtype)
     inputs = [x.clone().requires_grad_(), *layer.parameters()]
 
     def forward() -> object:
@@ -114,12 +116,12 @@ def calls(case: Case, layer: torch.nn.Module) -> dict[str, Callable[[], object]]
 def measure(case: Case, ours: str = "rnnfast") -> list[dict]:
     """The rows of one case, with rnnfast, as it is set up in this process, under the name `ours`. What is not right is not
     timed."""
-    options = {"device": "cuda", "dtype": case.dtype}
+    options = {"device": DEVICE, "dtype": case.dtype}
     layers = {
         ours: getattr(rnnfast, case.cell)(case.I, case.H, backend="triton", **options),
         "torch.nn": getattr(torch.nn, case.cell)(case.I, case.H, **options),
     }
-    wrong = [result for result in compare(case, "cuda") if not result.ok]
+    wrong = [result for result in compare(case, DEVICE) if not result.ok]
     row = {"case": str(case)}
     if wrong:
         worst = max(wrong, key=lambda result: result.ours / result.allowed)
@@ -151,9 +153,9 @@ def measure(case: Case, ours: str = "rnnfast") -> list[dict]:
 
 def stress(case: Case) -> str:
     """Launch the kernels again and again on a few steps, each time for the same bits; what went wrong, or nothing."""
-    layer = getattr(rnnfast, case.cell)(case.I, case.H, backend="triton", device="cuda", dtype=case.dtype)
-    x = torch.randn(8, case.B, case.I, device="cuda", dtype=case.dtype, requires_grad=True)
-    first, wrong = None, torch.zeros((), dtype=torch.int64, device="cuda")
+    layer = getattr(rnnfast, case.cell)(case.I, case.H, backend="triton", device=DEVICE, dtype=case.dtype)
+    x = torch.randn(8, case.B, case.I, device=DEVICE, dtype=case.dtype, requires_grad=True)
+    first, wrong = None, torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(STRESS_LAUNCHES):
         y = layer(x)[0]
         found = torch.cat((y.detach().flatten(), torch.autograd.grad(y.sum(), x)[0].flatten()))
@@ -188,7 +190,7 @@ def run_persistent(number: int, folder: Path) -> list[dict]:
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PERSISTENT_SECONDS)
     except subprocess.TimeoutExpired:
-        return [{"error": f"not finished in {PERSISTENT_SECONDS} s"}]
+        return [{"error": f"not finished in {PERSISTENT_SECONDS} s", "hung": True}]
     if not out.exists():
         return [{"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}]
     return json.loads(out.read_text())
@@ -265,6 +267,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"case": str(case), "persistent": rows}), flush=True)
         report["persistent"][str(case)] = rows
         write(report, args.out)
+        if rows[0].get("hung"):
+            break
     print(f"\n{table(report)}\nwritten: {args.out / 'gpu-check.json'}, {args.out / 'gpu-check.md'}")
     rows = [row for found in (report["benchmark"], *report["persistent"].values()) for row in found]
     return 1 if tests["exit_code"] or any("error" in row for row in rows) else 0

@@ -77,7 +77,10 @@ class StandInDriver(DriverBase):
         pass
 
     def launcher_cls(self, src, metadata):
-        def launch(grid_x, grid_y, grid_z, stream, function, *_):
+        def launch(grid_x, grid_y, grid_z, stream, function, kernel_metadata, launch_metadata, on_enter, on_exit, *args):
+            assert len(args) == len(src.fn.arg_names), "a launch with more or fewer arguments than the kernel has"
+            for (position, *_), value in src.constants.items():
+                assert args[position] is value or args[position] == value, f"{src.fn.arg_names[position]} is another constant"
             self.launches.append((function, (grid_x, grid_y, grid_z)))
 
         return launch

@@ -247,7 +247,7 @@ class _Launcher:
 
     def __call__(self, *args):
         if self.compiled is not None:
-            self.compiled(*args, *self.constants.values())
+            self.compiled(*args, *(self.constants[name] for name in self.kernel.arg_names[len(args) :]))
             return
         built = self.kernel[self.grid](*args, **self.constants, **self.options)
         self.calls += 1
