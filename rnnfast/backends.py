@@ -57,6 +57,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Within the ``with`` block, and in this thread, every rnnfast layer runs on the backend `name`.
 
     It wins over ``backend=`` and RNNFAST_BACKEND. "auto" or None: the choice per call. Raises `ValueError` for another name.
+    A layer that is computed again by ``torch.utils.checkpoint`` may be so in a thread of autograd's, which the block does not
+    reach: give such a layer its ``backend=``.
 
     Example:
         >>> layer = rnnfast.GRU(3, 4)

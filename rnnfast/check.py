@@ -25,13 +25,14 @@ def error(result: Tensor, exact: Tensor) -> float:
     return (result.double() - exact).square().mean().sqrt().item()
 
 
-def allowed(theirs: float, exact: Tensor, dtype: torch.dtype) -> float:
+def allowed(theirs: float, exact: Tensor, dtype: torch.dtype, tf32: bool = False) -> float:
     """The numerics contract: the largest `error` that a tensor of ours may have against the float64 `exact`.
 
     Twice the error `theirs` of torch.nn in the same dtype on the same input, plus a floor, the rounding that a perfect result
-    may suffer by being stored in `dtype`: half of eps times its root mean square.
+    may suffer by being stored in `dtype`: half of eps times its root mean square. With `tf32`, eps is that of TF32.
     """
-    return 2 * theirs + 0.5 * torch.finfo(dtype).eps * error(torch.zeros_like(exact), exact)
+    eps = 2**-10 if tf32 else torch.finfo(dtype).eps
+    return 2 * theirs + 0.5 * eps * error(torch.zeros_like(exact), exact)
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,20 @@ def _run(layer: torch.nn.Module, x: Tensor, hx: tuple[Tensor, ...], upstream: li
     return outputs | {f"grad of {name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
 
-def compare(case: Case, device: str, backend: str = "triton") -> list[Result]:
-    """Run a case on `backend` and on torch.nn, both against the reference in float64, and compare every tensor."""
+def compare(case: Case, device: str, backend: str = "triton", tf32: bool = False) -> list[Result]:
+    """Run a case on `backend` and on torch.nn, both against the reference in float64, and compare every tensor.
+
+    `tf32`: whether both may use TF32 for the products of float32 (which the CPU does not have).
+    """
+    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
+    try:
+        return _compare(case, device, backend, tf32 and case.dtype == torch.float32)
+    finally:
+        torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
+
+
+def _compare(case: Case, device: str, backend: str, tf32: bool) -> list[Result]:
     import rnnfast
 
     torch.manual_seed(case.seed)
@@ -126,7 +139,7 @@ def compare(case: Case, device: str, backend: str = "triton") -> list[Result]:
     results = []
     for name, value in right.items():
         our_error, their_error = error(mine[name], value), error(torchs[name], value)
-        results.append(Result(case, name, our_error, their_error, allowed(their_error, value, case.dtype)))
+        results.append(Result(case, name, our_error, their_error, allowed(their_error, value, case.dtype, tf32)))
     return results
 
 

@@ -75,7 +75,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         backend = "torch" if name == "torch" or module._obstacles(input, name) else name or "triton"
     if name not in (None, backend):
         by = f"{name!r} was {by}, but cannot run this call"
-    if backend == "torch" and name != "torch" and backends.strict():
+    if backends.strict() and name != "torch" and module._obstacles(input, name):
         by += "; RNNFAST_STRICT is set, so the call raises"
     details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, tensor)
     return Explanation(backend, by, obstacles, call, details)
@@ -94,6 +94,8 @@ def _triton(module: _Recurrent, tensor: Tensor) -> str:
     from rnnfast.kernels import persistent, plan, step
 
     directions = 2 if module.bidirectional else 1
+    kind = tensor.device.type
+    dtype = torch.get_autocast_dtype(kind) if backends.autocast(kind) else tensor.dtype
     steps, rows = (tensor.shape[0], 1) if tensor.dim() == 2 else tensor.shape[:2]
     if tensor.dim() == 3 and module.batch_first:
         steps, rows = rows, steps
@@ -101,7 +103,7 @@ def _triton(module: _Recurrent, tensor: Tensor) -> str:
     times = f"{module.num_layers} layers x {directions} directions x"
 
     def words(backward: bool) -> str:
-        choice = families.pick(gates, rows, module.hidden_size, tensor.dtype, ops.precision(), backward, tensor.device)
+        choice = families.pick(gates, rows, module.hidden_size, dtype, ops.precision(), backward, tensor.device)
         if choice.persistent is not None:
             most = plan.chunk_steps(steps, rows, persistent=True)
             if backward:
@@ -118,4 +120,4 @@ def _triton(module: _Recurrent, tensor: Tensor) -> str:
 
     forward, backward = words(False), words(True)
     text = forward if forward == backward else f"forward: {forward}\n       backward: {backward}"
-    return text + (f"; products in {ops.precision()}" if tensor.dtype == torch.float32 else "")
+    return text + (f"; products in {ops.precision()}" if dtype == torch.float32 else "")

@@ -113,7 +113,9 @@ def choose(
 
 def pick(gates: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, device: torch.device) -> Choice:
     """`choose` as things stand: by the environment, the device, and what its driver has refused."""
-    choice = choose(asked(), gates, B, H, dtype.itemsize, precision, backward, limits(device))
+    family = asked()
+    gpu = None if family == "step" else limits(device)
+    choice = choose(family, gates, B, H, dtype.itemsize, precision, backward, gpu)
     if choice.persistent is None or strict():  # strict: tried again, to be refused again
         return choice
     refusal = _refused.get((device, choice.persistent))

@@ -13,6 +13,8 @@ for a wrong dtype or an unknown backend.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -150,7 +152,7 @@ def _check(
             continue
         if tensor.shape != shape:
             raise RuntimeError(f"Expected {label} of size {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype:
+        if tensor.dtype != x.dtype and not (backends.autocast(x.device.type) and tensor.is_floating_point()):
             raise ValueError(f"x has dtype {x.dtype} and {label} has {tensor.dtype}: all tensors must have one dtype")
         if tensor.device != x.device:
             raise RuntimeError(f"x is on {x.device} and {label} on {tensor.device}: all tensors must be on one device")
@@ -168,11 +170,16 @@ def _torch_layer(
     b_hh: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, _States]:
-    """`rnnfast.reference.layer` on PyTorch's own operators: cuDNN on a GPU, ATen elsewhere."""
+    """`rnnfast.reference.layer` on PyTorch's own operators, cuDNN on a GPU, ATen elsewhere; for a cell that PyTorch does not
+    have, the reference itself."""
+    if not hasattr(torch._VF, cell):
+        return reference.layer(cell, x, hx, w_ih, w_hh, b_ih, b_hh, reverse=reverse)
     zeros = x.new_zeros(1, x.shape[1], w_hh.shape[1])
     states = (zeros,) * (2 if cell == "lstm" else 1) if hx is None else tuple(state.unsqueeze(0) for state in hx)
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     run = getattr(torch._VF, cell)
     first = list(states) if cell == "lstm" else states[0]
-    y, *last = run(x.flip(0) if reverse else x, first, weights, len(weights) == 4, 1, 0.0, True, False, False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")  # nor can they be
+        y, *last = run(x.flip(0) if reverse else x, first, weights, len(weights) == 4, 1, 0.0, True, False, False)
     return y.flip(0) if reverse else y, tuple(state.squeeze(0) for state in last)

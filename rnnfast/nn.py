@@ -95,11 +95,6 @@ class _Recurrent(torch.nn.RNNBase):
         layer, cell = _LAYERS[backend], self.mode.lower()
         directions = 2 if self.bidirectional else 1
         states, weights = self._states(hx), self._weights()
-        kind = input.device.type
-        if backend == "triton" and backends.autocast(kind):  # as cuDNN's layer: everything in the lower precision
-            low = torch.get_autocast_dtype(kind)
-            input, states = input.to(low), tuple(state.to(low) for state in states)
-            weights = [[weight.to(low) for weight in group] for group in weights]
         batched = input.dim() == 3
         x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if self.batch_first else input
         if not batched:

@@ -7,8 +7,8 @@
                bias and input gradient as one GEMM or sum over T * B, through PyTorch, and only those that are needed.
 
 Inside, everything is time-major and contiguous. Kept for backward, in bytes per unit and step, e being the size of an
-element: LSTM 4 e + 4 (gates and the float32 cell state), GRU 4 e, RNN nothing; besides the input and the output, which live
-anyway.
+element: LSTM 4 e + 4 (gates and the float32 cell state), GRU 4 e, RNN nothing; besides the layer's input and its output, which
+mostly live anyway (two directions are joined in a copy, and dropout makes one).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import families
-from rnnfast.reference import GATES
+from rnnfast.reference import GATES, GRADS, SAVED
 
 __all__ = ["backward", "forward", "precision"]
 
@@ -44,8 +44,12 @@ def _dense_float_or_none(tensor: Tensor | None) -> Tensor | None:
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device: make it the tensor's. And autocast has no say in what dtype is computed in."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
+    if tensor.is_cuda:
+        stack.enter_context(torch.cuda.device(tensor.device))
+    return stack
 
 
 def _project(x: Tensor, w_ih: Tensor) -> Tensor:
@@ -129,7 +133,7 @@ def forward(
 def _(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save):
     T, B, _ = x.shape
     H = w_hh.shape[1]
-    kept = {"lstm": 4, "gru": 4}.get(cell, 0) if save else 0
+    kept = SAVED[cell] if save else 0
     has_c = cell == "lstm"
     return (
         x.new_empty(T, B, H),
@@ -196,25 +200,21 @@ def backward(
             reverse=reverse,
             precision=precision(),
         )
-        dh0 = dc0 = y.new_empty(0)
+        dh0 = y.new_empty(0)
         if need_h0:
             first = d_gates[-1 if reverse else 0, :, (spec.grads - spec.gates) * H :]
             dh0 = first @ w
             if spec.direct:
                 dh0 = (dh0 + d_h).to(y.dtype)
-        if spec.carries_c:
-            dc0 = d_c.to(y.dtype, copy=True)
-        else:
-            dc0 = dc0.clone()
+        dc0 = d_c.to(y.dtype, copy=True) if spec.carries_c else y.new_empty(0)
     return d_gates, dh0, dc0
 
 
 @backward.register_fake
 def _(cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, reverse, need_h0):
     T, B, H = y.shape
-    grads = 1 if cell.startswith("rnn") else 4
     return (
-        y.new_empty(T, B, grads * H),
+        y.new_empty(T, B, GRADS[cell] * H),
         y.new_empty(B, H) if need_h0 else y.new_empty(0),
         y.new_empty(B, H) if cell == "lstm" else y.new_empty(0),
     )
@@ -286,6 +286,10 @@ def layer(
     """`rnnfast.reference.layer` on the Triton kernels; saves for backward only if there can be one. `states` may be None."""
     h0, c0 = (*states, None)[:2] if states else (None, None)
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # as cuDNN's layer: everything in the lower precision
+        low = torch.get_autocast_dtype(kind)
+        inputs = tuple(None if tensor is None else tensor.to(low) for tensor in inputs)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     y, h_n, c_n, _, _ = forward(cell, *inputs, reverse, save)
     return y, (h_n, c_n) if cell == "lstm" else (h_n,)

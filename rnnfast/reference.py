@@ -54,6 +54,10 @@ def rnn_relu_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: T
 
 STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": rnn_tanh_step, "rnn_relu": rnn_relu_step}
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+# blocks of H that the kernels keep for backward, and that their gate gradients have: `Cell.saved` and `Cell.grads` of the
+# kernels, said here too because PyTorch asks for the shapes of results where there is no Triton
+SAVED = {"lstm": 4, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
+GRADS = {"lstm": 4, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 def layer(

@@ -27,6 +27,10 @@ def _clean_settings(monkeypatch):
     for name in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "RNNFAST_STRICT"):
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"  # of float32 products on a GPU; TF32 has a test of its own
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = before
 
 
 @pytest.fixture

@@ -22,11 +22,7 @@ from rnnfast.kernels import step
 T, B, I, H = 3, 2, 3, 4
 FLOAT64 = "the dtype is torch.float64: the kernels take float16, bfloat16 and float32"
 
-pytestmark = [  # PyTorch's own
-    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
-    pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # PyTorch's own
 
 
 @contextlib.contextmanager
@@ -483,10 +479,18 @@ def test_func_transforms(name, device, ran):
     x, found = torch.randn(T, B, I, device=device), []
     for module in (ours, theirs):
         given = dict(module.named_parameters())
-        by_weights = torch.func.grad(lambda w, m=module: torch.func.functional_call(m, w, (x,))[0].square().sum())(given)
-        by_input = torch.func.jacrev(lambda x, m=module: m(x)[0].sum(0))(x)
-        found.append([by_input, *by_weights.values()])
-    assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True))
+        weights = lambda w, m=module: torch.func.functional_call(m, w, (x,))[0].square().sum()  # noqa: E731
+        try:
+            by_weights = torch.func.grad(weights)(given)
+            by_input = torch.func.jacrev(lambda x, m=module: m(x)[0].sum(0))(x)
+            found.append([by_input, *by_weights.values()])
+        except RuntimeError as error:
+            assert device == "cuda"  # cuDNN's layer has no rule for some of these
+            found.append(str(error))
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+    else:
+        assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True))
     assert set(ran) == {"torch"}
 
 

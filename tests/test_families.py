@@ -21,6 +21,12 @@ CPU = torch.device("cpu")
 REFUSAL = "Triton Error [CUDA]: too many blocks in cooperative launch"
 
 
+@pytest.fixture(autouse=True)
+def tf32(_clean_settings):
+    """Allowed, as is PyTorch's default: without it both directions of the small float32 layer have one plan."""
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+
+
 @pytest.fixture
 def layer():
     return rnnfast.GRU(3, 4, backend="triton")

@@ -81,7 +81,7 @@ def test_measure(cell, pretend, device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check itself runs it there")
 def test_a_wrong_layer_is_not_timed(pretend, monkeypatch):
     """A red check prints the error and no time."""
-    monkeypatch.setattr(gpu_check, "compare", lambda case, device: [Result(case, "output", 1.0, 0.1, 0.3)])
+    monkeypatch.setattr(gpu_check, "compare", lambda case, device, tf32: [Result(case, "output", 1.0, 0.1, 0.3)])
     (row,) = gpu_check.measure(Case("GRU", 2, 1, 3, 3, torch.float32))
     assert row["error"] == "output: error 1.0e+00, allowed 3.0e-01" and "mode" not in row
 

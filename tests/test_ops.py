@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnnfast import ops, reference
-from rnnfast.check import allowed, error
-from rnnfast.kernels import plan
+from rnnfast.check import Case, allowed, compare, error
+from rnnfast.kernels import cells, plan
 
 CELLS = list(reference.GATES)
 T, B, I, H = 4, 3, 5, 6
@@ -39,9 +39,15 @@ def op_args(cell, tensors, reverse, save):
     return (cell, *(tensors.get(name) for name in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")), reverse, save)
 
 
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("bare", [True, False])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_shapes_known_without_triton():
+    """What the fake kernels say of a cell is what the kernels' own description says."""
+    for cell, spec in cells.CELLS.items():
+        known = (reference.GATES[cell], reference.SAVED[cell], reference.GRADS[cell])
+        assert known == (spec.gates, spec.saved, spec.grads)
+
+
+@pytest.mark.parametrize("bare, grad", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("cell", CELLS)
 def test_opcheck(cell, bare, grad, device):
     """torch.library.opcheck: schema, autograd registration, fake kernels and AOT dispatch with dynamic shapes."""
     tensors = make(cell, device, states=not bare, bias=not bare, grad=grad)
@@ -209,3 +215,25 @@ def test_any_shape(device, cell, T, B, I, H, reverse, states, bias):
     exact_grads = torch.autograd.grad(sum(out.square().sum() for out in exact), list(right.values()))
     for a, b in zip((*ours, *our_grads), (*exact, *exact_grads), strict=True):
         assert error(a, b) <= 2e-6 * (1 + b.abs().max().item())
+
+
+def test_autocast(device):
+    """Under autocast everything is cast to the lower precision, in the operator nothing is cast behind its back."""
+    tensors = make("lstm", device)
+    low = {name: tensor.detach().bfloat16().requires_grad_() for name, tensor in tensors.items()}
+    with torch.autocast(device, dtype=torch.bfloat16):
+        cast = call(ops.layer, "lstm", tensors)
+        inside = ops.forward(*op_args("lstm", make("lstm", device), False, True))
+    for a, b in zip(cast, call(ops.layer, "lstm", low), strict=True):
+        assert a.dtype == torch.bfloat16 and torch.equal(a, b)
+    assert inside[0].dtype == torch.float32
+    grads = torch.autograd.grad(sum(out.float().sum() for out in cast), list(tensors.values()))
+    assert all(grad.dtype == torch.float32 for grad in grads)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no TF32")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_tf32(cell, device):
+    """float32 with TF32 allowed, within the contract of TF32."""
+    for result in compare(Case(cell, 6, 16, 64, 128, torch.float32), device, tf32=True):
+        assert result.ok, result

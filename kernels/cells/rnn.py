@@ -1,6 +1,6 @@
 """Elman network (Elman, 1990), as torch.nn.RNN: h_t = f(x + h) with f = tanh or relu, x and h the gate's two sides.
 
-Backward needs nothing but h_t, which the output holds: tanh' = 1 - h_t^2, relu' = 1 where h_t > 0.
+Backward needs nothing but h_t, which the output holds: tanh' = 1 - h_t^2, relu' = 0 where h_t <= 0, else 1.
 """
 
 import triton
@@ -30,4 +30,4 @@ def relu_forward(x_gates, h_gates, states):
 @triton.jit
 def relu_backward(saved, states, new_states, d_states):
     d_h = d_states[0]
-    return (tl.where(new_states[0] > 0.0, d_h, 0.0),), d_h, d_h
+    return (tl.where(new_states[0] <= 0.0, 0.0, d_h),), d_h, d_h

@@ -29,6 +29,7 @@ def test_accuracy(function, exact, device):
         relative = ((apply(function, signed).double() - right) / right).abs().max().item()
         # exp alone has a relative error of eps |x|: it enters sigmoid(x) in full for negative x
         limit = 3 * 2**-23 + (16 * 2**-23 if function is sigmoid else 0)
+        limit += 0 if device == "cpu" else 3 * 2**-23  # a GPU's exp and division are approximate, 2 units each
         assert relative < limit
 
 
