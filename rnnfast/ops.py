@@ -53,7 +53,7 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def _project(x: Tensor, w_ih: Tensor) -> Tensor:
-    """W_ih x of some steps in float32: rounded to half precision, it would cost more accuracy than all else together."""
+    """W_ih x of some steps in float32: one rounding less, which is worth little; see docs/numerics.md."""
     rows = x.reshape(-1, x.shape[2])
     if x.dtype == torch.float32 or not x.is_cuda:
         product = rows.float() @ w_ih.float().t()
