@@ -60,10 +60,11 @@ def _load_words(pointers, mask, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _any_empty(words, CHUNKS: tl.constexpr):
-    empty = words[0] == EMPTY
+    """EMPTY is the largest word of all if read as unsigned, so one maximum a word finds it."""
+    largest = words[0].to(tl.uint32, bitcast=True)
     for j in tl.static_range(1, CHUNKS):
-        empty = empty | (words[j] == EMPTY)
-    return tl.max(tl.ravel(empty.to(tl.int32)), axis=0)
+        largest = tl.maximum(largest, words[j].to(tl.uint32, bitcast=True))
+    return tl.max(tl.ravel(largest), axis=0) == 0xFFFFFFFF
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def poll(
     All loads go out before the one check, so that a try is one round trip to L2.
     """
     words = _load_words(pointers, mask, CHUNKS, WIDTH)
-    while _any_empty(words, CHUNKS) > 0:
+    while _any_empty(words, CHUNKS):
         words = _load_words(pointers, mask, CHUNKS, WIDTH)
     chunks = ()
     for j in tl.static_range(CHUNKS):
