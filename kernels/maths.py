@@ -1,17 +1,40 @@
 """Functions that the cells and the kernels share.
 
-The pointwise ones are in float32 and use nothing but ``tl.exp``: inline assembly and libdevice do not run in Triton's
-interpreter. EMULATE_BF16 is for that interpreter too, which gets bfloat16 wrong; it is never set on a GPU.
+The pointwise ones are in float32 and use nothing but `_exp` and `_reciprocal`. On a GPU each is one instruction of the special
+function unit (and a product), which PTX bounds: ex2.approx.ftz by 2 units in the last place, rcp.approx.ftz by 1. What Triton
+makes of ``tl.exp`` and of a division takes three and four instructions more, to keep denormal results that nothing here needs.
+Triton's interpreter runs no inline assembly and takes the plain form.
+
+EMULATE_BF16 is for that interpreter too, which gets bfloat16 wrong; it is never set on a GPU.
 """
 
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(not isinstance(tl.zeros, triton.JITFunction))
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _exp(x):
+    if INTERPRETED:
+        return tl.exp(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _reciprocal(x):
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
 
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); for x < -88 exp overflows to inf, which gives the right limit, 0."""
-    return 1.0 / (1.0 + tl.exp(-x))
+    return _reciprocal(1.0 + _exp(-x))
 
 
 @triton.jit
@@ -30,7 +53,7 @@ def tanh(x):
     series = series * square - 0.333333268
     near_zero = x + x * square * series
     size = tl.abs(x)
-    beyond = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    beyond = 1.0 - 2.0 * _reciprocal(_exp(2.0 * size) + 1.0)
     return tl.where(size < 0.5, near_zero, tl.where(x < 0.0, -beyond, beyond))
 
 
