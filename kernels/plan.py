@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CHUNK_ROWS", "PERSISTENT_CHUNK_ROWS", "StepPlan", "chunk_steps", "step_plan"]
+__all__ = ["CHUNK_ROWS", "StepPlan", "chunk_steps", "step_plan"]
 
 CHUNK_ROWS = 2048
-PERSISTENT_CHUNK_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,10 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     return StepPlan(BLOCK_B=block_b, BLOCK_H=16, BLOCK_K=block_k, num_warps=4, num_stages=3)
 
 
-def chunk_steps(T: int, B: int, persistent: bool = False) -> int:
-    """Time steps whose input side is computed by one GEMM, into one float32 buffer, before the recurrence takes them.
+def chunk_steps(T: int, B: int) -> int:
+    """Time steps whose input side is computed by one GEMM, into one float32 buffer, before the step kernels take them.
 
     About `CHUNK_ROWS` rows: enough to fill a GPU with the GEMM, few enough that for H up to 1024 the buffer (4 H floats a
-    row) stays in the L2 of an H100 and never grows with T. `PERSISTENT_CHUNK_ROWS` for the persistent kernels, which load
-    their weights anew for each chunk and read the input side ahead of its use, so that it need not stay in L2.
+    row) stays in the L2 of an H100 and never grows with T. The persistent kernels take `PersistentPlan.steps`.
     """
-    rows = PERSISTENT_CHUNK_ROWS if persistent else CHUNK_ROWS
-    return min(T, max(1, rows // B))
+    return min(T, max(1, CHUNK_ROWS // B))

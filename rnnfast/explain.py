@@ -91,7 +91,7 @@ def _reference(module: _Recurrent, tensor: Tensor) -> str:
 
 
 def _triton(module: _Recurrent, tensor: Tensor) -> str:
-    from rnnfast.kernels import persistent, plan, step
+    from rnnfast.kernels import step
 
     directions = 2 if module.bidirectional else 1
     kind = tensor.device.type
@@ -105,10 +105,7 @@ def _triton(module: _Recurrent, tensor: Tensor) -> str:
     def words(backward: bool) -> str:
         choice = families.pick(gates, rows, module.hidden_size, dtype, ops.precision(), backward, tensor.device)
         if choice.persistent is not None:
-            most = plan.chunk_steps(steps, rows, persistent=True)
-            if backward:
-                most = persistent.launch_steps(steps, rows, module.hidden_size, choice.persistent)
-            launch = f"one launch for {min(most, steps)} time steps: {times} {steps} steps"
+            launch = f"one launch for {min(choice.persistent.steps, steps)} time steps: {times} {steps} steps"
             return f"persistent kernels, {launch}; {choice.persistent.words(rows)}"
         tiles = choice.step
         return (

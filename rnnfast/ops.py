@@ -102,7 +102,7 @@ def forward(
         w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
         bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
         choice = families.pick(spec.gates, B, H, x.dtype, precision(), False, x.device)
-        n = plan.chunk_steps(T, B, persistent=choice.persistent is not None)
+        n = plan.chunk_steps(T, B) if choice.persistent is None else choice.persistent.steps
         for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
             choice = families.run(
                 "forward",

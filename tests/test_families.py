@@ -23,13 +23,13 @@ REFUSAL = "Triton Error [CUDA]: too many blocks in cooperative launch"
 
 @pytest.fixture(autouse=True)
 def tf32(_clean_settings):
-    """Allowed, as is PyTorch's default: without it both directions of the small float32 layer have one plan."""
+    """Allowed, as is PyTorch's default."""
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
 
 
 @pytest.fixture
 def layer():
-    return rnnfast.GRU(3, 4, backend="triton")
+    return rnnfast.GRU(3, 48, backend="triton")  # whose directions have a plan each
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_operators_on_persistent_kernels(reverse, monkeypatch):
     for family in ("step", "persistent"):
         x, h0, *weights = (tensor.clone().requires_grad_() for tensor in made)
         monkeypatch.setenv("RNNFAST_KERNELS", family)
-        monkeypatch.setattr(plan, "PERSISTENT_CHUNK_ROWS", 2 * 3)
+        monkeypatch.setattr(persistent.plan, "ROWS", 2 * 3)
         with families.assume(GPUS["H100"]), together(1):
             y, (h_n,) = ops.layer("gru", x, (h0,), *weights, reverse=reverse)
             found.append([y, h_n, *torch.autograd.grad(y.square().sum() + h_n.sum(), (x, h0, *weights))])
@@ -189,9 +189,9 @@ PROGRAM = """
 import json, torch
 from benchmarks.offline import pretend_gpu, settings
 from rnnfast import ops
-from rnnfast.kernels import plan
+from rnnfast.kernels.persistent import plan
 
-plan.PERSISTENT_CHUNK_ROWS = 8 * 3
+plan.ROWS = 8 * 3
 x, w_ih, w_hh = (torch.zeros(*shape, dtype=torch.float16) for shape in ((20, 3, 4), (512, 4), (512, 128)))
 found = {}
 for reverse in (False, True):

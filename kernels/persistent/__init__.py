@@ -11,10 +11,9 @@ from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
 from rnnfast.kernels.persistent.plan import PersistentPlan
-from rnnfast.kernels.plan import chunk_steps
 from rnnfast.kernels.step import as_a_gpu, before, emulate_bf16
 
-__all__ = ["backward", "clear_kernel", "forward", "launch_steps", "persistent_backward_kernel", "persistent_forward_kernel"]
+__all__ = ["backward", "clear_kernel", "forward", "persistent_backward_kernel", "persistent_forward_kernel"]
 
 CLEAR_BLOCK = 4096
 
@@ -86,22 +85,15 @@ def forward(
         )  # fmt: skip
 
 
-def launch_steps(T: int, B: int, H: int, plan: PersistentPlan) -> int:
-    """The most time steps that a launch of `backward` runs: as many as the plan allows, or a chunk where the exchange is padded
-    and so a buffer of its own, which then does not grow with T."""
-    return plan.steps if plan.H_PAD == H else min(plan.steps, chunk_steps(T, B, persistent=True))
-
-
 @as_a_gpu()
 def backward(
     cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: PersistentPlan
 ) -> None:
-    """Run the recurrence backward, `launch_steps` a launch. Arguments as in `rnnfast.kernels.step.backward`.
+    """Run the recurrence backward, `plan.steps` a launch. Arguments as in `rnnfast.kernels.step.backward`.
 
     The rows of a launch in `d_gates` are its exchange.
     """
     T, B, H = h.shape
-    most = launch_steps(T, B, H, plan)
     flags = {
         "CELL": cell.backward,
         "G": cell.gates,
@@ -123,8 +115,8 @@ def backward(
     d_c = d_h if d_c is None else d_c
     t_first = T - 1 if reverse else 0
     t_next, has_next = 0, 0
-    for done in range(0, T, most):
-        steps = min(most, T - done)
+    for done in range(0, T, plan.steps):
+        steps = min(plan.steps, T - done)
         dt, begin, t_x = (1, done, 0) if reverse else (-1, T - done - steps, steps - 1)
         exchange = _exchange(d_gates[begin : begin + steps], H, plan, cell.gates)
         for grid, b_begin in plan.launches(B):

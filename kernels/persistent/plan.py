@@ -6,9 +6,18 @@ Pure functions: nothing here asks a device, so tests need none.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["GPUS", "GpuLimits", "NoPlan", "PersistentPlan", "persistent_plan"]
+from rnnfast.kernels.persistent.model import (
+    StepTime,
+    hmma_clocks,
+    instructions_estimate,
+    plain_clocks,
+    step_time,
+    wgmma_clocks,
+)
+
+__all__ = ["GPUS", "GpuLimits", "NoPlan", "PersistentPlan", "persistent_plan", "persistent_plans"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ class PersistentPlan:
     """The whole launch of a persistent kernel, for one direction (forward or backward).
 
     A program keeps BLOCK_H units of BLOCK_B batch rows. The hidden size is padded to H_PAD, a multiple of BLOCK_H. The summed
-    axis is cut into SPLIT parts, a multiple of BLOCK_K each. At most `steps` time steps a launch of backward, so that none
-    lasts for seconds (forward runs the steps of a chunk), and at most `programs` programs, so that all are resident.
+    axis is cut into SPLIT parts, a multiple of BLOCK_K each. At most `steps` time steps a launch, so that none lasts for
+    seconds and no buffer grows with T, and at most `programs` programs, so that all are resident.
     """
 
     BLOCK_B: int
@@ -88,7 +97,9 @@ class NoPlan:
     reason: str
 
 
-STEPS = 1 << 16  # time steps of a launch: a fraction of a second, where a display's watchdog ends a kernel after two
+ROWS = 8192  # time steps x batch rows of a launch whose input side or exchange is a buffer of its own
+SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
+SLOW_CLOCK = 1e9  # hertz, for that: below what any of these GPUs runs at
 MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step kernels spread it over the GPU at once
 
 # The words of a step's exchange that a thread can hold without spilling, for (backward, on tensor cores): seen in the machine
@@ -154,31 +165,32 @@ class _Candidate:
         if exchange > limits.l2_bytes:
             yield "l2", exchange, f"a step's exchange is {exchange >> 20} MiB, where L2 has {limits.l2_bytes >> 20} MiB"
 
-    def clocks(self, B: int, tensor_cores: bool, limits: GpuLimits) -> float:
-        """A step's time in SM clocks, by a simple model, to compare candidates with: an estimate, not a measurement.
-
-        The hop of a word from SM to SM (1100); the gather, bound by L2 for all (24 bytes a clock and SM) or by one SM's port
-        (64); the product, bound by the weights' way out of shared memory (128 bytes a clock) or by the arithmetic; the
-        partial sums, through shared memory and back; and the barriers (35 each): 7 and 2 a chunk were counted in the machine
-        code.
-        """
+    def step_time(self, B: int, gates: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> StepTime:
+        """By the model, from estimates: 7 barriers and 2 a chunk were counted in the machine code."""
         plan = self.plan
-        steps_k = self.columns // plan.SPLIT // (32 // self.itemsize)  # tensor core instructions in a row on one accumulator
+        deep = self.columns / plan.SPLIT / (32 // self.itemsize)  # tensor core instructions in a row on one accumulator
         if not tensor_cores:
-            arithmetic = self.rows * plan.BLOCK_B * self.columns / 128
+            arithmetic = plain_clocks(self.rows * plan.BLOCK_B * self.columns)
         elif plan.SPLIT == 1 and self.rows >= 64 and plan.BLOCK_B >= 16 and limits.capability >= 90:
-            arithmetic = 18 * steps_k
+            arithmetic = wgmma_clocks(deep)
         else:
             tiles = -(-self.rows // 16) * -(-plan.BLOCK_B // 8)  # accumulators, of a warp's own or, with SPLIT = 1, of all
-            tiles = max(1, tiles // plan.num_warps) if plan.SPLIT == 1 else tiles
-            arithmetic = steps_k * max(33, 16 * tiles * plan.num_warps // 4)
-        partial = 0 if plan.SPLIT == 1 else 2 * plan.SPLIT * self.rows * plan.BLOCK_B * 4
-        barriers = 7 + 2 * (self.columns // plan.SPLIT // plan.BLOCK_K)
-        alone = 1100 + max(arithmetic, self.weight_bytes / 128) + partial / 128 + 35 * barriers
-        total = 0.0
-        for (units, tiles, _), _ in plan.launches(B):
-            total += alone + max(units * tiles * self.gathered_bytes / (24 * limits.sms), self.gathered_bytes / 64)
-        return total
+            arithmetic = hmma_clocks(deep, max(1, tiles // plan.num_warps) if plan.SPLIT == 1 else tiles, plan.num_warps)
+        cells = plan.BLOCK_B * plan.BLOCK_H / (32 * plan.num_warps)
+        launches = [
+            step_time(
+                sms=limits.sms,
+                programs=units * tiles,
+                gathered_bytes=self.gathered_bytes,
+                weight_bytes=self.weight_bytes,
+                arithmetic=arithmetic,
+                partial_bytes=0 if plan.SPLIT == 1 else 2 * plan.SPLIT * self.rows * plan.BLOCK_B * 4,
+                barriers=7 + 2 * (self.columns // plan.SPLIT // plan.BLOCK_K),
+                instructions=instructions_estimate(backward, gates, plan.SPLIT > 1, self.words_per_thread, cells),
+            )
+            for (units, tiles, _), _ in plan.launches(B)
+        ]
+        return sum(launches[1:], launches[0])
 
 
 def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward: bool, sms: int) -> Iterator[_Candidate]:
@@ -204,15 +216,46 @@ def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward:
                 block_k = min(part & -part, 256 if tensor_cores else 32)
                 if remainder or block_k < 16:
                     continue
-                plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, STEPS, sms)
+                plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms)
                 rows = block_h if backward else block_h * gate_rows
                 yield _Candidate(plan, rows, summed_gates * h_pad, itemsize)
 
 
-def persistent_plan(
+def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, clocks: float) -> int:
+    """Time steps of a launch: as many as take `SECONDS`, and `ROWS` rows where they need a buffer (forward the input side; a
+    padded exchange), which so does not grow with T."""
+    steps = int(SECONDS * SLOW_CLOCK / clocks)
+    return max(1, min(steps, ROWS // B) if not backward or plan.H_PAD != H else steps)
+
+
+def _rank(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits
-) -> PersistentPlan | NoPlan:
-    """The persistent launch that the model in `_Candidate.clocks` counts fastest, or why there is none.
+) -> tuple[list[PersistentPlan], str]:
+    """The plans that fit, the fastest by the model first, one for each tile; and why there is none."""
+    if limits.capability < 80:
+        return [], f"{limits.name} has compute capability {limits.capability / 10}, and the persistent kernels need 8.0"
+    tensor_cores = itemsize == 2 or precision == "tf32"
+    fastest: dict[tuple[int, ...], tuple[float, PersistentPlan]] = {}
+    nearest: dict[str, tuple[float, str]] = {}  # to each limit, of those that pass it
+    for candidate in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms):
+        refusals = list(candidate.refusals(B, backward, tensor_cores, limits))
+        for limit, excess, reason in refusals:
+            nearest[limit] = min(nearest.get(limit, (excess, reason)), (excess, reason))
+        if refusals:
+            continue
+        plan = candidate.plan
+        clocks = candidate.step_time(B, gates, backward, tensor_cores, limits).total
+        tile = (plan.BLOCK_B, plan.BLOCK_H, plan.SPLIT, plan.num_warps)
+        if tile not in fastest or clocks < fastest[tile][0]:
+            fastest[tile] = clocks, replace(plan, steps=_steps(plan, B, H, backward, clocks))
+    ranked = sorted(fastest.values(), key=lambda entry: entry[0])
+    return [plan for _, plan in ranked], "no tiles fit: " + "; ".join(reason for _, reason in nearest.values())
+
+
+def persistent_plans(
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, most: int = 4
+) -> list[PersistentPlan]:
+    """The persistent launches worth measuring, at most `most`: each of another tile, the fastest by the model first.
 
     Args:
         gates: blocks of rows in W_hh, `Cell.gates`.
@@ -221,18 +264,14 @@ def persistent_plan(
         precision: of a float32 product, "ieee" or "tf32"; half-precision products always run on tensor cores.
         backward: for the backward kernel, else forward.
         limits: of the GPU.
+        most: plans to return; none are returned where `persistent_plan` gives a `NoPlan`.
     """
-    if limits.capability < 80:
-        return NoPlan(f"{limits.name} has compute capability {limits.capability / 10}, and the persistent kernels need 8.0")
-    tensor_cores = itemsize == 2 or precision == "tf32"
-    best, least = None, float("inf")
-    nearest: dict[str, tuple[float, str]] = {}  # to each limit, of those that pass it
-    for candidate in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms):
-        refusals = list(candidate.refusals(B, backward, tensor_cores, limits))
-        for limit, excess, reason in refusals:
-            nearest[limit] = min(nearest.get(limit, (excess, reason)), (excess, reason))
-        if not refusals and (clocks := candidate.clocks(B, tensor_cores, limits)) < least:
-            best, least = candidate.plan, clocks
-    if best is not None:
-        return best
-    return NoPlan("no tiles fit: " + "; ".join(reason for _, reason in nearest.values()))
+    return _rank(gates, B, H, itemsize, precision, backward, limits)[0][:most]
+
+
+def persistent_plan(
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits
+) -> PersistentPlan | NoPlan:
+    """The first of `persistent_plans`, or why there is none. Arguments as there."""
+    plans, reason = _rank(gates, B, H, itemsize, precision, backward, limits)
+    return plans[0] if plans else NoPlan(reason)

@@ -1,0 +1,146 @@
+"""What a time step of a persistent kernel costs, by a simple model: a pure function from counts to SM clocks, term by term.
+
+Nothing here has been measured. The model is there to compare plans with one another and to say which term is worth halving; its
+inputs are estimates while a plan is chosen, and counts from machine code once it is compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+__all__ = ["StepTime", "hmma_clocks", "instructions_estimate", "plain_clocks", "step_time", "wgmma_clocks"]
+
+HOP = 1100
+L2_BYTES = 24
+PORT_BYTES = 64
+SHARED_BYTES = 128
+BARRIER = 35
+ISSUE = 2
+WGMMA = 18
+HMMA_LATENCY, HMMA_ISSUE = 33, 8
+FMAS = 128
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A time step of one program, in SM clocks; the terms follow one another.
+
+    Attributes:
+        hop: latency of the exchange, from the store of a word to its arrival at a program that polls for it.
+        gather: bytes of the exchange, through L2 or into the SM, the slower.
+        product: tensor core (or plain arithmetic), or the weights on their way out of shared memory, the slower.
+        partials: partial sums of the warps, to shared memory and back.
+        barriers: of a program's warps.
+        issue: the instructions that a warp issues one after another on the critical path.
+        second_hop: `hop` of the exchange of partial sums, where several programs share the summed axis.
+        second_gather: `gather` of that exchange.
+    """
+
+    hop: float
+    gather: float
+    product: float
+    partials: float
+    barriers: float
+    issue: float
+    second_hop: float = 0.0
+    second_gather: float = 0.0
+
+    def __add__(self, other: StepTime) -> StepTime:
+        """Of two launches one after another, each for a part of the batch."""
+        return StepTime(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+    def microseconds(self, gigahertz: float) -> float:
+        """At an SM clock of `gigahertz`; an H100 runs at up to 1.755 or 1.98."""
+        return self.total / gigahertz / 1000
+
+    def share(self) -> dict[str, float]:
+        """Each term's part of the total, terms of nothing left out."""
+        return {term.name: amount / self.total for term in fields(self) if (amount := getattr(self, term.name))}
+
+
+def step_time(
+    *,
+    sms: int,
+    programs: int,
+    gathered_bytes: float,
+    weight_bytes: float,
+    arithmetic: float,
+    partial_bytes: float,
+    barriers: float,
+    instructions: float,
+    second_bytes: float = 0.0,
+) -> StepTime:
+    """A step's time by the model.
+
+    The constants, each with its reason:
+
+    - HOP, 1100 clocks: 0.65 us at 1.7 GHz, a store's way to L2 and a load's there and back. From published latencies of L2 on
+      an H100 (about 270 clocks for a hit, more from the far half) with as much again for a poll that just missed the word.
+    - L2_BYTES, 24 a clock and SM: 5.5 TB/s over 132 SMs at 1.755 GHz, what all SMs together get out of an H100's L2.
+    - PORT_BYTES, 64 a clock: what one SM takes in from L2.
+    - SHARED_BYTES, 128 a clock: the bandwidth of an SM's shared memory. All weights are read from there in each step.
+    - BARRIER, 35 clocks: a barrier of 4 to 8 warps that arrive together, with the wait for shared memory behind it.
+    - ISSUE, 2 clocks an instruction: with one or two warps on a scheduler nothing hides that an instruction waits 4 to 6 clocks
+      for the result before it, and about half of them do not wait.
+
+    Args:
+        sms: of the GPU.
+        programs: that run at once, and so share L2.
+        gathered_bytes: of the exchange, by one program.
+        weight_bytes: read from shared memory by one program.
+        arithmetic: clocks of the product: `wgmma_clocks`, `hmma_clocks` or `plain_clocks`.
+        partial_bytes: partial sums written to and read from shared memory.
+        barriers: of a step.
+        instructions: of one warp on the critical path: `instructions_estimate`, or counted without the loop that polls again
+            and without what runs beside the tensor cores.
+        second_bytes: partial sums that one program gathers from others; 0 where no other shares its units.
+    """
+
+    def gather(amount: float) -> float:
+        return max(programs * amount / (L2_BYTES * sms), amount / PORT_BYTES)
+
+    return StepTime(
+        hop=HOP,
+        gather=gather(gathered_bytes),
+        product=max(arithmetic, weight_bytes / SHARED_BYTES),
+        partials=partial_bytes / SHARED_BYTES,
+        barriers=BARRIER * barriers,
+        issue=ISSUE * instructions,
+        second_hop=HOP if second_bytes else 0.0,
+        second_gather=gather(second_bytes),
+    )
+
+
+def wgmma_clocks(instructions: float) -> float:
+    """Of `instructions` HGMMA one after another: 64 rows of weights at 128 bytes a clock are 16 clocks, and 2 more each."""
+    return WGMMA * instructions
+
+
+def hmma_clocks(deep: float, accumulators: float, warps: int) -> float:
+    """Of HMMA.16816, `deep` in a row on each of a warp's `accumulators`: 33 clocks for one that waits for the one before, 8
+    for one that only waits for its turn on its scheduler's tensor core, as published for an A100 (an H100's take 6 or 7)."""
+    return deep * max(HMMA_LATENCY, HMMA_ISSUE * accumulators * warps / 4)
+
+
+def plain_clocks(multiplies: float) -> float:
+    """Of multiplies without tensor cores: 128 a clock and SM."""
+    return multiplies / FMAS
+
+
+def instructions_estimate(backward: bool, gates: int, split: bool, words: float, cells: float) -> float:
+    """Instructions of a warp on the critical path, fitted to machine code (Triton 3.9, sm_90, float16, H = 768).
+
+    Args:
+        backward: the kernel.
+        gates: of the cell.
+        split: whether the warps share the summed axis.
+        words: 32-bit words that a thread gathers.
+        cells: pairs of unit and batch row that a thread computes.
+    """
+    of_a_word = 7 if backward and split else 1.6
+    of_a_gate = 20 if backward else 40
+    return 120 + of_a_word * words + of_a_gate * gates * max(1.0, cells)
