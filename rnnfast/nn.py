@@ -32,6 +32,8 @@ class _Recurrent(torch.nn.RNNBase):
         self.backend = backend
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:  # type: ignore[override]
+        if isinstance(input, Tensor) and input.is_cpu and backends.cpu_is_torchs(self.backend):
+            return super().forward(input, hx)
         name, source = backends.asked(self.backend)
         if name != "torch":
             obstacles = self._obstacles(input, name)

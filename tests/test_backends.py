@@ -85,6 +85,37 @@ def test_precedence(surrounding, own, environment, device, monkeypatch, ran):
     assert explained.asked == ("chosen for this call" if name == "auto" else f"asked for by {source}")
 
 
+@pytest.mark.parametrize("setting", [None, "use_backend", "backend=", "RNNFAST_BACKEND", "RNNFAST_STRICT"])
+def test_short_cut_on_the_cpu(setting, monkeypatch, ran):
+    """A CPU tensor goes to PyTorch's own layer with no more ado where it is known that nothing else can run it, unless
+    anything is set, at whatever time it is."""
+    monkeypatch.setattr(backends, "_known", {"triton": None, "cpu:None": "no interpreter"})
+    module, x = rnnfast.GRU(I, H), torch.zeros(1, 1, I)
+    looked, asked = [], backends.asked
+    monkeypatch.setattr(backends, "asked", lambda own: (looked.append(own), asked(own))[1])
+    for _ in range(2):
+        module(x)
+    assert ran == ["torch", "torch"] and not looked
+    surrounding = contextlib.nullcontext()
+    if setting == "RNNFAST_STRICT":
+        surrounding = pytest.raises(RuntimeError, match="RNNFAST_STRICT is set")
+    elif setting == "use_backend":
+        surrounding = rnnfast.use_backend("reference")
+    elif setting == "backend=":
+        module.backend = "reference"
+    if setting and setting.isupper():
+        monkeypatch.setenv(setting, {"RNNFAST_BACKEND": "reference", "RNNFAST_STRICT": "1"}[setting])
+    with surrounding:
+        module(x)
+    assert bool(looked) == (setting is not None)
+    assert ran[2:] == {None: ["torch"], "RNNFAST_STRICT": []}.get(setting, ["reference"])
+    if setting and setting.isupper():
+        monkeypatch.delenv(setting)
+    module.backend = None
+    module(x)
+    assert ran[-1] == "torch" and len(looked) == (setting is not None)
+
+
 def test_auto_is_a_choice_too(device, monkeypatch, ran):
     """backend="auto", on module or function, is a choice by hand: it wins over RNNFAST_BACKEND as any other name does."""
     monkeypatch.setenv("RNNFAST_BACKEND", "reference")
