@@ -14,7 +14,7 @@
            "ratio": {"to": "torch.nn", "p20", "p50", "p80"} | null,
                       of the time of a call to that of torch.nn right beside it; on a GPU eager with a warm L2
            "peak_bytes": int | null,  above what was allocated before the call
-           "saved_bytes": int | null, kept for backward, without input and parameters
+           "saved_bytes": int | null, kept for backward besides input, parameters and output
            "compile_s": float | null, of the first call, where it compiles
            "kernels": [names]}        of the GPU kernels of one call
 

@@ -1,0 +1,197 @@
+"""How a `Call` is measured: time, peak memory, what is kept for backward, and which GPU kernels ran.
+
+Time on a GPU: device events around one call, the GPU idle before it, so that what the host does in launching counts; with a
+warm L2 (the same call just before) and a cold one (a buffer larger than any L2 written in between); eager, and as a CUDA graph
+where the mode can be captured. On a CPU: the clock around one call. In both, calls of a provider and of torch.nn alternate, so
+that a change of clocks or load meets both, and the ratio is that of neighbours.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = [
+    "Call",
+    "alternate",
+    "captured",
+    "kernel_names",
+    "kept",
+    "peak_bytes",
+    "percentiles",
+    "ratio_of",
+    "stopwatch",
+    "warm_up",
+]
+
+FLUSH_BYTES = 256 * 2**20
+_flush: dict[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is timed: ``run(before())``, of which ``before`` is not."""
+
+    run: Callable[[Any], Any]
+    before: Callable[[], Any] = lambda: None
+
+    def __call__(self) -> Any:
+        return self.run(self.before())
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """p20, p50 and p80, by linear interpolation."""
+    if len(values) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), values[0])
+    p20, p40, p60, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return {"p20": p20, "p50": statistics.median(values), "p80": p80}
+
+
+def stopwatch(call: Call, device: str, l2: str = "warm") -> Callable[[], float]:
+    """A function that makes the call once and says how many microseconds it took; `l2`, "warm" or "cold", is a GPU's."""
+    return _gpu_stopwatch(call, device, l2) if device == "cuda" else _cpu_stopwatch(call)
+
+
+def _cpu_stopwatch(call: Call) -> Callable[[], float]:
+    run, before, clock = call.run, call.before, time.perf_counter_ns
+
+    def once() -> float:
+        given = before()
+        start = clock()
+        run(given)
+        return (clock() - start) / 1000
+
+    return once
+
+
+def _gpu_stopwatch(call: Call, device: str, l2: str) -> Callable[[], float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if l2 == "cold" and device not in _flush:
+        _flush[device] = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def once() -> float:
+        given = call.before()
+        if l2 == "cold":
+            _flush[device].zero_()
+        torch.cuda.synchronize()
+        start.record()
+        call.run(given)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000
+
+    return once
+
+
+def warm_up(once: Callable[[], float], seconds: float) -> float:
+    """Call for a while, at least twice, until algorithms are chosen and caches are full. The time of the last call in µs."""
+    end = time.perf_counter() + seconds
+    once()
+    took = once()
+    while time.perf_counter() < end:
+        took = once()
+    return took
+
+
+def alternate(watches: list[Callable[[], float]], seconds: float, least: int = 5, most: int = 10000) -> list[list[float]]:
+    """Times of each in turn, back and forth, until `seconds` are over and each was called `least` times, `most` at most."""
+    times: list[list[float]] = [[] for _ in watches]
+    turns = list(zip(watches, times, strict=True))
+    end = time.perf_counter() + seconds
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for n in range(most):
+            for once, found in turns if n % 2 == 0 else reversed(turns):
+                found.append(once())
+            if n + 1 >= least and time.perf_counter() >= end:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def ratio_of(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Percentiles of the ratios of neighbouring times."""
+    return percentiles([mine / other for mine, other in zip(ours, theirs, strict=True)])
+
+
+def captured(call: Call) -> Call:
+    """The call as one CUDA graph, without what comes before it. The tensors that it reads are those of the capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return Call(lambda _: (graph.replay(), results)[1])
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """What the call has allocated at most above what there was before, as PyTorch's allocator counts it."""
+    given = call.before()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call.run(given)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call.run(given)
+    found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(found, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
+
+
+def kernel_names(call: Call) -> list[str]:
+    """The GPU kernels of one call, the longest-running first."""
+    given = call.before()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call.run(given)
+        torch.cuda.synchronize()
+    found = sorted(profiler.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+    return [kernel.key for kernel in found if kernel.self_device_time_total > 0]
+
+
+def kept(forward: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], parameters: list[Tensor]) -> dict[str, int]:
+    """Bytes that autograd keeps alive for the backward of `forward`, each storage once.
+
+    Args:
+        forward: gives the outputs, differentiable.
+        inputs, parameters: what it is given, alive anyway.
+
+    Returns:
+        Bytes of "inputs", "parameters", "outputs" that are kept, and of "activations": all else.
+    """
+    storages: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # the tensors are held until the end, so that no storage can take another's address
+        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward()
+    groups = {"inputs": inputs, "parameters": parameters, "outputs": list(outputs)}
+    found = dict.fromkeys([*groups, "activations"], 0)
+    places = {tensor.untyped_storage().data_ptr(): name for name, group in groups.items() for tensor in group}
+    for place, tensor in storages.items():
+        found[places.get(place, "activations")] += tensor.untyped_storage().nbytes()
+    return found

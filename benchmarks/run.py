@@ -1,0 +1,278 @@
+"""One row after another: each (case, provider) is checked and measured in a process of its own making, which may die or hang
+without taking the run along.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import rnnfast
+from benchmarks import measure
+from benchmarks.cases import Case
+from benchmarks.measure import Call
+from benchmarks.problem import Problem, tf32
+from benchmarks.providers import BASE, Provider, all_providers, installed, named_provider
+from benchmarks.results import BadResults, key, load, new_row, save
+
+__all__ = ["Died", "Worker", "environment", "row_of", "run", "same_run"]
+
+GPU_WARM_UP = 0.2  # seconds, for clocks to rise
+CPU_WARM_UP = 0.05
+
+
+def environment(device: str) -> dict[str, str]:
+    """What a figure means nothing without: the machine, versions, commit."""
+    git = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    found = {
+        "cpu": processor(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton") or "not installed",
+        "rnnfast": rnnfast.__version__,
+        "commit": git.stdout.strip() or os.environ.get("RNNFAST_COMMIT", "unknown"),
+        "tf32": "as each case says",
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device == "cuda":
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        )
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "driver": driver.stdout.strip() or "unknown",
+            "cuda": torch.version.cuda or "unknown",
+            "cudnn": str(torch.backends.cudnn.version()),
+        }
+    return found
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+@lru_cache(maxsize=1)
+def problem_of(case: Case, device: str) -> tuple[Problem, Call]:
+    """A case's problem, and torch.nn's call; kept for the next provider of the same case."""
+    problem = Problem(case, device)
+    return problem, problem.call(named_provider(BASE).ready(problem))
+
+
+def row_of(case: Case, set_name: str, provider: Provider, settings: dict) -> dict:
+    """The row of `provider` for `case`: checked, then measured. Whatever a library raises becomes the row's status."""
+    if settings["device"] == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        if obstacle := provider.obstacle(case, settings["device"]):
+            return new_row(case, set_name, provider.name, "unavailable", note=obstacle)
+        with tf32(case.tf32), provider.settings():
+            status, values = measured(case, provider, settings)
+    except Exception as error:
+        problem_of.cache_clear()  # it may hold all of the memory
+        words = " ".join(str(error).split())[:500]
+        short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in words
+        status, values = "out of memory" if short else "error", {"note": f"{type(error).__name__}: {words}"}
+    return new_row(case, set_name, provider.name, status, **values)
+
+
+def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]:
+    device = settings["device"]
+    problem, base = problem_of(case, device)
+    _, _, oracle = problem.answers()
+    ready = provider.ready(problem)
+    start = time.perf_counter()
+    error = problem.check(ready)
+    first = time.perf_counter() - start
+    values: dict = {"note": "; ".join(filter(None, (ready.note, oracle))), "error": error}
+    if error["worst"] > 1:
+        return "wrong", values
+    call = problem.call(ready)
+    watch = measure.stopwatch(call, device)
+    took = measure.warm_up(watch, GPU_WARM_UP if device == "cuda" else CPU_WARM_UP)
+    if provider.compiles:
+        values["compile_s"] = max(0.0, first - took / 1e6)
+    seconds = settings["seconds"]
+    if provider.name == BASE:
+        (times,) = measure.alternate([watch], seconds)
+    else:
+        base_watch = measure.stopwatch(base, device)
+        measure.warm_up(base_watch, 0)
+        times, base_times = measure.alternate([watch, base_watch], 2 * seconds)
+        values["ratio"] = {"to": BASE, **measure.ratio_of(times, base_times)}
+    values["timings"] = [timing("eager", "warm", times)]
+    if device == "cuda":
+        values["timings"].append(
+            timing("eager", "cold", *measure.alternate([measure.stopwatch(call, device, "cold")], seconds))
+        )
+        values["kernels"] = measure.kernel_names(call)
+    values["peak_bytes"] = measure.peak_bytes(call, device) if provider.counts_memory else None
+    if case.mode != "inference":
+        values["saved_bytes"] = problem.kept(ready)["activations"]
+    if device == "cuda" and case.mode != "backward":  # last: a capture that fails can leave the process unfit for more
+        try:
+            graph = measure.captured(call)
+            for l2 in ("warm", "cold"):
+                watch = measure.stopwatch(graph, device, l2)
+                measure.warm_up(watch, 0)
+                values["timings"].append(timing("cuda graph", l2, *measure.alternate([watch], seconds)))
+        except RuntimeError as failure:
+            words = " ".join(str(failure).split())[:200]
+            values["note"] = "; ".join(filter(None, (values["note"], f"no CUDA graph: {words}")))
+    return "ok", values
+
+
+def timing(how: str, l2: str, times: list[float]) -> dict:
+    return {"how": how, "l2": l2, **measure.percentiles(times), "n": len(times)}
+
+
+class Died(Exception):
+    """The process that was to measure something is no more; the message says how it ended."""
+
+
+class Worker:
+    """A process that calls `function` again and again; started when needed, and anew after it died.
+
+    `function` and its arguments are pickled. Ctrl-C is left to the caller.
+    """
+
+    def __init__(self, function: Callable[..., dict]) -> None:
+        self.function = function
+        self._process = self._pipe = None
+
+    def do(self, *args, limit: float) -> dict:
+        """``function(*args)``. Raises `Died` if the process ends on the way, or is not done after `limit` seconds."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(self.function, theirs), daemon=True)
+            self._process.start()
+            theirs.close()
+        try:
+            self._pipe.send(args)
+            if not self._pipe.poll(limit):
+                self.stop()
+                raise Died(f"not finished in {limit:g} s")
+            return self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join()
+            code = self._process.exitcode
+            self.stop()
+            if code == -signal.SIGKILL:
+                raise Died("its process was killed, which is what Linux does when memory runs out") from None
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise Died(f"its process ended with {how}") from None
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = self._pipe = None
+
+
+def _serve(function: Callable[..., dict], pipe) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            args = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(function(*args))
+
+
+def measure_row(case: Case, set_name: str, name: str, settings: dict) -> dict:
+    """`row_of` by names, as the worker calls it."""
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    return row_of(case, set_name, all_providers()[name], settings)
+
+
+def same_run(results: dict, now: dict, path: Path) -> None:
+    """Raises `BadResults` if `results`, from `path`, were measured otherwise than this run `now` would: they do not mix."""
+    for part in ("environment", "settings"):
+        for name in sorted(results[part].keys() | now[part].keys()):
+            before, after = results[part].get(name), now[part].get(name)
+            if name != "time" and before != after:
+                raise BadResults(f"{path} was measured with {name} {before!r}, and now it is {after!r}: name another file")
+
+
+def run(
+    work: list[tuple[str, Case, str]], now: dict, path: Path, limit: float, say: Callable[[str], None], worker: Worker
+) -> tuple[dict, str]:
+    """Measure what `path` does not hold yet, and save after each row.
+
+    Args:
+        work: (set, case, provider) of every row wanted.
+        now: results without rows: environment, settings and ceilings of this run.
+        path: of the results; those that it holds are kept and not measured again.
+        limit: seconds for a row.
+        say: is given a line of progress after each row.
+
+    Returns:
+        The results, and why the run ended early, or "".
+
+    Raises:
+        BadResults: `path` holds something else, or results that were measured otherwise.
+    """
+    results = {**now, "rows": []}
+    if path.exists():
+        results = load(path)
+        same_run(results, now, path)
+    done = {key(row) for row in results["rows"]}
+    work = [item for item in work if item[1:] not in done]
+    if done:
+        say(f"{path} holds {len(done)} rows; {len(work)} to go")
+    start = time.monotonic()
+    ended = ""
+    try:
+        save(results, path)  # a path that cannot be written is told at once
+        for number, (set_name, case, name) in enumerate(work, 1):
+            try:
+                row = worker.do(case, set_name, name, results["settings"], limit=limit)
+            except Died as death:
+                row = new_row(case, set_name, name, "error", note=str(death))
+            results["rows"].append(row)
+            took = time.monotonic() - start
+            left = clock(took / number * (len(work) - number))
+            say(f"{number:>{len(str(len(work)))}}/{len(work)} {words(row)}  [{clock(took)}, about {left} left]")
+            save(results, path)
+    except KeyboardInterrupt:
+        ended = f"interrupted: {len(results['rows'])} rows are in {path}; the same command goes on from there"
+    except OSError as error:
+        ended = f"cannot write {path}: {error.strerror or error}; it holds what was saved before"
+    finally:
+        worker.stop()
+    return results, ended
+
+
+def clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def words(row: dict) -> str:
+    """A row in a line."""
+    text = f"{Case(**row['case']).id:45} {row['provider']:20} "
+    if row["status"] == "wrong":
+        return text + f"wrong: {row['error']['tensor']} has {row['error']['worst']:.3g} times the error allowed; not timed"
+    if row["status"] != "ok":
+        return text + f"{row['status']}: {row['note'][:120]}"
+    text += f"{row['timings'][0]['p50']:>10.1f} us"
+    return text + (f" {row['ratio']['p50']:>7.3f} x {BASE}" if row["ratio"] else "")
