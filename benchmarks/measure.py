@@ -23,8 +23,8 @@ __all__ = [
     "Call",
     "alternate",
     "captured",
-    "kernel_names",
     "kept",
+    "kernel_names",
     "peak_bytes",
     "percentiles",
     "ratio_of",
@@ -51,7 +51,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
     """p20, p50 and p80, by linear interpolation."""
     if len(values) == 1:
         return dict.fromkeys(("p20", "p50", "p80"), values[0])
-    p20, p40, p60, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
     return {"p20": p20, "p50": statistics.median(values), "p80": p80}
 
 
@@ -182,16 +182,18 @@ def kept(forward: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], parame
     """
     storages: dict[int, Tensor] = {}
 
+    def place(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata  # not where it lies: a fake tensor lies nowhere
+
     def pack(tensor: Tensor) -> Tensor:
-        # the tensors are held until the end, so that no storage can take another's address
-        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        storages.setdefault(place(tensor), tensor.detach())  # held until the end, so that no other can take its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = forward()
     groups = {"inputs": inputs, "parameters": parameters, "outputs": list(outputs)}
     found = dict.fromkeys([*groups, "activations"], 0)
-    places = {tensor.untyped_storage().data_ptr(): name for name, group in groups.items() for tensor in group}
-    for place, tensor in storages.items():
-        found[places.get(place, "activations")] += tensor.untyped_storage().nbytes()
+    names = {place(tensor): name for name, group in groups.items() for tensor in group}
+    for where, tensor in storages.items():
+        found[names.get(where, "activations")] += tensor.untyped_storage().nbytes()
     return found

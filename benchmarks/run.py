@@ -119,9 +119,8 @@ def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]
         values["ratio"] = {"to": BASE, **measure.ratio_of(times, base_times)}
     values["timings"] = [timing("eager", "warm", times)]
     if device == "cuda":
-        values["timings"].append(
-            timing("eager", "cold", *measure.alternate([measure.stopwatch(call, device, "cold")], seconds))
-        )
+        (times,) = measure.alternate([measure.stopwatch(call, device, "cold")], seconds)
+        values["timings"].append(timing("eager", "cold", times))
         values["kernels"] = measure.kernel_names(call)
     values["peak_bytes"] = measure.peak_bytes(call, device) if provider.counts_memory else None
     if case.mode != "inference":
@@ -132,7 +131,8 @@ def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]
             for l2 in ("warm", "cold"):
                 watch = measure.stopwatch(graph, device, l2)
                 measure.warm_up(watch, 0)
-                values["timings"].append(timing("cuda graph", l2, *measure.alternate([watch], seconds)))
+                (times,) = measure.alternate([watch], seconds)
+                values["timings"].append(timing("cuda graph", l2, times))
         except RuntimeError as failure:
             words = " ".join(str(failure).split())[:200]
             values["note"] = "; ".join(filter(None, (values["note"], f"no CUDA graph: {words}")))
@@ -241,6 +241,7 @@ def run(
     if done:
         say(f"{path} holds {len(done)} rows; {len(work)} to go")
     start = time.monotonic()
+    told: set[tuple[str, str]] = set()
     ended = ""
     try:
         save(results, path)  # a path that cannot be written is told at once
@@ -252,7 +253,9 @@ def run(
             results["rows"].append(row)
             took = time.monotonic() - start
             left = clock(took / number * (len(work) - number))
-            say(f"{number:>{len(str(len(work)))}}/{len(work)} {words(row)}  [{clock(took)}, about {left} left]")
+            if row["status"] != "unavailable" or (name, row["note"]) not in told:
+                say(f"{number:>{len(str(len(work)))}}/{len(work)} {words(row)}  [{clock(took)}, about {left} left]")
+            told.add((name, row["note"]))
             save(results, path)
     except KeyboardInterrupt:
         ended = f"interrupted: {len(results['rows'])} rows are in {path}; the same command goes on from there"

@@ -1,0 +1,81 @@
+"""What a layer keeps for backward, by saved-tensor hooks: rnnfast's kernels beside torch.nn.
+
+    python -m benchmarks.memory [--T 512] [--B 64] [--H 512] [--dtype float16]
+
+Each storage is counted once; input, parameters and output, which live anyway, are told apart. Without a GPU, rnnfast's bytes are
+those of the shapes that its operators declare, on tensors without data (a test holds that the kernels' own results have
+them), and torch.nn's are those of its CPU layer. What cuDNN keeps, its reserve space, is known to cuDNN alone: on a GPU it is
+measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import rnnfast
+from benchmarks.cases import DTYPES, Case
+from benchmarks.problem import Problem, of_module
+from benchmarks.providers import named_provider
+
+__all__ = ["kept_by_kernels", "main"]
+
+
+def kept_by_kernels(case: Case) -> dict[str, int]:
+    """What rnnfast's kernels keep for `case`, as `benchmarks.measure.kept` says it, from declared shapes alone."""
+    with FakeTensorMode():
+        problem = Problem(case, "cpu")
+        layer = problem.module(getattr(rnnfast, case.cell))
+        ready = of_module(layer)
+
+        def forward(x):
+            y, last = layer._run("triton", x, None)
+            return y, last if isinstance(last, tuple) else (last,)
+
+        ready.forward = forward
+        return problem.kept(ready)
+
+
+def line(name: str, case: Case, kept: dict[str, int], base: int | None) -> str:
+    count = case.T * case.B * case.H * case.layers * case.directions
+    cells = [f"{kept[part] / 2**20:.1f}" for part in ("inputs", "parameters", "outputs", "activations")]
+    cells += [f"{kept['activations'] / count:.2f}", f"{kept['activations'] / base:.2f}" if base else ""]
+    return f"| {case.cell} {case.dtype} | {name} | {' | '.join(cells)} |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").split("\n")[0])
+    for name, size in (("T", 512), ("B", 64), ("H", 512)):
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--directions", type=int, default=1)
+    parser.add_argument("--cells", nargs="+", default=["LSTM", "GRU"], choices=("LSTM", "GRU", "RNN"))
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else "the CPU (cuDNN's layer needs a GPU)"
+    print(f"T={args.T} B={args.B} I=H={args.H}, {args.layers} layers, {args.directions} directions, training; torch.nn on {where}.")
+    print("MiB kept for backward; activations also in bytes a unit and time step, and over torch.nn's.\n")
+    print("| case | | input | parameters | output | activations | bytes/unit/step | ratio |")
+    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    for dtype in args.dtype:
+        for cell in args.cells:
+            sizes = {"layers": args.layers, "directions": args.directions}
+            case = Case(cell, args.T, args.B, args.H, args.H, **sizes, dtype=dtype)
+            problem = Problem(case, device)
+            theirs = problem.kept(named_provider("torch.nn").ready(problem))
+            if device == "cuda":
+                layer = problem.module(getattr(rnnfast, cell), backend="triton")
+                ours, name = problem.kept(of_module(layer)), "rnnfast"
+            else:
+                ours, name = kept_by_kernels(case), "rnnfast's kernels"
+            print(line("torch.nn", case, theirs, None))
+            print(line(name, case, ours, theirs["activations"]), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
