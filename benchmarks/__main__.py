@@ -20,7 +20,8 @@ import torch
 from benchmarks.cases import SETS, Unknown, chosen
 from benchmarks.providers import BASE, all_providers, named_provider
 from benchmarks.results import SCHEMA, BadResults
-from benchmarks.run import Worker, environment, measure_row, run
+from benchmarks.run import environment, measure_row, run
+from benchmarks.worker import Worker
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,9 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     now = {"schema": SCHEMA, "environment": environment(device), "settings": settings, "ceilings": None}
     try:
         if device == "cuda" and not args.json.exists():
-            from benchmarks.ceilings import ceilings
+            from benchmarks import probes
 
-            now["ceilings"] = ceilings()
+            now["ceilings"] = probes.measure()
+            torch.cuda.empty_cache()
         results, ended = run(work, now, args.json, args.limit, lambda line: print(line, flush=True), Worker(measure_row))
     except (BadResults, OSError) as error:
         print(error, file=sys.stderr)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory [--T 512] [--B 64] [--H 512] [--dtype float16]
 
-Each storage is counted once; input, parameters and output, which live anyway, are told apart. Without a GPU, rnnfast's bytes are
-those of the shapes that its operators declare, on tensors without data (a test holds that the kernels' own results have
+Each storage is counted once; input, parameters and output, which live anyway, are told apart. Without a GPU, rnnfast's bytes
+are those of the shapes that its operators declare, on tensors without data (a test holds that the kernels' own results have
 them), and torch.nn's are those of its CPU layer. What cuDNN keeps, its reserve space, is known to cuDNN alone: on a GPU it is
 measured.
 """
@@ -57,14 +57,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU (cuDNN's layer needs a GPU)"
-    print(f"T={args.T} B={args.B} I=H={args.H}, {args.layers} layers, {args.directions} directions, training; torch.nn on {where}.")
+    sizes = f"T={args.T} B={args.B} I=H={args.H}, {args.layers} layers, {args.directions} directions"
+    print(f"{sizes}, training; torch.nn on {where}.")
     print("MiB kept for backward; activations also in bytes a unit and time step, and over torch.nn's.\n")
     print("| case | | input | parameters | output | activations | bytes/unit/step | ratio |")
     print("|---|---|--:|--:|--:|--:|--:|--:|")
     for dtype in args.dtype:
         for cell in args.cells:
-            sizes = {"layers": args.layers, "directions": args.directions}
-            case = Case(cell, args.T, args.B, args.H, args.H, **sizes, dtype=dtype)
+            case = Case(cell, args.T, args.B, args.H, args.H, args.layers, args.directions, dtype)
             problem = Problem(case, device)
             theirs = problem.kept(named_provider("torch.nn").ready(problem))
             if device == "cuda":

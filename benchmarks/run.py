@@ -5,10 +5,8 @@ without taking the run along.
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import platform
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -24,8 +22,9 @@ from benchmarks.measure import Call
 from benchmarks.problem import Problem, tf32
 from benchmarks.providers import BASE, Provider, all_providers, installed, named_provider
 from benchmarks.results import BadResults, key, load, new_row, save
+from benchmarks.worker import Died, Worker
 
-__all__ = ["Died", "Worker", "environment", "row_of", "run", "same_run"]
+__all__ = ["environment", "measure_row", "problem_of", "row_of", "run", "words"]
 
 GPU_WARM_UP = 0.2  # seconds, for clocks to rise
 CPU_WARM_UP = 0.05
@@ -141,61 +140,6 @@ def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]
 
 def timing(how: str, l2: str, times: list[float]) -> dict:
     return {"how": how, "l2": l2, **measure.percentiles(times), "n": len(times)}
-
-
-class Died(Exception):
-    """The process that was to measure something is no more; the message says how it ended."""
-
-
-class Worker:
-    """A process that calls `function` again and again; started when needed, and anew after it died.
-
-    `function` and its arguments are pickled. Ctrl-C is left to the caller.
-    """
-
-    def __init__(self, function: Callable[..., dict]) -> None:
-        self.function = function
-        self._process = self._pipe = None
-
-    def do(self, *args, limit: float) -> dict:
-        """``function(*args)``. Raises `Died` if the process ends on the way, or is not done after `limit` seconds."""
-        if self._process is None:
-            context = multiprocessing.get_context("spawn")
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(self.function, theirs), daemon=True)
-            self._process.start()
-            theirs.close()
-        try:
-            self._pipe.send(args)
-            if not self._pipe.poll(limit):
-                self.stop()
-                raise Died(f"not finished in {limit:g} s")
-            return self._pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            self._process.join()
-            code = self._process.exitcode
-            self.stop()
-            if code == -signal.SIGKILL:
-                raise Died("its process was killed, which is what Linux does when memory runs out") from None
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise Died(f"its process ended with {how}") from None
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = self._pipe = None
-
-
-def _serve(function: Callable[..., dict], pipe) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while True:
-        try:
-            args = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(function(*args))
 
 
 def measure_row(case: Case, set_name: str, name: str, settings: dict) -> dict:

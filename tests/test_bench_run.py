@@ -1,0 +1,180 @@
+"""The runner: rows are kept as they are measured, whatever becomes of a provider, the disk or the user's patience."""
+
+import os
+
+import pytest
+
+import benchmarks.__main__ as command
+from benchmarks import run, worker
+from benchmarks.cases import Case
+from benchmarks.results import BadResults, load, new_row
+
+CASE = Case("LSTM", 1, 1, 8, 8, dtype="float32", mode="inference")
+WORK = [("quick", CASE, name) for name in ("torch.nn", "rnnfast", "loop")]
+NOW = {"schema": 1, "environment": {"cpu": "x", "time": "now"}, "settings": {"device": "cpu"}, "ceilings": None}
+TIMING = {"how": "eager", "l2": "warm", "p20": 1.0, "p50": 2.0, "p80": 3.0, "n": 5}
+
+
+def row(case, set_name, name, status="ok", **values):
+    return new_row(case, set_name, name, status, **{"timings": [TIMING] if status == "ok" else []} | values)
+
+
+class InProcess:
+    """A worker without a process; `then` is called with the name of the provider before its row is made."""
+
+    def __init__(self, then=lambda name: None):
+        self.then, self.asked, self.stopped = then, [], False
+
+    def do(self, case, set_name, name, settings, limit):
+        self.asked.append(name)
+        self.then(name)
+        return row(case, set_name, name)
+
+    def stop(self):
+        self.stopped = True
+
+
+def go(path, worker, work=WORK, now=NOW):
+    said = []
+    found, ended = run.run(work, now, path, 10, said.append, worker)
+    assert worker.stopped
+    return found, ended, said
+
+
+def test_rows_are_saved_as_they_are_measured(tmp_path):
+    path = tmp_path / "out.json"
+    held = []
+    found, ended, said = go(path, InProcess(lambda name: held.append(len(load(path)["rows"]))))
+    assert held == [0, 1, 2] and not ended and load(path) == found
+    assert [kept["provider"] for kept in found["rows"]] == ["torch.nn", "rnnfast", "loop"]
+    assert said[0].startswith("1/3 LSTM-T1-B1-I8-H8-float32-inference") and "left]" in said[0] and "2.0 us" in said[0]
+
+
+def test_interruption_and_resumption(tmp_path):
+    """Ctrl-C keeps what was measured; the same command goes on with the rest, and then with nothing."""
+
+    def interrupt(name):
+        if name == "loop":
+            raise KeyboardInterrupt
+
+    path = tmp_path / "out.json"
+    _, ended, _ = go(path, InProcess(interrupt))
+    assert ended == f"interrupted: 2 rows are in {path}; the same command goes on from there"
+    assert [kept["provider"] for kept in load(path)["rows"]] == ["torch.nn", "rnnfast"]
+    worker = InProcess()
+    found, ended, said = go(path, worker, now=NOW | {"environment": {"cpu": "x", "time": "later"}})
+    assert worker.asked == ["loop"] and not ended and said[0] == f"{path} holds 2 rows; 1 to go"
+    assert load(path) == found and len(found["rows"]) == 3
+    worker = InProcess()
+    go(path, worker)
+    assert worker.asked == []
+
+
+@pytest.mark.parametrize("part, name", [("environment", "commit"), ("settings", "threads")])
+def test_results_of_another_run_do_not_mix(part, name, tmp_path):
+    path = tmp_path / "out.json"
+    go(path, InProcess(), now=NOW | {part: NOW[part] | {name: "a"}})
+    worker = InProcess()
+    with pytest.raises(BadResults, match=f"was measured with {name} 'a', and now it is 'b': name another file"):
+        run.run(WORK, NOW | {part: NOW[part] | {name: "b"}}, path, 10, print, worker)
+    assert not worker.asked
+
+
+def test_no_space_left(tmp_path, monkeypatch):
+    """The run ends with a line; what was saved before stays."""
+    path = tmp_path / "out.json"
+    fsync, left = os.fsync, iter([True, True, False, False])
+
+    def full(descriptor):
+        if not next(left):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    found, ended, _ = go(path, InProcess())
+    assert ended == f"cannot write {path}: No space left on device; it holds what was saved before"
+    assert len(load(path)["rows"]) == 1 and len(found["rows"]) == 2
+
+
+def test_death_of_a_provider_is_a_row(tmp_path):
+    def die(name):
+        if name == "rnnfast":
+            raise worker.Died("its process ended with SIGSEGV")
+
+    found, _, said = go(tmp_path / "out.json", InProcess(die))
+    assert [kept["status"] for kept in found["rows"]] == ["ok", "error", "ok"]
+    assert found["rows"][1]["note"] == "its process ended with SIGSEGV"
+    assert "error: its process ended with SIGSEGV" in said[1]
+
+
+def test_why_something_is_unavailable_is_said_once(tmp_path):
+    class Absent(InProcess):
+        def do(self, case, set_name, name, settings, limit):
+            return row(case, set_name, name, "unavailable", note="not installed")
+
+    work = [("quick", Case("LSTM", T, 1, 8, 8), "haste") for T in (1, 2)]
+    found, _, said = go(tmp_path / "out.json", Absent(), work)
+    assert len(found["rows"]) == 2 and len(said) == 1
+
+
+# The command
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    worker = InProcess()
+    monkeypatch.setattr(command, "Worker", lambda function: worker)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return worker
+
+
+def test_command(measured, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    options = ["--device", "cpu", "--json", str(path), "--only-case", "LSTM-T1-*"]
+    assert command.main([*options, "--provider", "loop", "torch.nn", "loop"]) == 0
+    assert measured.asked == ["torch.nn", "loop"] * 2, "the base first, each once"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{path}: 4 rows: 4 ok"
+    assert load(path)["settings"]["device"] == "cpu" and load(path)["environment"]["torch"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--set", "fast"], "unknown set 'fast'; there are: cudnn-best"),
+        (["--provider", "cudnn"], "unknown provider 'cudnn'; there are: torch.nn"),
+        (["--only-case", "X*"], "unknown case 'X*'; there are: LSTM-T1"),
+        (["--seconds", "0"], "--seconds and --limit must be positive"),
+    ],
+)
+def test_bad_options(options, words, measured, tmp_path, capsys):
+    assert command.main(["--device", "cpu", "--json", str(tmp_path / "out.json"), *options]) == 2
+    assert capsys.readouterr().err.startswith(words) and not measured.asked
+
+
+def test_damaged_results(measured, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    path.write_text("{")
+    assert command.main(["--device", "cpu", "--json", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{path} is damaged") and error.count("\n") == 1 and path.read_text() == "{"
+
+
+def test_interrupted_command(measured, tmp_path, capsys):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    measured.then = interrupt
+    assert command.main(["--device", "cpu", "--json", str(tmp_path / "out.json")]) == 130
+    assert "interrupted: 0 rows" in capsys.readouterr().err
+
+
+def test_a_wrong_row_fails_the_command(measured, tmp_path):
+    measured.do = lambda case, set_name, name, settings, limit: row(
+        case, set_name, name, "wrong", error={"worst": 2.0, "tensor": "output"}
+    )
+    assert command.main(["--device", "cpu", "--json", str(tmp_path / "out.json"), "--only-case", "LSTM-T1-*"]) == 1
+
+
+def test_list(capsys):
+    assert command.main(["--device", "cpu", "--list", "--only-case", "RNN-*"]) == 0
+    assert capsys.readouterr().out == "RNN-T32-B5-I39-H50-L2-bi-float32-training\n"
