@@ -16,12 +16,16 @@ from torch import Tensor
 import rnnfast
 from benchmarks.cases import Case, Unknown
 from benchmarks.problem import Problem, Ready, of_module
-from rnnfast import backends, families, reference
+from rnnfast import backends, reference
 
-__all__ = ["BASE", "Provider", "all_providers", "named_provider"]
+__all__ = ["BASE", "Provider", "Unavailable", "all_providers", "installed", "named_provider"]
 
 BASE = "torch.nn"  # what every other is compared with
 UNROLLED_STEPS = 8  # Inductor takes minutes for 32 steps of a small LSTM in training
+
+
+class Unavailable(Exception):
+    """The provider cannot run this case, as it turned out in making it ready; the message says why."""
 
 
 class Provider:
@@ -47,6 +51,7 @@ class Provider:
         return contextlib.nullcontext()
 
     def ready(self, problem: Problem) -> Ready:
+        """Raises `Unavailable` if it cannot after all."""
         raise NotImplementedError
 
 
@@ -80,33 +85,30 @@ class RnnFast(Provider):
         self.compiles = backend == "triton"
 
     def settings(self) -> contextlib.AbstractContextManager:
-        return environment(RNNFAST_KERNELS=self.family) if self.family else contextlib.nullcontext()
+        # strict: a launch that the driver refuses is an error, and not timed as something else
+        return environment(RNNFAST_KERNELS=self.family, RNNFAST_STRICT="1") if self.family else contextlib.nullcontext()
 
     def obstacle(self, case: Case, device: str) -> str | None:
         if self.backend != "triton":
             return None
-        example = torch.empty(0, device=device, dtype=case.torch_dtype)
-        if found := backends.tensor_obstacles(example):
-            return "; ".join(found)
-        if case.packed:
-            return "the kernels do not take packed input"
-        if self.family == "persistent":
-            gates, precision = reference.GATES[cell_of(case)], "tf32" if case.tf32 else "ieee"
-            where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-            for backward in (False,) if case.mode in ("inference", "forward") else (False, True):
-                with self.settings():
-                    choice = families.pick(gates, case.B, case.H, case.torch_dtype, precision, backward, where)
-                if choice.persistent is None:
-                    return f"no persistent plan for {'backward' if backward else 'forward'}: {choice.reason}"
-        return None
+        return "; ".join(backends.tensor_obstacles(torch.empty(0, device=device, dtype=case.torch_dtype))) or None
 
     def ready(self, problem: Problem) -> Ready:
         layer = problem.module(getattr(rnnfast, problem.case.cell), backend=self.backend)
-        ready = of_module(layer)
+        ready, told = of_module(layer), rnnfast.explain(layer, problem.x)
         if self.backend is None:
-            ready.note = f"chose {rnnfast.explain(layer, problem.x).backend}"
-        elif self.backend == "triton" and problem.device == "cpu":
-            ready.note = "in Triton's interpreter: no time of it means anything"
+            ready.note = f"chose {told.backend}: {told.details.partition(';')[0].partition(',')[0]}"
+        elif self.backend == "triton":
+            if told.backend != "triton":
+                raise Unavailable("; ".join(told.obstacles))
+            which = told.details
+            if problem.case.mode in ("inference", "forward"):
+                which = which.partition("backward: ")[0]
+            others = [name for name in ("step", "persistent") if name != self.family and f"{name} kernels" in which]
+            if others or f"{self.family} kernels" not in which:
+                raise Unavailable(which.partition("not persistent: ")[2].partition(";")[0].strip() or which)
+            if problem.device == "cpu":
+                ready.note = "in Triton's interpreter: no time of it means anything"
         return ready
 
 

@@ -20,7 +20,7 @@ from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.measure import Call
 from benchmarks.problem import Problem, tf32
-from benchmarks.providers import BASE, Provider, all_providers, installed, named_provider
+from benchmarks.providers import BASE, Provider, Unavailable, all_providers, installed, named_provider
 from benchmarks.results import BadResults, key, load, new_row, save
 from benchmarks.worker import Died, Worker
 
@@ -84,6 +84,8 @@ def row_of(case: Case, set_name: str, provider: Provider, settings: dict) -> dic
             return new_row(case, set_name, provider.name, "unavailable", note=obstacle)
         with tf32(case.tf32), provider.settings():
             status, values = measured(case, provider, settings)
+    except Unavailable as error:
+        status, values = "unavailable", {"note": str(error)}
     except Exception as error:
         problem_of.cache_clear()  # it may hold all of the memory
         words = " ".join(str(error).split())[:500]

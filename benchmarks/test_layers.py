@@ -14,6 +14,7 @@ pytest.importorskip("pytest_benchmark")
 import torch
 
 from benchmarks.problem import tf32
+from benchmarks.providers import Unavailable
 from benchmarks.run import problem_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # other libraries warn
@@ -22,7 +23,10 @@ pytestmark = pytest.mark.filterwarnings("default")  # other libraries warn
 def test_layer(benchmark, case, provider, device):
     with tf32(case.tf32), provider.settings():
         problem, _ = problem_of(case, device)
-        ready = provider.ready(problem)
+        try:
+            ready = provider.ready(problem)
+        except Unavailable as reason:
+            pytest.skip(str(reason))
         error = problem.check(ready)
         assert error["worst"] <= 1, f"{error['tensor']} has {error['worst']:.3g} times the error allowed; not timed"
         call = problem.call(ready)

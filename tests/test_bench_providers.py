@@ -25,9 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneD
 
 @pytest.fixture(autouse=True)
 def _own_problems():
-    run.problem_of.cache_clear()
+    forget = run.problem_of.cache_clear
+    forget()
     yield
-    run.problem_of.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,55 @@ def test_tf32_is_as_the_case_says():
         with tf32(allowed):
             assert [place.fp32_precision for place in places] == [precision] * 2
     assert [place.fp32_precision for place in places] == before
+
+
+class Event:
+    """In place of a device event: ticks a millisecond at each record."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Event.now += 1.0
+        self.time = Event.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.time - self.time
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about what is done on a GPU, where there is none")
+@pytest.mark.parametrize("mode, fails", [("training", False), ("training", True), ("backward", False)])
+def test_what_is_measured_on_a_gpu(mode, fails, monkeypatch):
+    """Eager and as a graph, warm and cold; a capture that fails is noted and voids nothing."""
+    problem = Problem(Case("GRU", 3, 2, 3, 4, dtype="float32", mode=mode), "cpu")
+    base = problem.call(named_provider(BASE).ready(problem))
+    monkeypatch.setattr(run, "problem_of", lambda case, device: (problem, base))
+    monkeypatch.setattr(run, "GPU_WARM_UP", 0)
+    monkeypatch.setitem(measure._flush, "cuda", torch.zeros(1))
+    for name, value in {"Event": Event, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10)
+    monkeypatch.setattr(measure, "kernel_names", lambda call: ["kernel"])
+
+    def captured(call):
+        if fails:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return call
+
+    monkeypatch.setattr(measure, "captured", captured)
+    status, values = run.measured(problem.case, named_provider("rnnfast-torch"), SETTINGS | {"device": "cuda"})
+    found = [(timing["how"], timing["l2"]) for timing in values["timings"]]
+    graphs = [("cuda graph", "warm"), ("cuda graph", "cold")] if mode == "training" and not fails else []
+    assert status == "ok" and found == [("eager", "warm"), ("eager", "cold"), *graphs]
+    assert {timing["p50"] for timing in values["timings"]} == {1000.0} and values["ratio"]["p50"] == 1
+    assert values["kernels"] == ["kernel"] and values["peak_bytes"] == 3 and values["saved_bytes"] > 0
+    assert values["note"] == ("no CUDA graph: operation not permitted when stream is capturing" if fails else "")
 
 
 # Adapters of libraries that are not installed, against stand-ins with those libraries' layouts
