@@ -35,7 +35,7 @@ def code_of(built: CompiledKernel) -> dict:
     threads = 32 * built.metadata.num_warps
     assert not tally(code.instructions, "UBLKCP", "UTMALDG"), "a bulk copy, whose bytes are not in the machine code"
     products = [at for at, each in enumerate(loop) if each.is_a(*UNITS)]
-    tensor_core, multiplies = code.multiplies(loop, built.metadata.num_warps)
+    tensor_core, multiplies, operands = code.products(loop, built.metadata.num_warps)
     first_try, retries = loaded(loop, True), sum(loaded(poll, True) for poll in polls)
     exchange = {
         f"{access} {width}"
@@ -59,6 +59,7 @@ def code_of(built: CompiledKernel) -> dict:
         "multiplies_loop": multiplies,
         "polled_bytes": (first_try or retries) * threads,  # a poll may have no first try of its own
         "loaded_bytes": loaded(loop, False) * threads,
+        "shared_read_bytes": operands + threads * sum(each.bytes for each in loop if each.is_a("LDS", "LDSM")),
         "polls": len(polls),
         "poll": ",".join(sorted({each.opcode for poll in polls for each in poll if each.is_a("LDG") and each.strong})),
         "publish": ",".join(sorted({each.opcode for each in loop if each.is_a("STG") and each.strong})),
@@ -115,7 +116,8 @@ def persistent_row(
         inputs = (2 + cell.saved) * _tile_bytes(tile, itemsize, code) + cell.carries_c * _tile_bytes(tile, 4, code)
     else:
         inputs = cell.gates * _tile_bytes(tile, 4, code)
-    weight_bytes = weights * columns * itemsize
+    partial_bytes = 0 if plan.SPLIT == 1 else 2 * plan.SPLIT * weights * plan.BLOCK_B * 4  # half written, half read
+    operand_bytes = max(0, code["shared_read_bytes"] - partial_bytes / 2)
     needed = plan.BLOCK_H * (1 if backward else cell.gates), H * (cell.gates if backward else 1)
     deep = columns / plan.SPLIT / (32 / itemsize)
     if not code["tensor_core_loop"]:
@@ -129,9 +131,9 @@ def persistent_row(
             sms=limits.sms,
             programs=count,
             gathered_bytes=code["polled_bytes"],
-            weight_bytes=weight_bytes,
+            weight_bytes=operand_bytes,
             arithmetic=arithmetic,
-            partial_bytes=0 if plan.SPLIT == 1 else 2 * plan.SPLIT * weights * plan.BLOCK_B * 4,
+            partial_bytes=partial_bytes,
             barriers=code["barriers"],
             instructions=code["instructions"] - code["instructions_beside_product"],
         )
@@ -142,12 +144,11 @@ def persistent_row(
         _product(code, needed[0], plan.BLOCK_B, needed[1], itemsize, 1)
         | {
             "programs": max(programs),
-            "launches": len(programs),
             "weights_reread_bytes": max(0, code["loaded_bytes"] - inputs) * sum(programs),
             "gathered_bytes": code["polled_bytes"] * sum(programs),
             "round_trips": code["polls"],
             "gather_bound": "l2" if max(programs) * model.PORT_BYTES > limits.sms * model.L2_BYTES else "port",
-            "product_bound": "weights" if weight_bytes / model.SHARED_BYTES > arithmetic else "arithmetic",
+            "product_bound": "shared memory" if operand_bytes / model.SHARED_BYTES > arithmetic else "arithmetic",
         }
         | _terms({name: share * time.total for name, share in time.share().items()}, limits.capability)
     )
@@ -184,7 +185,6 @@ def step_row(
         _product(code, rows, plan.BLOCK_B, columns, itemsize, chunks)
         | {
             "programs": programs,
-            "launches": 1,
             "weights_reread_bytes": max(0, loads - gathered) * programs,
             "gathered_bytes": gathered * programs,
             "round_trips": trips,

@@ -35,6 +35,8 @@ class Instruction:
     @property
     def bytes(self) -> int:
         """Of a memory access, by one thread."""
+        if self.is_a("LDSM"):
+            return 4 * int(self.opcode.split(".")[-1]) if self.opcode[-1] in "24" else 4
         width = re.search(r"\.(?:[US])?(8|16|64|128)\b", self.opcode)
         return int(width[1]) // 8 if width else 4
 
@@ -126,28 +128,38 @@ class Code:
                 inside -= set(inner)
         return [self.instructions[at] for at in sorted(inside)], polls
 
-    def multiplies(self, loop: list[Instruction], warps: int) -> tuple[int, int]:
-        """Tensor core instructions in `loop` (of a warp, of a warp group for HGMMA, of the program for UTCHMMA), and the
-        multiplies that all of a program's make. Without any, those of the plain FFMA, the cell's own few among them."""
-        done = instructions = 0
+    def products(self, loop: list[Instruction], warps: int) -> tuple[int, int, int]:
+        """Of all of a program's warps together, in `loop`.
+
+        Returns:
+            tensor core instructions of a warp, of a warp group (HGMMA) or of the program (UTCHMMA); the multiplies that all make,
+            or without any those of the plain FFMA, the cell's own few among them; and the bytes of operands that they read from
+            shared memory, 32 of each row of A and of B.
+        """
+        instructions = done = read = 0
         constants = {}  # of the uniform registers, as they stand when UTCHMMA reads its sizes from one
         for each in loop:
             if constant := re.match(r"(UR\d+), (0x[0-9a-f]+)$", each.operands) if each.is_a("UMOV") else None:
                 constants[constant[1]] = int(constant[2], 16)
             if hgmma := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\b", each.opcode):
-                done += int(hgmma[1]) * int(hgmma[2]) * int(hgmma[3]) * (warps // 4)
+                m, n, k = map(int, hgmma.groups())
+                done += m * n * k * (warps // 4)
+                a_in_registers = re.match(r"R\d+, R\d+", each.operands)
+                read += 32 * (n if a_in_registers else m + n) * (warps // 4)
             elif hmma := re.match(r"HMMA\.168(\d+)\b", each.opcode):
                 done += 16 * 8 * int(hmma[1]) * warps
             elif each.is_a("UTCHMMA"):
                 # PTX's instruction descriptor: M / 16 from bit 24, N / 8 from bit 17, the type of A from bit 7 (2 is TF32)
                 size = constants[re.search(r"idesc\[(UR\d+)\]", each.operands)[1]]
-                done += (size >> 24 & 31) * 16 * (size >> 17 & 63) * 8 * (8 if size >> 7 & 7 == 2 else 16)
+                m, n = (size >> 24 & 31) * 16, (size >> 17 & 63) * 8
+                done += m * n * (8 if size >> 7 & 7 == 2 else 16)
+                read += 32 * (m + n)
             else:
                 continue
             instructions += 1
         if not instructions:
             done = 32 * warps * sum(each.is_a("FFMA") for each in loop)
-        return instructions, done
+        return instructions, done, read
 
 
 def loaded(instructions: list[Instruction], strong: bool) -> int:

@@ -96,6 +96,7 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                     codes[first.compiled] = counts.code_of(built[first.compiled])
                 code = codes[first.compiled]
                 choice = families.choose(job.family, cell.gates, B, job.hidden, element.itemsize, precision, backward, limits)
+                repeats = 1 if choice.persistent else STEPS[0]  # of a launch, for so many steps
                 about = (code, cell, job.hidden, element.itemsize, backward)
                 if choice.persistent is None:
                     plan, made = choice.step, counts.step_row(*about, choice.step, math.prod(first.grid), limits)
@@ -118,6 +119,7 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                         "why_step": choice.reason,
                         "kernel": first.kernel,
                         "variants": len(variants),
+                        "launches": len(launches[0]) / repeats,
                         "plan": words,
                         "block_b": plan.BLOCK_B,
                         "block_h": plan.BLOCK_H,

@@ -102,7 +102,7 @@ def _steps(rows: list[dict]) -> Iterator[str]:
                 row["direction"],
                 row["family"] + note,
                 f"{row['programs']}/{row['sms']}",
-                str(row["launches"]),
+                f"{row['launches']:g}",
                 str(row["tensor_core"] or "-"),
                 str(row["tensor_core_least"] or "-"),
                 f"{row['redundancy']:.2f}",
@@ -165,8 +165,8 @@ def _to_halve(row: dict, term: str) -> str:
             else f"half as many batch rows a program, and so {more}"
         ),
         "product": (
-            f"half as many weights a program to read from shared memory: half its units, and so {more}"
-            if row["product_bound"] == "weights"
+            f"half as much for a program to read from shared memory: half its units, and so {more}, or weights in registers"
+            if row["product_bound"] == "shared memory"
             else "accumulators that wait less for one another: another tile, of more warps or more accumulators a warp"
         ),
         "partials": "half as many parts of the sum, or half as many rows of the tile",
