@@ -84,10 +84,11 @@ def _tile_bytes(elements: int, itemsize: int, code: dict) -> int:
 def _product(code: dict, rows: int, batch_rows: int, columns: int, itemsize: int, repeats: int) -> dict:
     """The product of a step: (rows, columns) weights by (columns, batch_rows), `repeats` loops of the machine code.
 
-    The least possible are whole instructions: the summed axis rounded up to what one takes.
+    The least possible are whole instructions of the smallest kind: 16 rows of weights, 8 batch rows and 32 bytes of the
+    summed axis.
     """
-    deep = 32 // itemsize if code["tensor_core_loop"] else 1
-    least = rows * batch_rows * -(-columns // deep) * deep
+    whole = (16, 8, 32 // itemsize) if code["tensor_core_loop"] else (1, 1, 1)
+    least = math.prod(-(-size // unit) * unit for size, unit in zip((rows, batch_rows, columns), whole, strict=True))
     done = code["multiplies_loop"] * repeats
     instructions = code["tensor_core_loop"] * repeats
     return {

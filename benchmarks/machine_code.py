@@ -132,9 +132,9 @@ class Code:
         """Of all of a program's warps together, in `loop`.
 
         Returns:
-            tensor core instructions of a warp, of a warp group (HGMMA) or of the program (UTCHMMA); the multiplies that all make,
-            or without any those of the plain FFMA, the cell's own few among them; and the bytes of operands that they read from
-            shared memory, 32 of each row of A and of B.
+            tensor core instructions of a warp, of a warp group (HGMMA) or of the program (UTCHMMA); the multiplies that they
+            make, or without any those of the plain FFMA, the cell's own few among them; and the bytes of operands that HGMMA
+            and UTCHMMA read from shared memory, 32 of each row of A and of B.
         """
         instructions = done = read = 0
         constants = {}  # of the uniform registers, as they stand when UTCHMMA reads its sizes from one

@@ -87,8 +87,8 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
         for B in job.batches:
             runs = [run_layer(driver, job.cell, element, job.hidden, T, B) for T in STEPS]
             built = compiled()
-            for phase in ("training", "inference", "backward"):
-                backward = phase == "backward"
+            for (direction, training), phase in static_text.PHASES.items():
+                backward = direction == "backward"
                 launches = [[each for each in run[phase] if each.kernel != "clear_kernel"] for run in runs]
                 variants = {each.compiled for run in launches for each in run}
                 first = launches[0][0]
@@ -113,8 +113,8 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                         "dtype": job.dtype,
                         "hidden": job.hidden,
                         "batch": B,
-                        "direction": "backward" if backward else "forward",
-                        "training": phase != "inference",
+                        "direction": direction,
+                        "training": training,
                         "family": "step" if choice.persistent is None else "persistent",
                         "why_step": choice.reason,
                         "kernel": first.kernel,
@@ -155,7 +155,9 @@ def build(jobs: list[Job], workers: int) -> list[dict]:
     rows: dict[tuple, dict] = {}  # by what identifies them: two jobs may both come to the step kernels
     for found, _ in results:
         for row in found:
-            key = row["arch"], CELLS.index(row["cell"]), *(row[name] for name in IDENTITY[2:])
+            phase = list(static_text.PHASES).index((row["direction"], row["training"]))
+            kind = CELLS.index(row["cell"]), list(DTYPES).index(row["dtype"])
+            key = row["arch"], *kind, row["hidden"], row["batch"], phase, row["family"]
             if key not in rows or row["why_step"]:
                 rows[key] = row | {"compile_seconds": seconds.get(row["compiled"])}
     return [rows[key] for key in sorted(rows)]
