@@ -21,6 +21,7 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -139,15 +140,29 @@ def _begin() -> None:
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # the launches say it
 
 
+def _counted(results: Iterable, total: int) -> Iterator:
+    """`results` as they come, and on a terminal how many there are of how many."""
+    for done, result in enumerate(results, 1):
+        if sys.stderr.isatty():
+            print(f"\r{done} of {total} jobs", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        yield result
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
+    return int(text)
+
+
 def build(jobs: list[Job], workers: int) -> list[dict]:
     """The rows of all jobs, each with the seconds that its kernel took to compile, None where Triton's cache had it."""
     if workers == 1:
         _begin()
-        results = list(map(rows_of, jobs))
+        results = list(_counted(map(rows_of, jobs), len(jobs)))
     else:
         # not forked: a fork of a process with threads may hang
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
-            results = list(pool.map(rows_of, jobs))
+            results = list(_counted(pool.map(rows_of, jobs), len(jobs)))
     seconds: dict[str, float] = {}
     for _, took in results:
         for name, each in took.items():
@@ -169,20 +184,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--family", choices=families.FAMILIES, help="step: the step kernels everywhere")
     parser.add_argument("--cells", nargs="+", choices=CELLS)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
-    parser.add_argument("--hidden", type=int, nargs="+")
-    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--hidden", type=_positive, nargs="+")
+    parser.add_argument("--batch", type=_positive, nargs="+")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--fresh", action="store_true", help="compile everything anew, to time it: Triton's cache is not used")
     parser.add_argument(
         "--show-terms", nargs=3, metavar=("CELL", "H", "B"), help="only the predicted step of one shape, by term"
     )
     args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    chosen = args.cells, args.dtypes, args.hidden, args.batch
     if args.show_terms:
-        cell, hidden, batch = args.show_terms[0].lower(), *map(int, args.show_terms[1:])
-        chosen = (cell,), args.dtypes, (hidden,), (batch,)
-    else:
-        chosen = args.cells, args.dtypes, args.hidden, args.batch
+        cell, *sizes = args.show_terms
+        try:
+            chosen = (cell.lower(),), args.dtypes, *((_positive(size),) for size in sizes)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --show-terms: {error}")
+        if cell.lower() not in CELLS:
+            parser.error(f"argument --show-terms: no cell {cell!r}: choose from {', '.join(CELLS)}")
+    if args.json:
+        try:
+            open(args.json, "a").close()  # now, and not after minutes of compiling
+        except OSError as error:
+            parser.error(f"argument --json: {error}")
     table = STANDARD
     if args.family or any(chosen):
         defaults = ("lstm",), ("float16",), HIDDEN, BATCH

@@ -156,6 +156,22 @@ def test_command(tmp_path):
     assert printed.count("H=16, B=1") == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--show-terms", "TRANSFORMER", "768", "16"], "no cell 'TRANSFORMER': choose from lstm, gru, rnn_tanh, rnn_relu"),
+        (["--show-terms", "LSTM", "768", "0"], "expected a number from 1 on, got '0'"),
+        (["--hidden", "-1"], "expected a number from 1 on, got '-1'"),
+        (["--json", "no/such/folder/rows.json"], "No such file or directory"),
+    ],
+)
+def test_bad_arguments(arguments, words, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit):
+        static.main(arguments)
+    assert words in capsys.readouterr().err
+
+
 LOOP = """
         /*0000*/                   LDG.E.128 R8, desc[UR6][R2.64] ;
         /*0010*/              @!P0 BRA `(.L_x_3) ;
