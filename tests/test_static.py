@@ -34,6 +34,8 @@ REDUNDANT = (
         4 / 3,
         "three gates take the place of four",
     ),
+    ({"hidden": 1}, 2, "16 of the summed axis at least, where TF32 could take 8"),
+    ({"hidden": 29}, 128 / 116, "whole chunks of the summed axis"),
     ({"hidden": 50}, 256 / 208, "padded, so that the warps share the summed axis in whole chunks"),
     ({"hidden": 200}, 256 / 200, "padded likewise"),
     (
@@ -102,21 +104,31 @@ def test_step_kernels(arch):
         assert weights <= row["weights_reread_bytes"] <= 1.7 * weights
 
 
-MAIN = [("persistent", ["lstm"], ["float16"], [768], [1, 16]), ("persistent", ["gru"], ["float16"], [29], [3])]
-
-
 def test_persistent_kernels():
-    """The main shape, a batch that fills a part of a tile, and a size that is padded."""
-    rows = check(MAIN, 90)
-    assert [row["family"] for row in rows] == ["persistent"] * 9
+    """The main shape, a batch that fills a part of a tile, a size that is padded; and one that does not fit, where the table
+    shows the step kernels and says why."""
+    table = [
+        ("persistent", ["lstm"], ["float16"], [768], [1, 16]),
+        ("persistent", ["gru"], ["float16"], [29], [3]),
+        ("persistent", ["lstm"], ["float32"], [1024], [16]),
+    ]
+    rows = check(table, 90)
+    assert [(row["family"], row["hidden"]) for row in rows if row["dtype"] == "float32"] == [("step", 1024)] * 3
+    assert all((row["family"] == "persistent") == (not row["why_step"]) for row in rows)
+    assert sum(row["family"] == "persistent" for row in rows) == 9
+    text = "\n".join(static_text.show(rows))
+    assert "[1] no tiles fit: " in text
+    assert "Spills, weights re-read, redundancy over 1.05, variants: " in text
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_standard_table(arch):
-    """All of it; where there is no plan the row says why."""
-    for row in check(static.STANDARD, arch):
-        assert row["family"] == "persistent" or "no tiles fit: " in row["why_step"] or row["hidden"] in (29, 512)
+    """All of it, and the step kernels at more sizes; where there is no plan the row says why."""
+    for row in check([entry for entry in static.STANDARD if entry[0] == "persistent"], arch):
+        assert row["family"] == "persistent" or "no tiles fit: " in row["why_step"]
+    more = ("step", static.CELLS, list(static.DTYPES), [1, 16, 50, 200], [3])
+    check([entry for entry in static.STANDARD if entry[0] == "step"] + [more], arch)
 
 
 CACHED = """
