@@ -33,13 +33,12 @@ DEVICE = "cuda"
 SAME_EVERYWHERE = (
     "test_packaging",
     "test_layering",
-    "test_offline",
+    "test_static",
     "test_char_lm",
     "test_bench_providers",
     "test_bench_results",
     "test_bench_run",
     "test_bench_worker",
-    "kernels/test_persistent_compiled",
 )
 TEST_SECONDS = 240
 PERSISTENT_SECONDS = 60  # a case, compilation included; after the first that takes longer no other is tried
