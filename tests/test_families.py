@@ -198,7 +198,7 @@ for reverse in (False, True):
     with settings("persistent", False), pretend_gpu(90) as driver:
         y, _ = ops.layer("lstm", x.requires_grad_(), None, w_ih, w_hh, reverse=reverse)
         y.sum().backward()
-    found[str(reverse)] = [name for name, _ in driver.launches]
+    found[str(reverse)] = [launch.kernel for launch in driver.launches]
 print(json.dumps(found))
 """
 

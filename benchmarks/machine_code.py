@@ -1,0 +1,172 @@
+"""The machine code of a compiled kernel, taken apart and counted. Text in, figures out: nothing here compiles or runs anything.
+
+The loop over time steps of a persistent kernel, or over the summed axis of a step kernel, is the largest cycle of the control
+flow; a loop in it that loads strongly is a poll, whose loads come once before it and again in each retry.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+import triton
+
+BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of machine code: its predicate or "", its opcode with suffixes, its operands."""
+
+    predicate: str
+    opcode: str
+    operands: str
+
+    def is_a(self, *names: str) -> bool:
+        return self.opcode.split(".")[0] in names
+
+    @property
+    def strong(self) -> bool:
+        return "STRONG" in self.opcode
+
+    @property
+    def bytes(self) -> int:
+        """Of a memory access, by one thread."""
+        if self.is_a("LDSM"):
+            return 4 * int(self.opcode.split(".")[-1]) if self.opcode[-1] in "24" else 4
+        width = re.search(r"\.(?:[US])?(8|16|64|128)\b", self.opcode)
+        return int(width[1]) // 8 if width else 4
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code, as the tools in Triton's wheel print them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = ([f"{BIN}/cuobjdump", "--dump-resource-usage", file.name], [f"{BIN}/nvdisasm", file.name])
+        usage, code = (subprocess.run(each, capture_output=True, text=True, check=True).stdout for each in commands)
+    return usage, code
+
+
+def resources(usage: str) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack a thread: where spills go."""
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    return int(match[1]), int(match[2])
+
+
+class Code:
+    """The instructions of a kernel, and where each can be followed by which."""
+
+    def __init__(self, text: str):
+        self.instructions: list[Instruction] = []
+        labels: dict[str, int] = {}
+        for line in text.splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[label[1]] = len(self.instructions)
+            elif code := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
+                self.instructions.append(Instruction(code[1] or "", code[2], code[3]))
+        self.after: list[list[int]] = []
+        for at, instruction in enumerate(self.instructions):
+            target = re.search(r"`\((\.L_x_\d+)\)", instruction.operands)
+            # a call to a label of the kernel is a jump that may return
+            jump = [labels[target[1]]] if target and instruction.is_a("BRA", "CALL") else []
+            always = instruction.is_a("EXIT", "RET") or (instruction.is_a("BRA") and instruction.operands.startswith("`"))
+            falls = not always or bool(instruction.predicate)
+            self.after.append(jump + ([at + 1] if falls and at + 1 < len(self.instructions) else []))
+
+    def cycles(self, within: list[int]) -> list[list[int]]:
+        """The strongly connected parts of the control flow among the instructions `within`, in their order."""
+        allowed, before = set(within), {at: [] for at in within}
+        for at in within:
+            for follower in self.after[at]:
+                if follower in allowed:
+                    before[follower].append(at)
+        order: list[int] = []
+        seen: set[int] = set()
+        for root in within:  # Kosaraju: the order of leaving, then backwards from the last left
+            stack = [(root, iter(self.after[root]))] if root not in seen else []
+            seen.add(root)
+            while stack:
+                at, followers = stack[-1]
+                for follower in followers:
+                    if follower in allowed and follower not in seen:
+                        seen.add(follower)
+                        stack.append((follower, iter(self.after[follower])))
+                        break
+                else:
+                    order.append(at)
+                    stack.pop()
+        found, taken = [], set()
+        for root in reversed(order):
+            part, stack = [], [root] if root not in taken else []
+            taken.add(root)
+            while stack:
+                at = stack.pop()
+                part.append(at)
+                new = [leader for leader in before[at] if leader not in taken]
+                taken.update(new)
+                stack += new
+            if len(part) > 1 or (part and root in self.after[root]):
+                found.append(sorted(part))
+        return found
+
+    def loops(self) -> tuple[list[Instruction], list[list[Instruction]]]:
+        """The largest loop without its polls, and each of its polls: the loops in it that load strongly."""
+        every = range(len(self.instructions))
+        loop = max(self.cycles(list(every)), key=len, default=[])
+        inside = set(loop)
+        entries = {after for at in every if at not in inside for after in self.after[at] if after in inside}
+        polls = []
+        for inner in self.cycles([at for at in loop if at not in entries]):
+            instructions = [self.instructions[at] for at in inner]
+            if any(each.is_a("LDG") and each.strong for each in instructions):
+                polls.append(instructions)
+                inside -= set(inner)
+        return [self.instructions[at] for at in sorted(inside)], polls
+
+    def products(self, loop: list[Instruction], warps: int) -> tuple[int, int, int]:
+        """Of all of a program's warps together, in `loop`.
+
+        Returns:
+            tensor core instructions of a warp, of a warp group (HGMMA) or of the program (UTCHMMA); the multiplies that they
+            make, or without any those of the plain FFMA, the cell's own few among them; and the bytes of operands that HGMMA
+            and UTCHMMA read from shared memory, 32 of each row of A and of B.
+        """
+        instructions = done = read = 0
+        constants = {}  # of the uniform registers, as they stand when UTCHMMA reads its sizes from one
+        for each in loop:
+            if constant := re.match(r"(UR\d+), (0x[0-9a-f]+)$", each.operands) if each.is_a("UMOV") else None:
+                constants[constant[1]] = int(constant[2], 16)
+            if hgmma := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\b", each.opcode):
+                m, n, k = map(int, hgmma.groups())
+                done += m * n * k * (warps // 4)
+                a_in_registers = re.match(r"R\d+, R\d+", each.operands)
+                read += 32 * (n if a_in_registers else m + n) * (warps // 4)
+            elif hmma := re.match(r"HMMA\.168(\d+)\b", each.opcode):
+                done += 16 * 8 * int(hmma[1]) * warps
+            elif each.is_a("UTCHMMA"):
+                # PTX's instruction descriptor: M / 16 from bit 24, N / 8 from bit 17, the type of A from bit 7 (2 is TF32)
+                size = constants[re.search(r"idesc\[(UR\d+)\]", each.operands)[1]]
+                m, n = (size >> 24 & 31) * 16, (size >> 17 & 63) * 8
+                done += m * n * (8 if size >> 7 & 7 == 2 else 16)
+                read += 32 * (m + n)
+            else:
+                continue
+            instructions += 1
+        if not instructions:
+            done = 32 * warps * sum(each.is_a("FFMA") for each in loop)
+        return instructions, done, read
+
+
+def loaded(instructions: list[Instruction], strong: bool) -> int:
+    """Bytes that the global loads among `instructions` bring to a thread: the strong ones, which poll, or the others."""
+    loads = [each for each in instructions if each.is_a("LD", "LDG", "LDGSTS")]
+    return sum(each.bytes for each in loads if each.strong == strong)
+
+
+def tally(instructions: list[Instruction], *names: str) -> int:
+    return sum(each.is_a(*names) for each in instructions)

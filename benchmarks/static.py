@@ -1,0 +1,231 @@
+"""A table of every kernel without a GPU: compiled by the real launch code for absent GPUs, counted in machine code, predicted.
+
+    python -m benchmarks.static [--arch 80 90 100] [--json FILE] [--jobs N] [--fresh]
+                                [--family step] [--cells lstm gru] [--dtypes float16 tf32] [--hidden 128 768] [--batch 1 16]
+    python -m benchmarks.static --show-terms LSTM 768 16
+
+For each shape the persistent kernels where they have a plan, else the step kernels and why. Without --cells, --dtypes, --hidden
+or --batch: the standard table, `STANDARD`. What the columns and the JSON's keys mean: docs/static.md.
+
+No GPU has measured any of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import torch
+import triton
+
+from benchmarks import static_text
+from benchmarks.offline import DTYPES, GPU_OF_ARCH, compiled, limits_of, pretend_gpu, run_layer, settings
+from rnnfast import families
+
+SCHEMA = 1
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+HIDDEN = (128, 256, 512, 768, 1024, 1536, 2048)
+BATCH = (1, 8, 16, 32, 64, 128, 256)
+IDENTITY = ("arch", "cell", "dtype", "hidden", "batch", "family", "direction", "training")  # of a row
+STEPS = (3, 1)  # numbers of time steps: neither may make a kernel of its own
+
+
+class Job(NamedTuple):
+    """The shapes that one process compiles one after another: kernels that several batch sizes share are compiled once.
+
+    `family` is the one asked for: "persistent" runs the step kernels where it has no plan.
+    """
+
+    family: str
+    arch: int
+    cell: str
+    dtype: str
+    hidden: int
+    batches: tuple[int, ...]
+
+
+STANDARD = (  # family, cells, dtypes, hidden sizes, batch sizes
+    ("persistent", ("lstm",), ("float16",), HIDDEN, BATCH),
+    ("persistent", ("lstm",), ("float16",), (29, 50, 200), (3, 27)),
+    ("persistent", ("lstm",), ("bfloat16", "tf32", "float32"), (128, 512, 768, 1024, 2048), (16, 64)),
+    ("persistent", ("gru", "rnn_tanh"), ("float16", "tf32"), (128, 512, 768, 1024), (16, 64)),
+    ("persistent", ("gru", "rnn_tanh"), ("float16",), (29, 200), (3,)),
+    ("step", CELLS, tuple(DTYPES), (29, 512), (16,)),
+)
+
+
+def jobs_of(table, archs: list[int]) -> list[Job]:
+    """The jobs of a table like `STANDARD`, the longest first, as far as one can know."""
+    jobs = [
+        Job(family, arch, *case, batches)
+        for arch in archs
+        for family, *axes, batches in table
+        for case in itertools.product(*axes)
+    ]
+    return sorted(jobs, key=lambda job: -job.hidden * len(job.batches))
+
+
+def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
+    """The rows of a job, and the seconds that compiling took, by kernel; what Triton's cache had is not among them."""
+    from benchmarks import counts
+    from rnnfast.kernels import cells
+
+    cell, limits = cells.CELLS[job.cell], limits_of(job.arch)
+    element, tf32 = DTYPES[job.dtype]
+    precision = "tf32" if tf32 else "ieee"
+    rows, codes = [], {}
+    with settings(job.family, tf32), pretend_gpu(job.arch) as driver:
+        for B in job.batches:
+            runs = [run_layer(driver, job.cell, element, job.hidden, T, B) for T in STEPS]
+            built = compiled()
+            for (direction, training), phase in static_text.PHASES.items():
+                backward = direction == "backward"
+                launches = [[each for each in run[phase] if each.kernel != "clear_kernel"] for run in runs]
+                variants = {each.compiled for run in launches for each in run}
+                first = launches[0][0]
+                if first.compiled not in codes:
+                    codes[first.compiled] = counts.code_of(built[first.compiled])
+                code = codes[first.compiled]
+                choice = families.choose(job.family, cell.gates, B, job.hidden, element.itemsize, precision, backward, limits)
+                repeats = 1 if choice.persistent else STEPS[0]  # of a launch, for so many steps
+                about = (code, cell, job.hidden, element.itemsize, backward)
+                if choice.persistent is None:
+                    plan, made = choice.step, counts.step_row(*about, choice.step, math.prod(first.grid), limits)
+                    words = f"tiles of {plan.BLOCK_B} rows, {plan.BLOCK_H} units, chunks of {plan.BLOCK_K}"
+                else:
+                    plan, words = choice.persistent, choice.persistent.words(B)
+                    made = counts.persistent_row(*about, plan, [math.prod(each.grid) for each in launches[0]], limits)
+                rows.append(
+                    {
+                        "arch": job.arch,
+                        "gpu": limits.name,
+                        "sms": limits.sms,
+                        "cell": job.cell,
+                        "dtype": job.dtype,
+                        "hidden": job.hidden,
+                        "batch": B,
+                        "direction": direction,
+                        "training": training,
+                        "family": "step" if choice.persistent is None else "persistent",
+                        "why_step": choice.reason,
+                        "kernel": first.kernel,
+                        "variants": len(variants),
+                        "launches": len(launches[0]) / repeats,
+                        "plan": words,
+                        "block_b": plan.BLOCK_B,
+                        "block_h": plan.BLOCK_H,
+                        "block_k": plan.BLOCK_K,
+                        "split": getattr(plan, "SPLIT", 1),
+                        "resident_programs": counts.resident(code, limits),
+                    }
+                    | code
+                    | made
+                )
+    seconds = {name[:12]: took for name, took in driver.seconds.items() if took is not None}
+    return rows, seconds
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # the launches say it
+
+
+def _counted(results: Iterable, total: int) -> Iterator:
+    """`results` as they come, and on a terminal how many there are of how many."""
+    for done, result in enumerate(results, 1):
+        if sys.stderr.isatty():
+            print(f"\r{done} of {total} jobs", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        yield result
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
+    return int(text)
+
+
+def build(jobs: list[Job], workers: int) -> list[dict]:
+    """The rows of all jobs, each with the seconds that its kernel took to compile, None where Triton's cache had it."""
+    if workers == 1:
+        _begin()
+        results = list(_counted(map(rows_of, jobs), len(jobs)))
+    else:
+        # not forked: a fork of a process with threads may hang
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
+            results = list(_counted(pool.map(rows_of, jobs), len(jobs)))
+    seconds: dict[str, float] = {}
+    for _, took in results:
+        for name, each in took.items():
+            seconds[name] = min(each, seconds.get(name, each))
+    rows: dict[tuple, dict] = {}  # by what identifies them: two jobs may both come to the step kernels
+    for found, _ in results:
+        for row in found:
+            phase = list(static_text.PHASES).index((row["direction"], row["training"]))
+            kind = CELLS.index(row["cell"]), list(DTYPES).index(row["dtype"])
+            key = row["arch"], *kind, row["hidden"], row["batch"], phase, row["family"]
+            if key not in rows or row["why_step"]:
+                rows[key] = row | {"compile_seconds": seconds.get(row["compiled"])}
+    return [rows[key] for key in sorted(rows)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description="Compiles, counts and predicts.")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(GPU_OF_ARCH))
+    parser.add_argument("--family", choices=families.FAMILIES, help="step: the step kernels everywhere")
+    parser.add_argument("--cells", nargs="+", choices=CELLS)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
+    parser.add_argument("--hidden", type=_positive, nargs="+")
+    parser.add_argument("--batch", type=_positive, nargs="+")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--fresh", action="store_true", help="compile everything anew, to time it: Triton's cache is not used")
+    parser.add_argument(
+        "--show-terms", nargs=3, metavar=("CELL", "H", "B"), help="only the predicted step of one shape, by term"
+    )
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    chosen = args.cells, args.dtypes, args.hidden, args.batch
+    if args.show_terms:
+        cell, *sizes = args.show_terms
+        try:
+            chosen = (cell.lower(),), args.dtypes, *((_positive(size),) for size in sizes)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --show-terms: {error}")
+        if cell.lower() not in CELLS:
+            parser.error(f"argument --show-terms: no cell {cell!r}: choose from {', '.join(CELLS)}")
+    if args.json:
+        try:
+            open(args.json, "a").close()  # now, and not after minutes of compiling
+        except OSError as error:
+            parser.error(f"argument --json: {error}")
+    table = STANDARD
+    if args.family or any(chosen):
+        defaults = ("lstm",), ("float16",), HIDDEN, BATCH
+        table = [(args.family or "persistent", *(axis or default for axis, default in zip(chosen, defaults, strict=True)))]
+    print(f"triton {triton.__version__}, torch {torch.__version__}. Counted and predicted: no GPU has measured any of this.\n")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.fresh:
+            os.environ["TRITON_CACHE_DIR"] = folder
+        rows = build(jobs_of(table, args.arch), args.jobs)
+    lines = static_text.show_terms(rows) if args.show_terms else static_text.show(rows)
+    print("\n".join(lines))
+    if args.json:
+        report = {"schema": SCHEMA, "triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The static table: what it holds of every kernel, compiled for GPUs that are not here, and that it would see what it forbids.
+
+The interpreter forgives what a GPU refuses: tile minimums, types, layouts. So kernels are compiled in a process of its own,
+since this one interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import machine_code, static, static_text
+from rnnfast.reference import GATES
+
+ROOT = Path(__file__).parents[1]
+BUILD = """
+import json, sys
+from benchmarks.static import build, jobs_of
+
+table, archs = map(json.loads, sys.argv[1:])
+print(json.dumps(build(jobs_of(table, archs), 1)))
+"""
+
+# What makes a product's redundancy more than 1: of which rows, how many times, and why.
+REDUNDANT = (
+    (
+        {"cell": "gru", "family": "persistent", "direction": "forward", "block_h": 16},
+        4 / 3,
+        "three gates take the place of four",
+    ),
+    ({"hidden": 1}, 2, "16 of the summed axis at least, where TF32 could take 8"),
+    ({"hidden": 29}, 128 / 116, "whole chunks of the summed axis"),
+    ({"hidden": 50}, 256 / 208, "padded, so that the warps share the summed axis in whole chunks"),
+    ({"hidden": 200}, 256 / 200, "padded likewise"),
+    (
+        {"family": "persistent", "unit": "HMMA", "block_h": 16, "block_b": 8, "split": 1},
+        4,
+        "one instruction wide: 4 warps do the same",
+    ),
+)
+
+
+def run(*command: str, **environment: str) -> str:
+    """What the Python program `command` prints where kernels compile."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check(table, arch):
+    """Compile `table` and hold what matters of each row; returns the rows."""
+    rows = json.loads(run("-c", BUILD, json.dumps(table), f"[{arch}]"))
+    plans: dict[tuple, set[str]] = {}
+    for row in rows:
+        name = " ".join(str(row[key]) for key in static.IDENTITY) + f": {row['plan']}"
+        assert row["stack_bytes"] == 0 and row["spills"] == 0, name
+        assert (row["unit"] == "FFMA") == (row["dtype"] == "float32"), name  # IEEE float32 has no tensor core
+        if row["unit"] != "FFMA":  # the cell's own multiplies are not told from those of a plain product
+            known = [times for rows, times, _ in REDUNDANT if rows.items() <= row.items()]
+            assert row["redundancy"] <= 1.05 * math.prod(known), name
+        # compiled once: not for a number of steps, nor for a batch size that another shares its plan with
+        assert row["variants"] == 1, name
+        tile = [row[key] for key in (*static.IDENTITY, "block_b", "block_h", "block_k", "split", "warps") if key != "batch"]
+        plans.setdefault(tuple(tile), set()).add(row["compiled"])
+        if row["family"] == "step":
+            assert row["launches"] == 1, name  # a step
+            continue
+        assert row["weights_reread_bytes"] == 0, name
+        assert row["round_trips"] == 1, name
+        # words of one width, stored and loaded strongly; nothing loaded ahead of its poll; resident or refused
+        assert row["exchange"] == "ld.volatile b32, st.cg b32", name
+        # the instruction that PTX's st.relaxed.gpu becomes
+        assert all(store.endswith(".STRONG.GPU") for store in row["publish"].split(",")), name
+        assert row["async_copies"] == 0 and row["cooperative"], name
+        assert row["resident_programs"] >= 1 and row["programs"] <= row["sms"], name
+        if row["hidden"] % 128 == 0:
+            assert row["poll"] == "LDG.E.128.STRONG.SYS", name  # the widest
+    assert all(len(compiled) == 1 for compiled in plans.values()), plans
+    return rows
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_step_kernels(arch):
+    """LSTM and GRU, every dtype, an odd size, another cell; a batch that fills a part of a tile, and one that takes two."""
+    table = [
+        ("step", ["lstm", "gru"], ["float16"], [50], [3]),
+        ("step", ["lstm"], ["bfloat16", "tf32", "float32"], [512], [3, 100]),
+        ("step", ["rnn_relu"], ["float16"], [512], [1]),
+    ]
+    rows = check(table, arch)
+    assert len(rows) == 2 * 3 + 3 * 2 * 3 + 3
+    for row in rows:
+        # all weights, once for each tile of the batch; what is read beyond is padding, of K and of units
+        weights = (
+            GATES[row["cell"]] * row["hidden"] ** 2 * (4 if "32" in row["dtype"] else 2) * -(-row["batch"] // row["block_b"])
+        )
+        assert weights <= row["weights_reread_bytes"] <= 1.7 * weights
+
+
+def test_persistent_kernels():
+    """The main shape, a batch that fills a part of a tile, a size that is padded; and one that does not fit, where the table
+    shows the step kernels and says why."""
+    table = [
+        ("persistent", ["lstm"], ["float16"], [768], [1, 16]),
+        ("persistent", ["gru"], ["float16"], [29], [3]),
+        ("persistent", ["lstm"], ["float32"], [1024], [16]),
+    ]
+    rows = check(table, 90)
+    assert [(row["family"], row["hidden"]) for row in rows if row["dtype"] == "float32"] == [("step", 1024)] * 3
+    assert all((row["family"] == "persistent") == (not row["why_step"]) for row in rows)
+    assert sum(row["family"] == "persistent" for row in rows) == 9
+    text = "\n".join(static_text.show(rows))
+    assert "[1] no tiles fit: " in text
+    assert "Spills, weights re-read, redundancy over 1.05, variants: " in text
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_standard_table(arch):
+    """All of it, and the step kernels at more sizes; where there is no plan the row says why."""
+    for row in check([entry for entry in static.STANDARD if entry[0] == "persistent"], arch):
+        assert row["family"] == "persistent" or "no tiles fit: " in row["why_step"]
+    more = ("step", static.CELLS, list(static.DTYPES), [1, 16, 50, 200], [3])
+    check([entry for entry in static.STANDARD if entry[0] == "step"] + [more], arch)
+
+
+CACHED = """
+import collections, json, sys
+from triton.backends.nvidia.compiler import CUDABackend
+from benchmarks.static import Job, build
+
+calls, add_stages = collections.Counter(), CUDABackend.add_stages
+def counted(self, stages, *args):
+    add_stages(self, stages, *args)
+    for name, make in list(stages.items()):
+        stages[name] = lambda *args, name=name, make=make: calls.update([name]) or make(*args)
+CUDABackend.add_stages = counted
+seconds = [row["compile_seconds"] for row in build([Job("persistent", 90, "rnn_tanh", "float16", 16, [1])], 1)]
+print(json.dumps([calls, seconds]))
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    """Of what Triton's cache on disk has; and the table says so, instead of a time."""
+    (first, took), (second, cached) = (json.loads(run("-c", CACHED, TRITON_CACHE_DIR=str(tmp_path))) for _ in range(2))
+    assert set(first) == {"ttir", "ttgir", "llir", "ptx", "cubin"} and all(took)
+    assert min(first.values()) >= 3  # clear_kernel, forward and backward
+    assert second == {} and cached == [None] * 3
+
+
+def test_command(tmp_path):
+    arguments = ["--arch", "90", "--dtypes", "float16", "--jobs", "1", "--json", str(tmp_path / "rows.json")]
+    printed = run("-m", "benchmarks.static", *arguments, "--show-terms", "RNN_TANH", "16", "1")
+    report = json.loads((tmp_path / "rows.json").read_text())
+    assert report["schema"] == static.SCHEMA and len(report["rows"]) == 3
+    forward, _, backward = report["rows"]
+    for row in (forward, backward):
+        terms = static_text.terms_of(row)
+        assert sum(terms.values()) == pytest.approx(row["predicted_clocks"], abs=len(terms))
+        assert f"What would halve the largest term, {next(iter(terms))}: " in printed
+    assert printed.count("H=16, B=1") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--show-terms", "TRANSFORMER", "768", "16"], "no cell 'TRANSFORMER': choose from lstm, gru, rnn_tanh, rnn_relu"),
+        (["--show-terms", "LSTM", "768", "0"], "expected a number from 1 on, got '0'"),
+        (["--hidden", "-1"], "expected a number from 1 on, got '-1'"),
+        (["--json", "no/such/folder/rows.json"], "No such file or directory"),
+    ],
+)
+def test_bad_arguments(arguments, words, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit):
+        static.main(arguments)
+    assert words in capsys.readouterr().err
+
+
+LOOP = """
+        /*0000*/                   LDG.E.128 R8, desc[UR6][R2.64] ;
+        /*0010*/              @!P0 BRA `(.L_x_3) ;
+.L_x_0:
+        /*0020*/              @!P1 LDG.E.64 R12, desc[UR6][R4.64] ;
+        /*0030*/                   HMMA.16816.F32 R20, R8, R16, R20 ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/               @P2 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0060*/                   STG.E.STRONG.GPU desc[UR6][R6.64], R20 ;
+        /*0070*/                   LDG.E.128.STRONG.SYS R16, desc[UR6][R6.64] ;
+        /*0080*/               @P3 BRA `(.L_x_4) ;
+.L_x_5:
+        /*0090*/               @P4 BRA `(.L_x_0) ;
+.L_x_3:
+        /*00a0*/                   EXIT ;
+.L_x_2:
+        /*00b0*/                   LDG.E.U16 R9, desc[UR6][R2.64+0x10] ;
+        /*00c0*/                   BRA `(.L_x_1) ;
+.L_x_4:
+        /*00d0*/                   LDG.E.128.STRONG.SYS R16, desc[UR6][R6.64] ;
+        /*00e0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00f0*/               @P5 BRA `(.L_x_4) ;
+        /*0100*/                   BRA `(.L_x_5) ;
+.L_x_6:
+        /*0110*/                   BRA `(.L_x_6);
+"""
+
+
+def test_loop_in_machine_code():
+    """Parts of the loop that the assembler put behind its end belong to it; what comes before does not; the poll is apart."""
+    code = machine_code.Code(LOOP)
+    loop, polls = code.loops()
+    assert len(code.instructions) == 18
+    assert [each.opcode for each in loop if each.is_a("LDG")] == ["LDG.E.64", "LDG.E.128.STRONG.SYS", "LDG.E.U16"]
+    assert machine_code.loaded(loop, strong=False) == 8 + 2
+    assert machine_code.loaded(loop, strong=True) == 16
+    assert machine_code.tally(loop, "BAR") == 1
+    assert [[each.opcode.split(".")[0] for each in poll] for poll in polls] == [["LDG", "BAR", "BRA"]]
+    assert code.products(loop, 4) == (1, 16 * 8 * 16 * 4, 0)
+
+
+def test_size_of_a_tensor_core_instruction_in_a_register():
+    """64 x 16, K of 16, as Triton asks for with 0x4040010."""
+    text = "\n /*0*/ UMOV UR4, 0x4040010 ;\n /*1*/ UTCHMMA gdesc[UR8], gdesc[UR6], tmem[UR5], tmem[UR7], idesc[UR4], UPT ;"
+    code = machine_code.Code(text)
+    assert code.products(code.instructions, 4) == (1, 64 * 16 * 16, (64 + 16) * 32)
+
+
+def test_what_should_not_be_is_listed():
+    row = {"arch": 90, "cell": "lstm", "dtype": "float16", "hidden": 8, "batch": 1, "direction": "forward", "training": True}
+    row |= {"family": "persistent", "spills": 0, "stack_bytes": 0, "weights_reread_bytes": 0, "redundancy": 1.0, "variants": 1}
+    assert static_text.violations([row]) == []
+    planted = {"spills": 2, "stack_bytes": 8, "weights_reread_bytes": 64, "redundancy": 2.0, "variants": 3}
+    for name, amount in planted.items():
+        (line,) = static_text.violations([row | {name: amount}])
+        assert line.startswith("sm_90 lstm float16 H=8 B=1 persistent training: ") and str(amount) in line
+    assert static_text.violations([row | {"family": "step", "weights_reread_bytes": 64}]) == []
