@@ -16,10 +16,10 @@ CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test sweep static lint gpu-check checkout clean FORCE
+.PHONY: help demo test sweep static lint bench-check gpu-check checkout clean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  ARGS=\"...\"      options of the program or of pytest, e.g. make demo ARGS=\"--steps 60\""
 	@echo "  PYTHON=...      the Python to build on           now: $(PYTHON)"
@@ -48,6 +48,9 @@ lint: $(VENV)/dev.done checkout ## ruff and pyright
 	$(RUN) -m ruff format --check . || failed=1; \
 	$(RUN) -m pyright --pythonpath $(RUN) || failed=1; \
 	exit $$failed
+
+bench-check: $(VENV)/test.done ## static counts and the cost on CPU tensors against their baselines (docs/report.md)
+	@$(RUN) -m benchmarks.check $(ARGS)
 
 # Nothing can be installed there, and the kernels are rnnfast.kernels only once installed. So it runs in a copy of the
 # checkout laid out as it installs; results go to OUT, here.

@@ -1,0 +1,199 @@
+"""The tables of the report, as rows of text that the page and the Markdown file lay out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks.report.facts import BASELINE, Comparison, Facts, Spread, changes, describe, figure, ratio
+
+__all__ = [
+    "Table",
+    "change_tables",
+    "comparison_table",
+    "environment_table",
+    "failure_table",
+    "floor_table",
+    "memory_table",
+    "row_table",
+    "summary_table",
+]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a heading. `kinds`: "win", "loss", "even" or "" for each row; numbers: columns set to the right."""
+
+    heading: str
+    intro: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    kinds: list[str]
+    numbers: frozenset[int] = frozenset()
+    shown: int = 20
+
+
+def how_words(how: tuple[str, str]) -> str:
+    name = how[0].replace("cuda", "CUDA")
+    return name if how[1] == "warm" else f"{name}, {how[1]} L2"
+
+
+WORDS = {"win": "faster", "loss": "slower", "even": "within spread"}
+
+
+def comparison_table(facts: Facts, heading: str, intro: str, chosen: Iterable[Comparison], shown: int = 20) -> Table:
+    chosen = list(chosen)
+    hows = [how for how in facts.hows if any(how in comparison.speed_ups for comparison in chosen)]
+    rows = []
+    for one in chosen:
+        cells = [one.speed_ups[how].words(ratio) if how in one.speed_ups else "" for how in hows]
+        us = one.entry.time
+        rows.append(
+            (describe(one.entry.case), one.entry.provider, WORDS[one.worst.verdict], *cells, figure(us.p50 / one.entry.case.T))
+        )
+    columns = ("case", "provider", "verdict", *(f"speed-up {how_words(how)}" for how in hows), "µs a step")
+    kinds = [one.worst.verdict for one in chosen]
+    return Table(heading, intro, columns, rows, kinds, frozenset(range(3, len(columns))), shown)
+
+
+def summary_table(facts: Facts) -> Table:
+    """A line for each provider: how often it is faster, slower, right, and how it fails."""
+    rows = []
+    for provider in facts.providers:
+        entries = [entry for entry in facts.entries if entry.provider == provider]
+        compared = [one for one in facts.comparisons if one.entry.provider == provider]
+        failed = sum(entry.status != "ok" for entry in entries)
+        verdicts = [one.main.verdict for one in compared]
+        mean = math.exp(sum(math.log(one.main.p50) for one in compared) / len(compared)) if compared else None
+        ends = [ratio(pick(one.main.p50 for one in compared)) if compared else "" for pick in (min, max)]
+        counts = [str(verdicts.count(name)) if compared else "" for name in ("win", "even", "loss")]
+        rows.append((provider, str(len(entries)), *counts, str(failed), ratio(mean) if mean else "", *ends))
+    intro = (
+        f"Speed-up is the time of {BASELINE} over that of the provider, {how_words(facts.hows[0]) if facts.hows else 'eager'}."
+    )
+    columns = ("provider", "cases", "faster", "within spread", "slower", "not timed", "geometric mean", "worst", "best")
+    return Table("Summary", intro, columns, rows, [""] * len(rows), frozenset(range(1, len(columns))))
+
+
+def failure_table(facts: Facts) -> Table:
+    """Rows without a time, those of one provider with one reason together."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for entry in facts.failures:
+        found.setdefault((entry.provider, entry.status, entry.why), []).append(describe(entry.case))
+    rows = [
+        (provider, status, str(len(cases)), cases[0] if len(cases) == 1 else f"{cases[0]}; and {len(cases) - 1} more", why)
+        for (provider, status, why), cases in found.items()
+    ]
+    return Table(
+        "Not timed",
+        "Wrong results get no time; a provider that failed, or is not installed, says why.",
+        ("provider", "status", "cases", "which", "why"),
+        rows,
+        ["" if row[1] == "unavailable" else "loss" for row in rows],
+        frozenset({2}),
+    )
+
+
+def mib(count: int | None) -> str:
+    return "" if count is None else figure(count / 2**20)
+
+
+def memory_table(facts: Facts) -> Table:
+    """Bytes kept for backward and peak, each beside torch.nn's."""
+    rows, kinds = [], []
+    for entry in facts.entries:
+        base = facts.of.get((entry.case, BASELINE))
+        if entry.provider == BASELINE or base is None or (entry.saved_bytes is None and entry.peak_bytes is None):
+            continue
+        pairs = ((entry.saved_bytes, base.saved_bytes), (entry.peak_bytes, base.peak_bytes))
+        ratios = [own / theirs if own is not None and theirs else None for own, theirs in pairs]
+        cells = [
+            cell for (own, theirs), ratio in zip(pairs, ratios, strict=True)
+            for cell in (mib(own), mib(theirs), figure(ratio) if ratio is not None else "")
+        ]  # fmt: skip
+        rows.append((describe(entry.case), entry.provider, *cells))
+        kinds.append("" if ratios[0] is None else "win" if ratios[0] < 1 else "loss" if ratios[0] > 1 else "even")
+    columns = ("case", "provider", "kept MiB", "torch.nn's", "ratio", "peak MiB", "torch.nn's", "ratio")
+    intro = "Kept for backward, without input and parameters, and the peak of a call above what was allocated before it."
+    return Table("Memory of each case", intro, columns, rows, kinds, frozenset(range(2, 8)), shown=0)
+
+
+def floor_table(facts: Facts) -> Table | None:
+    """Every case with a GPU: its floor, what bounds it, and how near the fastest provider comes."""
+    rows = []
+    for case in facts.cases:
+        least = facts.floor(case)
+        timed = [(entry.time.p50, entry.provider) for entry in facts.entries if entry.case == case and entry.time]
+        if least and timed:
+            us, who = min(timed)
+            floor_us = least.seconds * 1e6
+            cells = [figure(seconds * 1e6 / case.T) for seconds in (least.compute, least.hbm, least.l2, least.exchange)]
+            rows.append((describe(case), figure(floor_us / case.T), *cells, figure(us / case.T), who, figure(us / floor_us)))
+    if not rows:
+        return None
+    columns = ("case", "floor", "FLOPs", "HBM", "L2", "exchange", "fastest", "by", "times the floor")
+    intro = f"Microseconds a step. The floor is the largest of its four terms. Ceilings: {facts.ceilings.source}."
+    return Table("Floor of each case", intro, columns, rows, [""] * len(rows), frozenset({1, 2, 3, 4, 5, 6, 8}), shown=0)
+
+
+def row_table(facts: Facts) -> Table:
+    """Every row of the file with what stands nowhere else: its error, how long it compiled, which GPU kernels ran."""
+    rows = []
+    for entry in facts.entries:
+        times = [figure(entry.times[how].p50 / entry.case.T) if how in entry.times else "" for how in facts.hows]
+        worst = f"{figure(entry.error['worst'])} ({entry.error['tensor']})" if entry.error else ""
+        compiled = figure(entry.compile_s) if entry.compile_s is not None else ""
+        kernels = ", ".join(entry.kernels)
+        rows.append((describe(entry.case), entry.provider, entry.status, *times, worst, compiled, kernels))
+    columns = ("case", "provider", "status", *(f"µs a step {how_words(how)}" for how in facts.hows))
+    columns += ("error / allowed", "compile s", "kernels")
+    numbers = frozenset(range(3, len(columns) - 1))
+    intro = "Medians; the largest error over the one that is allowed; seconds of the first call, where it compiles."
+    return Table("Every row", intro, columns, rows, [""] * len(rows), numbers, shown=0)
+
+
+def environment_table(facts: Facts) -> Table:
+    rows = [(str(name), str(value)) for part in (facts.environment, facts.settings) for name, value in part.items()]
+    return Table("Environment and settings", "", ("what", "value"), rows, [""] * len(rows))
+
+
+def change_tables(before: Facts, after: Facts) -> list[Table]:
+    """The changes, the largest slow-down first, and what differs between the two runs besides."""
+    found = sorted(changes(before, after), key=lambda change: -change.change.p50)
+    rows = []
+    for one in found:
+        unit, scale, digits = (f"of {BASELINE}'s", 1, ratio) if one.relative else ("µs a step", one.case.T, figure)
+        sides = [Spread(*(p / scale for p in vars(side).values())).words(digits) for side in (one.before, one.after)]
+        verdict = {"win": "faster", "loss": "slower", "even": "noise"}[one.verdict]
+        rows.append((describe(one.case), one.provider, how_words(one.how), verdict, f"{one.change.p50 - 1:+.1%}", unit, *sides))
+    kinds = [one.verdict for one in found]
+    counts = {kind: kinds.count(kind) for kind in ("loss", "even", "win")}
+    intro = (
+        f"{counts['loss']} slower, {counts['even']} within the spread of both runs (noise), {counts['win']} faster. "
+        "Change is that of the time; a change counts only where the spreads (20th to 80th percentile) do not meet."
+    )
+    columns = ("case", "provider", "how", "verdict", "change", "time", "before", "after")
+    tables = [Table("Before and after", intro, columns, rows, kinds, frozenset({4, 6, 7}))]
+    odd = [
+        (describe(case), provider, where)
+        for one, other, where in ((before, after, "before only"), (after, before, "after only"))
+        for (case, provider) in one.of
+        if (case, provider) not in other.of
+    ]
+    status = [
+        (describe(case), provider, f"{before.of[case, provider].status} before, {entry.status} after")
+        for (case, provider), entry in after.of.items()
+        if (case, provider) in before.of and before.of[case, provider].status != entry.status
+    ]
+    if odd or status:
+        rows = status + odd
+        kinds = ["loss" if row[2].startswith("ok") else "" for row in rows]
+        tables.append(Table("In one file only, or of another status", "", ("case", "provider", "where"), rows, kinds))
+    sides = [before.environment, after.environment]
+    names = [name for name in dict.fromkeys([*sides[0], *sides[1]]) if sides[0].get(name) != sides[1].get(name)]
+    rows = [(name, *(str(side.get(name, "")) for side in sides)) for name in names]
+    if rows:
+        intro = "A change can come from any of these."
+        tables.append(Table("What differs between the runs", intro, ("what", "before", "after"), rows, [""] * len(rows)))
+    return tables
