@@ -62,21 +62,21 @@ def refusing(monkeypatch):
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="takes CPU tensors, in the interpreter")
 
 
-@pytest.mark.parametrize("name", ["Persistent", "auto", "torch"])
+@pytest.mark.parametrize("name", ["Persistent", "torch"])
 def test_other_names_are_refused(name, layer, device, monkeypatch):
     monkeypatch.setenv("RNNFAST_KERNELS", name)
     x = torch.zeros(2, 1, 3, device=device)
-    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of 'step', 'persistent', got '{name}'"):
+    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of 'auto', 'step', 'persistent', got '{name}'"):
         layer.to(device)(x)
     with pytest.raises(ValueError, match="RNNFAST_KERNELS"):
         rnnfast.explain(layer, x)
 
 
-@pytest.mark.parametrize("name", [None, "", "step", "persistent"])
+@pytest.mark.parametrize("name", [None, "", "auto", "step", "persistent"])
 def test_known_names(name, monkeypatch):
     if name is not None:
         monkeypatch.setenv("RNNFAST_KERNELS", name)
-    assert families.asked() == (name or "step")
+    assert families.asked() == (name or "auto")
 
 
 def test_choice_is_a_pure_function():
