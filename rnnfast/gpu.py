@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["assume", "cooperative", "limits"]
+__all__ = ["assume", "cooperative", "driver_version", "limits"]
 
 COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 
@@ -64,12 +64,20 @@ def cooperative(device: torch.device) -> bool:
 
 def _attribute(number: int, index: int) -> int | None:
     """An attribute of GPU `index`, which PyTorch uses already; None where the driver does not say."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        get_device, get_attribute = driver.cuDeviceGet, driver.cuDeviceGetAttribute
-    except (OSError, AttributeError):
-        return None
     device, value = ctypes.c_int(), ctypes.c_int()
-    if get_device(ctypes.byref(device), index) or get_attribute(ctypes.byref(value), number, device):
-        return None
-    return value.value
+    found = _ask("cuDeviceGet", ctypes.byref(device), index)
+    return value.value if found and _ask("cuDeviceGetAttribute", ctypes.byref(value), number, device) else None
+
+
+def driver_version() -> int | None:
+    """The CUDA version of the driver, 13000 for 13.0; None where it does not say."""
+    value = ctypes.c_int()
+    return value.value if _ask("cuDriverGetVersion", ctypes.byref(value)) else None
+
+
+def _ask(function: str, *args: Any) -> bool:
+    """Call a function of the CUDA driver's; whether that went well."""
+    try:
+        return getattr(ctypes.CDLL("libcuda.so.1"), function)(*args) == 0
+    except (OSError, AttributeError):
+        return False

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rnnfast.backends import user_level
+from rnnfast.gpu import driver_version
 from rnnfast.reference import GATES
 
 if TYPE_CHECKING:
@@ -134,7 +135,6 @@ def machine(gpu: GpuLimits) -> dict[str, dict[str, Any]]:
 
     import rnnfast
 
-    driver = getattr(torch._C, "_cuda_getDriverVersion", None)  # a CPU build of PyTorch has none
     return {
         "gpu": {"name": gpu.name, "capability": gpu.capability, "sms": gpu.sms},
         "versions": {
@@ -142,7 +142,7 @@ def machine(gpu: GpuLimits) -> dict[str, dict[str, Any]]:
             "torch": str(torch.__version__),
             "triton": triton.__version__,
             "cudnn": torch.backends.cudnn.version(),
-            "driver": driver() if driver else None,
+            "driver": driver_version(),
         },
     }
 
