@@ -191,7 +191,7 @@ def measure(entries: list[Entry], quiet: float = QUIET, command: tuple[str, ...]
                         failed[left[row["wrong"]]] = f"wrong: {row['why']}"
                     elif "timed" in row:
                         times.setdefault(left[row["timed"]], []).append(row["us"])
-            return failed | {n: statistics.median(each) for n, each in times.items()}
+            return {n: statistics.median(each) for n, each in times.items()} | failed
         except supervise.Failed as error:
             if doing is None:  # not a candidate's fault
                 return failed | {n: f"not run: {error}" for n in left}
