@@ -47,11 +47,12 @@ def assume(gpu: GpuLimits, cooperative: bool = True) -> Iterator[None]:
     """Within the ``with`` block CPU tensors are taken to be on `gpu`, which has cooperative launch or not: for launches that
     are compiled and counted, not run."""
     cpu = torch.device("cpu")
+    before = _limits.get(cpu), _cooperative.get(cpu, False)
     _limits[cpu], _cooperative[cpu] = gpu, cooperative
     try:
         yield
     finally:
-        del _limits[cpu], _cooperative[cpu]
+        _limits[cpu], _cooperative[cpu] = before
 
 
 def cooperative(device: torch.device) -> bool:

@@ -80,15 +80,21 @@ def test_candidates():
     assert tuner.candidates(large, H100) == [Entry(large, "torch"), Entry(large, "triton")]
 
 
+def shapes(options):
+    return tuner.shapes(tuner._parser().parse_args(options.split()))
+
+
 def test_shapes():
     """Every combination, inference before its training, the input as wide as the layer unless said."""
-    args = tuner._parser().parse_args("--cell gru --hidden 8 16 --batch 2 --dtype tf32 --steps 5".split())
+    found = shapes("--cell gru --hidden 8 16 --batch 2 --dtype tf32 --steps 5")
     first = Shape("gru", "float32", "tf32", 5, 2, 8, 8, 1, 1, False)
-    assert tuner.shapes(args)[:2] == [first, replace(first, training=True)]
-    assert tuner.shapes(args)[2:] == [replace(first, H=16, I=16, training=training) for training in (False, True)]
-    args = tuner._parser().parse_args("--cell lstm --hidden 8 --batch 2 --input 3 4 --layers 2 --bidirectional".split())
-    found = [(shape.I, shape.layers, shape.directions, shape.dtype) for shape in tuner.shapes(args)[::2]]
-    assert found == [(3, 2, 2, "float16"), (4, 2, 2, "float16")]
+    wider = replace(first, H=16, I=16)
+    assert found == [replace(shape, training=training) for shape in (first, wider) for training in (False, True)]
+    found = shapes("--cell lstm --hidden 8 --batch 2 --input 3 4 --layers 2 --bidirectional")
+    assert [(shape.I, shape.layers, shape.directions, shape.dtype) for shape in found[::2]] == [
+        (3, 2, 2, "float16"),
+        (4, 2, 2, "float16"),
+    ]
 
 
 # The process that measures
