@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
@@ -16,20 +18,21 @@ __all__ = ["Failed", "rows"]
 
 
 class Failed(Exception):
-    """The command hung or crashed; `hung` says which."""
+    """The command hung, crashed or ran out of time; `hung`: it hung."""
 
     def __init__(self, words: str, hung: bool) -> None:
         super().__init__(words)
         self.hung = hung
 
 
-def rows(command: Sequence[str], quiet: float, env: Mapping[str, str] | None = None) -> Iterator[dict]:
+def rows(command: Sequence[str], quiet: float, env: Mapping[str, str] | None = None, until: float = math.inf) -> Iterator[dict]:
     """Each JSON object that `command` prints on a line of its own; other lines are passed over.
 
     However this ends, exhausted, closed or interrupted, the command and its children are gone then.
 
     Args:
         quiet: seconds without a line after which it is taken to hang.
+        until: when it has to be over, on `time.monotonic`'s clock.
 
     Raises:
         Failed: if it hangs or does not end with exit code 0.
@@ -50,7 +53,7 @@ def rows(command: Sequence[str], quiet: float, env: Mapping[str, str] | None = N
         listener = threading.Thread(target=listen, daemon=True)
         listener.start()
         try:
-            while (line := _next(lines, quiet)) is not None:
+            while (line := _next(lines, quiet, until)) is not None:
                 with suppress(ValueError):
                     row = json.loads(line)
                     if isinstance(row, dict):
@@ -70,11 +73,12 @@ def rows(command: Sequence[str], quiet: float, env: Mapping[str, str] | None = N
                 out.close()
 
 
-def _next(lines: queue.Queue[str | None], quiet: float) -> str | None:
+def _next(lines: queue.Queue[str | None], quiet: float, until: float) -> str | None:
+    left = until - time.monotonic()
     try:
-        return lines.get(timeout=quiet)
+        return lines.get(timeout=max(0.0, min(quiet, left)))
     except queue.Empty:
-        raise Failed(f"nothing for {quiet:g} s", hung=True) from None
+        raise Failed(f"nothing for {quiet:g} s" if quiet <= left else "no time was left", hung=quiet <= left) from None
 
 
 def _wait(process: subprocess.Popen, quiet: float) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -172,7 +173,9 @@ def worker(job: str) -> int:
 # The command
 
 
-def measure(entries: list[Entry], quiet: float = QUIET, command: tuple[str, ...] = ()) -> dict[int, float | str]:
+def measure(
+    entries: list[Entry], quiet: float = QUIET, command: tuple[str, ...] = (), until: float = math.inf
+) -> dict[int, float | str]:
     """The median time of each candidate of one shape, in microseconds a time step, or why it has none."""
     command = command or (sys.executable, "-m", "rnnfast.tuner")
     env = {k: v for k, v in os.environ.items() if k not in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "TRITON_INTERPRET")}
@@ -183,7 +186,7 @@ def measure(entries: list[Entry], quiet: float = QUIET, command: tuple[str, ...]
         doing = None
         job = json.dumps([tuning.encode(entries[n]) for n in left])
         try:
-            with closing(supervise.rows([*command, job], quiet, env)) as rows:
+            with closing(supervise.rows([*command, job], quiet, env, until)) as rows:
                 for row in rows:
                     if "doing" in row:
                         doing = left[row["doing"]]
@@ -212,7 +215,7 @@ def best(entries: list[Entry], found: dict[int, float | str]) -> Entry | None:
 
 def report(entries: list[Entry], found: dict[int, float | str], chosen: Entry | None) -> Iterator[str]:
     """A line a candidate: its time, that time over torch.nn's, and a star if it is the one."""
-    base = next((found[n] for n, entry in enumerate(entries) if entry.winner == "torch"), None)
+    base = next((found.get(n) for n, entry in enumerate(entries) if entry.winner == "torch"), None)
     for n, entry in enumerate(entries):
         time = found.get(n, "not run")
         if isinstance(time, float):
