@@ -24,6 +24,7 @@ from rnnfast.check import Case, compare, fault
 from rnnfast.tuner import microseconds
 
 DEVICE = "cuda"
+ROUNDS = 10
 OTHER = 2048  # size of the products that keep the GPU busy
 LAUNCHES = 10_000  # of a stress run, forward and backward together
 CASES = [
@@ -148,7 +149,7 @@ def measure(case: Case) -> Iterator[dict]:
             before = torch.cuda.memory_allocated()
             microseconds(functions[name][mode], case.T)
             memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        for _ in range(10):  # side by side, so that a change of clocks meets both
+        for _ in range(ROUNDS):  # side by side, so that a change of clocks meets both
             for name in layers:
                 times[name].append(microseconds(functions[name][mode], case.T))
         medians = {name: statistics.median(values) for name, values in times.items()}

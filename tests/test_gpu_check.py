@@ -85,11 +85,12 @@ def on_an_h100(pretend):
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_time(cell, pretend, monkeypatch):
     """A right case gives a row a mode, with a time a step for both layers; then the kernels of each."""
-    monkeypatch.setattr(gpu_jobs, "CASES", [Case(cell, 2, 1, 3, 3, torch.float16, states=False)])
+    monkeypatch.setattr(gpu_jobs, "CASES", [Case(cell, 1, 1, 3, 3, torch.float16, states=False)])
+    monkeypatch.setattr(gpu_jobs, "ROUNDS", 1)
     rows = list(gpu_jobs.rows("time", ["step", "0"]))
     assert [row["mode"] for row in rows[:2]] == ["forward", "training step"] and len(rows) == 6
     for row in rows[:2]:
-        assert row["rnnfast us/step"] == row["torch.nn us/step"] == 500 and row["speed_up"] == 1
+        assert row["rnnfast us/step"] == row["torch.nn us/step"] == 1000 and row["speed_up"] == 1
     for row in rows[2:]:
         assert row["kernels"] == {"gemm": 2, "RNN_blockPersist_fp_LSTM": 1}
     assert {(row["kernels of"], row["mode"]) for row in rows[2:]} == {
@@ -146,18 +147,18 @@ def test_without_a_plan(pretend, monkeypatch):
 def test_stress(beside, on_an_h100, monkeypatch):
     """Launches and calls with other bits are counted as they go."""
     monkeypatch.setenv("RNNFAST_KERNELS", "")  # to be restored
-    monkeypatch.setattr(gpu_jobs, "LAUNCHES", 4)
+    monkeypatch.setattr(gpu_jobs, "LAUNCHES", 1200)
     monkeypatch.setattr(gpu_jobs, "OTHER", 8)
     monkeypatch.setattr(gpu_jobs, "STRESS", [(Case("RNN", 2, 1, 3, 8, torch.float32), beside)])
-    assert list(gpu_jobs.rows("stress", ["0"])) == [{"launches": 4, "other bits": 0}]
-    inner, calls = gpu_jobs.bits, []
+    inner, kept = gpu_jobs.bits, []
 
     def bits(layer, x):
-        calls.append(1)
-        return inner(layer, x) + (len(calls) == 2)
+        kept.append(kept[0] if kept else inner(layer, x))
+        return kept[0] + (len(kept) == 300)
 
     monkeypatch.setattr(gpu_jobs, "bits", bits)
-    assert list(gpu_jobs.rows("stress", ["0"])) == [{"launches": 4, "other bits": 1}]
+    rows = list(gpu_jobs.rows("stress", ["0"]))
+    assert rows == [{"launches": n, "other bits": int(n > 500)} for n in (500, 1000, 1200)]
 
 
 def test_cases_are_told_apart():
