@@ -78,23 +78,27 @@ def environment() -> dict[str, str]:
     """GPU, versions and commit: what a figure means nothing without."""
     import triton
 
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.strip() or "unknown",
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda or "unknown",
         "cudnn": str(torch.backends.cudnn.version()),
         "rnnfast": rnnfast.__version__,
-        "commit": git.stdout.strip() or os.environ.get("RNNFAST_COMMIT", "unknown"),
+        "commit": said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+        or os.environ.get("RNNFAST_COMMIT", "unknown"),
         "tf32": f"rnn {torch.backends.cudnn.rnn.fp32_precision}, matmul {torch.backends.cuda.matmul.fp32_precision}",
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def said(*command: str) -> str:
+    """What a program prints; nothing where there is none, or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def run_tests(folder: Path, seconds: float) -> dict[str, str | int]:

@@ -92,7 +92,7 @@ def _run(
     with torch.set_grad_enabled(training):
         y, last = layer(x, None if not hx else hx if len(hx) == 2 else hx[0])
     last = last if isinstance(last, tuple) else (last,)
-    outputs = dict(zip(("output", "h_n", "c_n"), (y, *last), strict=False))
+    outputs: dict[str, Tensor] = dict(zip(("output", "h_n", "c_n"), (y, *last), strict=False))
     if not training:
         return outputs
     inputs = {"input": x, **dict(zip(("h_0", "c_0"), hx, strict=False)), **dict(layer.named_parameters())}

@@ -128,8 +128,9 @@ def _torch_wins(cell: str, x: Tensor, hx: _States | None, w_ih: Tensor, w_hh: Te
     """As of the modules, for a module of one layer and direction."""
     if torch.compiler.is_compiling() or not families.measured(x.device):
         return False
+    T, B, I = x.shape
     tensors = (x, *(hx or ()), w_ih, w_hh, *biases)
-    return families.torch_wins(families.shape(cell, *x.shape, w_hh.shape[1], 1, 1, tensors), x.device)
+    return families.torch_wins(families.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors), x.device)
 
 
 def _check(

@@ -91,7 +91,7 @@ class _Recurrent(torch.nn.RNNBase):
             found += ("the input is a PackedSequence, which the kernels do not take yet",)
         return found
 
-    def _torch_wins(self, input: Tensor, hx: Any) -> bool:
+    def _torch_wins(self, input: Any, hx: Any) -> bool:
         """Whether PyTorch's own layer was measured as the fastest for this plain call. Not in compiled code, where PyTorch
         unrolls it."""
         if torch.compiler.is_compiling() or not families.measured(input.device):

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 
 __all__ = ["Failed", "rows"]
@@ -25,7 +25,12 @@ class Failed(Exception):
         self.hung = hung
 
 
-def rows(command: Sequence[str], quiet: float, env: Mapping[str, str] | None = None, until: float = math.inf) -> Iterator[dict]:
+def rows(
+    command: Sequence[str],
+    quiet: float,
+    env: Mapping[str, str] | None = None,
+    until: float = math.inf,
+) -> Generator[dict, None, None]:
     """Each JSON object that `command` prints on a line of its own; other lines are passed over.
 
     However this ends, exhausted, closed or interrupted, the command and its children are gone then.
@@ -38,9 +43,16 @@ def rows(command: Sequence[str], quiet: float, env: Mapping[str, str] | None = N
         Failed: if it hangs or does not end with exit code 0.
     """
     lines: queue.Queue[str | None] = queue.Queue()
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=env,
+            start_new_session=True,
+            encoding="utf-8",
+            errors="replace",
         )
         out = process.stdout
         assert out is not None

@@ -185,11 +185,11 @@ def decode(raw: Any, gpu: GpuLimits) -> Entry:
     if not isinstance(times, dict) or not all(type(t) in (int, float) and 0 < t < 1e12 for t in times.values()):
         raise ValueError(f"us_per_step is {times!r}")
     shape = Shape(**{name: raw[name] for name in Shape.__dataclass_fields__})
-    plans = [_plan(raw.get(side), shape, shape.B, side == "backward", gpu) for side in ("forward", "backward")]
-    for side, plan in zip(("forward", "backward"), plans, strict=True):
+    plans = {side: _plan(raw.get(side), shape, shape.B, side == "backward", gpu) for side in ("forward", "backward")}
+    for side, plan in plans.items():
         if plan is None and raw.get(side) is not None:
             raise ValueError(f"{side} is {raw[side]!r}, which is no plan for {shape} on this GPU")
-    return Entry(shape, raw["winner"], *plans, {name: float(time) for name, time in times.items()})
+    return Entry(shape, raw["winner"], **plans, times={name: float(time) for name, time in times.items()})
 
 
 def _tiles(plan: PersistentPlan) -> dict[str, Any]:
