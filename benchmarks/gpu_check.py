@@ -26,18 +26,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
 
 import rnnfast
-from benchmarks.gpu_jobs import CASES, CHECKS, STRESS
+from benchmarks.gpu_jobs import CASES, CHECKS, STRESS, check_name, stress_name
 from rnnfast import gpu, supervise, tuner, tuning
-from rnnfast.check import Case
 from rnnfast.tuning import Shape
 
-SAME_EVERYWHERE = ("test_packaging", "test_layering", "test_offline", "test_char_lm", "kernels/test_persistent_compiled")
+SAME_EVERYWHERE = ("test_packaging", "test_layering", "test_offline", "test_char_lm", "test_tuner", "test_gpu_check")
+SAME_EVERYWHERE += ("kernels/test_persistent_compiled",)
 TEST_SECONDS = CHECK_SECONDS = 240  # side by side
 ENDS = {"time": 410, "stress": 460, "tune": 565}  # seconds from the start after which a part has no time left
 QUIET = 60  # seconds that one case may take, compilation included
@@ -62,7 +62,9 @@ class Report:
         self.write()
 
     def add(self, part: str, name: str, row: dict) -> None:
-        """A row of a part: the rows of a name are a list."""
+        """A row of a part: the rows of a name are a list. A sign of life is none."""
+        if "doing" in row:
+            return
         with self.lock:
             self.found[part].setdefault(name, []).append(row)
             print(json.dumps({part: name} | row), flush=True)
@@ -114,11 +116,12 @@ def run_tests(folder: Path, seconds: float) -> dict[str, str | int]:
             code = tests.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(tests.pid, signal.SIGKILL)  # its workers too: they would run beside what is timed
-            tests.wait()
+            with suppress(subprocess.TimeoutExpired):
+                tests.wait(10)
             code = -1
     text = (folder / "gpu-check-tests.txt").read_text()
-    closing = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
-    line = closing[-1].strip("= ") if closing and code != -1 else f"not finished in {seconds:.0f} s"
+    ends = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+    line = ends[-1].strip("= ") if ends and code != -1 else f"not finished in {seconds:.0f} s"
     return {"exit_code": code, "closing_line": line}
 
 
@@ -155,7 +158,7 @@ def check_some(numbers: list[int], report: Report, until: float, command: Callab
 
     def give_up(number: int, why: str) -> None:
         left.remove(number)
-        report.add("checks", str(CHECKS[number][0]), {"number": number, "error": why})
+        report.add("checks", check_name(*CHECKS[number]), {"number": number, "error": why})
 
     while left:
         doing = None
@@ -199,10 +202,6 @@ def time_all(report: Report, until: float) -> None:
                 report.add("benchmark", name, {"error": str(failed)})
             if failed is not None and failed.hung and family == "persistent":
                 hung = supervise.Failed("not run: the persistent kernels hung before", hung=True)
-
-
-def stress_name(case: Case, beside: bool) -> str:
-    return f"{case}{' beside other work' if beside else ''}"
 
 
 def stress_all(report: Report, until: float) -> None:

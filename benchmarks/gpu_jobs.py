@@ -61,6 +61,14 @@ STRESS = [  # with other work on the GPU or not
 ]
 
 
+def check_name(case: Case, tf32: bool) -> str:
+    return f"{case}{' tf32' if tf32 else ''}"
+
+
+def stress_name(case: Case, beside: bool) -> str:
+    return f"{case}{' beside other work' if beside else ''}"
+
+
 def layer_of(case: Case, library=rnnfast, **options) -> torch.nn.Module:
     """The layer of a case, on the device."""
     if case.cell == "RNN":
@@ -87,7 +95,7 @@ def missing(case: Case) -> list[str]:
 def check(number: int) -> dict:
     """A case of `CHECKS`: training and inference within the numerics contract, and the same bits twice."""
     case, tf32 = CHECKS[number]
-    row = {"number": number, "case": f"{case}{' tf32' if tf32 else ''}"}
+    row = {"number": number, "case": check_name(case, tf32)}
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
     without = missing(case)
     if len(without) == 2:
@@ -134,12 +142,14 @@ def measure(case: Case) -> Iterator[dict]:
     timed."""
     tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # as it is timed
     for training in (True, False):
+        yield {"doing": "a check"}
         if wrong := fault(compare(case, DEVICE, tf32=tf32, training=training)):
             yield {"error": f"{'training' if training else 'inference'}, {wrong}"}
             return
     layers = {"rnnfast": layer_of(case, backend="triton"), "torch.nn": layer_of(case, torch.nn)}
     functions = {name: calls(case, layer) for name, layer in layers.items()}
     for mode in ("forward", "training step"):
+        yield {"doing": mode}
         times: dict[str, list[float]] = {name: [] for name in layers}
         memory = {}
         for name in layers:

@@ -179,6 +179,7 @@ def measure(
     """The median time of each candidate of one shape, in microseconds a time step, or why it has none."""
     command = command or (sys.executable, "-m", "rnnfast.tuner")
     env = {k: v for k, v in os.environ.items() if k not in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "TRITON_INTERPRET")}
+    env["PYTHONSAFEPATH"] = "1"  # not an rnnfast that happens to be in this folder
     env["RNNFAST_STRICT"] = "1"  # a launch that the driver refuses is no time of the step kernels
     failed: dict[int, float | str] = {}
     while left := [n for n in range(len(entries)) if n not in failed]:

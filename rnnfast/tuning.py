@@ -124,8 +124,8 @@ class Table:
 def where(gpu: GpuLimits) -> Path:
     """The tuning file of `gpu`, there or not."""
     if named := os.environ.get("RNNFAST_TUNING_FILE"):
-        return Path(named).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(os.path.expanduser(named))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "rnnfast" / f"{re.sub('[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"
 
 
@@ -216,8 +216,8 @@ def read(path: Path, gpu: GpuLimits) -> list[Entry]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"there is no {path}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise Unusable("damaged", f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -262,6 +262,7 @@ def store(entries: Iterable[Entry], path: Path, gpu: GpuLimits) -> None:
             json.dump(data, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # others may share it
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

@@ -150,6 +150,17 @@ def test_work_of_other_cells(cell, pretend):
     assert not [row for row in rows if "wrong" in row] and len([row for row in rows if "timed" in row]) == 4
 
 
+def test_worker(monkeypatch, capsys):
+    """The candidates that it is given, for the GPU that it is on; a line a row."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr("rnnfast.gpu.limits", lambda device: H100 if device == torch.device("cuda", 1) else None)
+    monkeypatch.setattr(tuner, "work", lambda *args: iter([{"doing": 0}, {"given": repr(args)}]))
+    entries = tuner.candidates(MAIN, H100)
+    assert tuner.worker(json.dumps([tuning.encode(entry) for entry in entries])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines] == [{"doing": 0}, {"given": repr((entries, "cuda", H100))}]
+
+
 # The command, with a stand-in for that process
 
 

@@ -450,3 +450,18 @@ def test_on_a_cpu_nothing_is_looked_up(monkeypatch, device):
     layer, x = layer_and_input()
     layer(x)
     assert rnnfast.explain(layer, x).tuning == ""
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/no/such/folder", ""])
+def test_users_without_a_home(home, monkeypatch):
+    """Have no file, and no trouble."""
+    for name in ("RNNFAST_TUNING_FILE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", home)
+    assert tuning.table(H100).unused.startswith("there is no ")
+
+
+def test_others_can_read_it(path):
+    """A file in a shared place."""
+    tuning.store([], path, H100)
+    assert path.stat().st_mode & 0o777 == 0o644
