@@ -54,7 +54,7 @@ bench-check: $(VENV)/test.done ## static counts and the cost on CPU tensors agai
 
 # Nothing can be installed there, and the kernels are rnnfast.kernels only once installed. So it runs in a copy of the
 # checkout laid out as it installs; results go to OUT, here.
-gpu-check: checkout ## tests and a short benchmark on this machine's GPU, with this machine's own Python; installs nothing
+gpu-check: checkout ## on this machine's GPU, in ten minutes: tests, every kernel, times; this machine's own Python, installs nothing
 	@$(PYTHON) -c 'import hypothesis, pytest, torch, triton' 2>/dev/null || \
 		{ echo "gpu-check installs nothing, and $(PYTHON) lacks torch, triton, pytest or hypothesis: name one that has them," \
 		"make gpu-check PYTHON=..." >&2; exit 1; }

@@ -1,11 +1,15 @@
-"""The whole check of a GPU machine in one command: the tests on the real device, then a short benchmark against torch.nn.
+"""The whole check of a GPU machine in one command: is everything right there, and how fast.
 
     make gpu-check                      (or python -m benchmarks.gpu_check --out DIR)
 
-Installs nothing. Writes gpu-check.json and gpu-check.md into DIR with the GPU, the versions and the commit (of a copy
-without its .git: RNNFAST_COMMIT in the environment). The persistent kernels come last, each case in a process of its own with
-a time limit: should one hang, all else is written already. Exit code 0 if the tests passed and every case was right, 1 if not
-or if there is no GPU.
+First, side by side, what needs no quiet GPU: the tests on the real device, and the persistent kernels on many shapes against
+float64. Then, one after another: both families of kernels beside torch.nn, and which kernels cuDNN ran; thousands of launches
+of the persistent kernels; `rnnfast tune` on a few shapes. Each job has a process of its own (`benchmarks.gpu_jobs`), which may
+hang or crash without taking along what was found; all is over within ten minutes, and what there was no time for says so.
+
+Installs nothing. Writes gpu-check.json and gpu-check.md into DIR as it goes, with the GPU, the versions and the commit (of a
+copy without its .git: RNNFAST_COMMIT in the environment). Exit code 0 if everything ran and was right, 1 if not or if there is
+no GPU.
 """
 
 from __future__ import annotations
@@ -17,69 +21,102 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
 
 import rnnfast
-from rnnfast.check import Case, compare
+from benchmarks.gpu_jobs import CASES, CHECKS, STRESS, check_name, stress_name
+from rnnfast import gpu, supervise, tuner, tuning
+from rnnfast.tuning import Shape
 
-DEVICE = "cuda"
 SAME_EVERYWHERE = (
     "test_packaging",
     "test_layering",
     "test_static",
     "test_char_lm",
+    "test_tuner",
+    "test_gpu_check",
+    "test_bench_check",
     "test_bench_providers",
     "test_bench_results",
     "test_bench_run",
     "test_bench_worker",
+    "test_report",
+    "test_roofline",
 )
-TEST_SECONDS = 240
-PERSISTENT_SECONDS = 60  # a case, compilation included; after the first that takes longer no other is tried
-LAST_START = 400  # seconds after which no other case is begun, so that all is over within 8 minutes
-STRESS_LAUNCHES = 1000
-CASES = [
-    Case(cell, T, B, H, H, dtype, states=False)
-    for cell in ("LSTM", "GRU")
-    for T, B, H, dtype in (
-        (512, 16, 768, torch.float16),
-        (512, 64, 512, torch.bfloat16),
-        (256, 32, 512, torch.float32),
-        (128, 128, 1024, torch.float16),
-    )
+TEST_SECONDS = CHECK_SECONDS = 240  # side by side
+ENDS = {"time": 410, "stress": 460, "tune": 565}  # seconds from the start after which a part has no time left
+QUIET = 60  # seconds that one case may take, compilation included
+FAMILIES = ("step", "persistent")
+PROCESSES = 8  # that check side by side
+AT_ONCE = 4  # cases that one of them takes: starting it takes as long as some of them
+TUNED = [
+    Shape(cell, dtype, "half", 256, B, H, H, 1, 1, training)
+    for cell, dtype, B, H in (("lstm", "float16", 16, 768), ("gru", "bfloat16", 64, 512))
+    for training in (False, True)
 ]
+
+
+class Report:
+    """What was found so far. Every change is written at once, from whatever thread."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.lock = threading.RLock()
+        self.found: dict = {"environment": environment, "tests": {"exit_code": None, "closing_line": "not run"}}
+        self.found |= {"checks": {}, "benchmark": {}, "stress": {}, "tuned": {}}
+        self.write()
+
+    def add(self, part: str, name: str, row: dict) -> None:
+        """A row of a part: the rows of a name are a list. A sign of life is none."""
+        if "doing" in row:
+            return
+        with self.lock:
+            self.found[part].setdefault(name, []).append(row)
+            print(json.dumps({part: name} | row), flush=True)
+            self.write()
+
+    def write(self) -> None:
+        with self.lock:
+            (self.folder / "gpu-check.json").write_text(json.dumps(self.found, indent=1))
+            (self.folder / "gpu-check.md").write_text(table(self.found))
 
 
 def environment() -> dict[str, str]:
     """GPU, versions and commit: what a figure means nothing without."""
     import triton
 
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.strip() or "unknown",
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda or "unknown",
         "cudnn": str(torch.backends.cudnn.version()),
         "rnnfast": rnnfast.__version__,
-        "commit": git.stdout.strip() or os.environ.get("RNNFAST_COMMIT", "unknown"),
+        "commit": said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+        or os.environ.get("RNNFAST_COMMIT", "unknown"),
         "tf32": f"rnn {torch.backends.cudnn.rnn.fp32_precision}, matmul {torch.backends.cuda.matmul.fp32_precision}",
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def run_tests(folder: Path) -> dict[str, str | int]:
+def said(*command: str) -> str:
+    """What a program prints; nothing where there is none, or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def run_tests(folder: Path, seconds: float) -> dict[str, str | int]:
     """The test suite on the device, all but what no device changes; its closing line and exit code."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25", "--tb=short"]
     command += [f"--ignore=tests/{name}.py" for name in SAME_EVERYWHERE]
@@ -89,210 +126,237 @@ def run_tests(folder: Path) -> dict[str, str | int]:
     with open(folder / "gpu-check-tests.txt", "w") as log:
         try:
             tests = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-            code = tests.wait(TEST_SECONDS)
+            code = tests.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(tests.pid, signal.SIGKILL)  # its workers too: they would run beside what is timed
-            tests.wait()
+            with suppress(subprocess.TimeoutExpired):
+                tests.wait(10)
             code = -1
     text = (folder / "gpu-check-tests.txt").read_text()
-    closing = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
-    line = closing[-1].strip("= ") if closing and code != -1 else f"not finished in {TEST_SECONDS} s"
+    ends = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+    line = ends[-1].strip("= ") if ends and code != -1 else f"not finished in {seconds:.0f} s"
     return {"exit_code": code, "closing_line": line}
 
 
-def microseconds_per_step(function: Callable[[], object], steps: int, repeats: int) -> list[float]:
-    """`repeats` timings of one call by device events, per time step."""
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / steps)
-    return times
+def job(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu_jobs", *map(str, arguments)]
 
 
-def calls(case: Case, layer: torch.nn.Module) -> dict[str, Callable[[], object]]:
-    """One call forward in inference, and one training step (forward and backward) under a random upstream gradient."""
-    x = torch.randn(case.T, case.B, case.I, device=DEVICE, dtype=case.dtype)
-    dy = torch.randn(case.T, case.B, case.H, device=DEVICE, dtype=case.dtype)
-    inputs = [x.clone().requires_grad_(), *layer.parameters()]
-
-    def forward() -> object:
-        with torch.no_grad():
-            return layer(x)
-
-    def training() -> object:
-        return torch.autograd.grad(layer(inputs[0])[0], inputs, dy)
-
-    return {"forward": forward, "training step": training}
-
-
-def measure(case: Case, ours: str = "rnnfast") -> list[dict]:
-    """The rows of one case, with rnnfast, as it is set up in this process, under the name `ours`. What is not right is not
-    timed."""
-    options = {"device": DEVICE, "dtype": case.dtype}
-    layers = {
-        ours: getattr(rnnfast, case.cell)(case.I, case.H, backend="triton", **options),
-        "torch.nn": getattr(torch.nn, case.cell)(case.I, case.H, **options),
-    }
-    tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # as it is timed
-    wrong = [result for result in compare(case, DEVICE, tf32=tf32) if not result.ok]
-    row = {"case": str(case)}
-    if wrong:
-        worst = max(wrong, key=lambda result: result.ours - result.allowed)
-        return [row | {"error": f"{worst.tensor}: error {worst.ours:.1e}, allowed {worst.allowed:.1e}"}]
-    functions = {name: calls(case, layer) for name, layer in layers.items()}
-    rows = []
-    for mode in ("forward", "training step"):
-        times: dict[str, list[float]] = {name: [] for name in layers}
-        memory = {}
-        for name in layers:
-            microseconds_per_step(functions[name][mode], case.T, 2)  # warm-up: compiles, picks algorithms
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            microseconds_per_step(functions[name][mode], case.T, 1)
-            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        for _ in range(5):  # side by side, so that a change of clocks meets both
-            for name in layers:
-                times[name] += microseconds_per_step(functions[name][mode], case.T, 2)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        rows.append(
-            row
-            | {"mode": mode, "speed_up": medians["torch.nn"] / medians[ours]}
-            | {f"{name} us/step": median for name, median in medians.items()}
-            | {f"{name} min-max": [min(values), max(values)] for name, values in times.items()}
-            | {f"{name} peak MiB": value for name, value in memory.items()}
-        )
-    return rows
-
-
-def stress(case: Case) -> str:
-    """Launch the kernels again and again on a few steps, each time for the same bits; what went wrong, or nothing."""
-    layer = getattr(rnnfast, case.cell)(case.I, case.H, backend="triton", device=DEVICE, dtype=case.dtype)
-    x = torch.randn(8, case.B, case.I, device=DEVICE, dtype=case.dtype, requires_grad=True)
-    first, wrong = None, torch.zeros((), dtype=torch.int64, device=DEVICE)
-    for _ in range(STRESS_LAUNCHES):
-        y = layer(x)[0]
-        found = torch.cat((y.detach().flatten(), torch.autograd.grad(y.sum(), x)[0].flatten()))
-        first = found if first is None else first
-        wrong += (found != first).any()
-    return f"{wrong.item()} of {STRESS_LAUNCHES} runs gave other bits than the first" if wrong.item() else ""
-
-
-def measure_persistent(number: int) -> list[dict]:
-    """`measure` of a case on the persistent kernels, after a stress run; for a process with RNNFAST_KERNELS=persistent."""
-    from rnnfast import families, ops
-
-    case = CASES[number]
-    gates = 4 if case.cell == "LSTM" else 3
-    for backward in (False, True):
-        device = torch.device("cuda", torch.cuda.current_device())
-        choice = families.pick(gates, case.B, case.H, case.dtype, ops.precision(), backward, device)
-        if choice.persistent is None:
-            return [{"skipped": f"no persistent {'backward' if backward else 'forward'}: {choice.reason}"}]
-    rows = measure(case, "persistent")
-    if not any("error" in row for row in rows) and (wrong := stress(case)):
-        return [{"error": wrong}]
-    return rows
-
-
-def run_persistent(number: int, folder: Path) -> list[dict]:
-    """`measure_persistent` in a process that may hang."""
-    out = folder / f"gpu-check-persistent-{number}.json"
-    out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--persistent", str(number), "--out", str(folder)]
-    env = os.environ | {"RNNFAST_KERNELS": "persistent", "RNNFAST_STRICT": "1"}
+def run(command: list[str], until: float, take: Callable[[dict], object]) -> supervise.Failed | None:
+    """Give each row that a job prints to `take`; how it failed, if it did."""
+    if time.monotonic() >= until:
+        return supervise.Failed("no time was left", hung=False)
+    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "RNNFAST_BACKEND")}
+    env["RNNFAST_STRICT"] = "1"  # what is measured is what was asked for
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PERSISTENT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return [{"error": f"not finished in {PERSISTENT_SECONDS} s", "hung": True}]
-    if not out.exists():
-        return [{"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}]
-    return json.loads(out.read_text())
+        with closing(supervise.rows(command, QUIET, env, until)) as rows:
+            for row in rows:
+                take(row)
+    except supervise.Failed as error:
+        return error
+    return None
 
 
-def persistent_cell(report: dict, row: dict) -> str:
-    """The persistent kernels' column in the table, beside a row of the benchmark: time and speed-up, or why there is none."""
-    for other in report["persistent"].get(row["case"], []):
-        if note := other.get("error") or other.get("skipped"):
-            return note
-        if other["mode"] == row.get("mode"):
-            return f"{other['persistent us/step']:.2f} ({other['speed_up']:.2f})"
-    return "not run"
+def check_some(numbers: list[int], report: Report, until: float, command: Callable[..., list[str]] = job) -> None:
+    """Check these cases, in a process that is started again without the case that it hangs or crashes at."""
+    left, doing = list(numbers), None
 
-
-def table(report: dict) -> str:
-    """The report as Markdown."""
-    lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in report["environment"].items()), ""]
-    lines += [f"Tests: {report['tests']['closing_line']}", ""]
-    lines += ["One layer, one direction, input side included, eager. Times in microseconds per time step, medians of 10.", ""]
-    lines += ["Persistent: RNNFAST_KERNELS=persistent, beside torch.nn in another process, with that speed-up.", ""]
-    lines += ["| case | mode | rnnfast | torch.nn | speed-up | rnnfast MiB | torch.nn MiB | persistent |"]
-    lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
-    for row in report["benchmark"]:
-        if "error" in row:
-            lines.append(f"| {row['case']} | not timed: {row['error']} | | | | | | {persistent_cell(report, row)} |")
+    def take(row: dict) -> None:
+        nonlocal doing
+        if "doing" in row:
+            doing = row["doing"]
         else:
-            cells = [f"{row[f'{name} us/step']:.2f}" for name in ("rnnfast", "torch.nn")] + [f"{row['speed_up']:.2f}"]
-            cells += [f"{row[f'{name} peak MiB']:.0f}" for name in ("rnnfast", "torch.nn")]
-            lines.append(f"| {row['case']} | {row['mode']} | {' | '.join(cells)} | {persistent_cell(report, row)} |")
-    return "\n".join(lines) + "\n"
+            left.remove(row["number"])
+            report.add("checks", row["case"], row)
+
+    def give_up(number: int, why: str) -> None:
+        left.remove(number)
+        report.add("checks", check_name(*CHECKS[number]), {"number": number, "error": why})
+
+    while left:
+        doing = None
+        failed = run(command("check", *left), until, take)
+        if failed is not None and doing in left:
+            give_up(doing, str(failed))
+        else:  # done, or not a case's fault: it would fail again
+            for number in list(left):
+                give_up(number, f"not run: {failed}")
 
 
-def write(report: dict, folder: Path) -> None:
-    (folder / "gpu-check.json").write_text(json.dumps(report, indent=1))
-    (folder / "gpu-check.md").write_text(table(report))
+def check_all(report: Report, until: float) -> list[threading.Thread]:
+    """`check_some` of all `CHECKS`, in `PROCESSES` threads, which are returned."""
+    batches = [list(range(first, min(first + AT_ONCE, len(CHECKS)))) for first in range(0, len(CHECKS), AT_ONCE)]
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                if not batches:
+                    return
+                batch = batches.pop(0)
+            check_some(batch, report, until)
+
+    threads = [threading.Thread(target=work) for _ in range(PROCESSES)]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
-def attempt(function: Callable[..., list[dict]], *args) -> list[dict]:
-    """The rows that `function` gives, or one with its error."""
-    try:
-        return function(*args)
-    except Exception as error:  # whatever a compiler, a driver or a library raises is a row of the report
-        return [{"error": f"{type(error).__name__}: {error}".splitlines()[0]}]
+def time_all(report: Report, until: float) -> None:
+    """Both families beside torch.nn, case by case; the persistent kernels until they hang."""
+    hung = None
+    for number, case in enumerate(CASES):
+        for family in FAMILIES:
+            name = f"{case} {family}"
+            failed = hung if family == "persistent" else None
+            if failed is None:
+                failed = run(job("time", family, number), until, lambda row, name=name: report.add("benchmark", name, row))
+            if failed is not None:
+                report.add("benchmark", name, {"error": str(failed)})
+            if failed is not None and failed.hung and family == "persistent":
+                hung = supervise.Failed("not run: the persistent kernels hung before", hung=True)
+
+
+def stress_all(report: Report, until: float) -> None:
+    """Thousands of launches, alone and beside other work."""
+    for number, case in enumerate(STRESS):
+        name = stress_name(*case)
+        failed = run(job("stress", number), until, lambda row, name=name: report.add("stress", name, row))
+        if failed is not None:
+            report.add("stress", name, {"error": str(failed)})
+
+
+def tune_all(report: Report, until: float) -> None:
+    """What `rnnfast tune` finds for a few shapes; its file stays in the folder of the report."""
+    limits = gpu.limits(torch.device("cuda", torch.cuda.current_device()))
+    assert limits is not None
+    path = report.folder / "gpu-check-tuning.json"
+    path.unlink(missing_ok=True)
+
+    def measure(entries: list[tuning.Entry]) -> dict[int, float | str]:
+        left = until - time.monotonic()
+        found = tuner.measure(entries, min(QUIET, left), until=until) if left > 0 else {}
+        for n, entry in enumerate(entries):
+            result = found.get(n, "not run")
+            key = "us/step" if isinstance(result, float) else "error"
+            report.add("tuned", str(entry.shape), {"candidate": tuner.name(entry), key: result})
+        return found
+
+    tuner.tune(TUNED, path, limits, measure)
+
+
+# The report
+
+
+def benchmark_lines(found: dict) -> list[str]:
+    lines = ["| case | mode | kernels | us/step | torch.nn | speed-up | MiB | torch.nn MiB | cuDNN's path |"]
+    lines += ["|---|---|---|--:|--:|--:|--:|--:|---|"]
+    for case in map(str, CASES):
+        for family in FAMILIES:
+            rows = found["benchmark"].get(f"{case} {family}", [{"error": "not run"}])
+            for row in rows:
+                if note := row.get("error") or row.get("skipped"):
+                    lines.append(f"| {case} | not timed: {note} | {family} | | | | | | |")
+                elif "speed_up" in row:
+                    cells = [f"{row[f'{name} us/step']:.2f}" for name in ("rnnfast", "torch.nn")] + [f"{row['speed_up']:.2f}"]
+                    cells += [f"{row[f'{name} peak MiB']:.0f}" for name in ("rnnfast", "torch.nn")]
+                    note = f" (without {row['without']})" if "without" in row else ""
+                    lines.append(
+                        f"| {case} | {row['mode']} | {family}{note} | {' | '.join(cells)} | {cudnn_path(rows, row['mode'])} |"
+                    )
+    return lines
+
+
+def cudnn_path(rows: list[dict], mode: str) -> str:
+    """Whether cuDNN kept the weights on chip, told from the names of its kernels."""
+    for row in rows:
+        if row.get("kernels of") == "torch.nn" and row["mode"] == mode:
+            return "persistent" if any("persist" in name.lower() for name in row["kernels"]) else "standard"
+    return "not seen"
+
+
+def kernel_lines(found: dict) -> list[str]:
+    """The kernels behind each figure."""
+    lines = []
+    for name, rows in found["benchmark"].items():
+        for row in rows:
+            if "kernels of" in row:
+                kernels = ", ".join(f"{count} x `{kernel}`" for kernel, count in row["kernels"].items())
+                lines.append(f"- {name}, {row['mode']}, {row['kernels of']}: {kernels or 'none seen'}")
+    return lines
+
+
+def problems(found: dict) -> list[str]:
+    """Everything that did not run, or was wrong, in words."""
+    lines = [] if found["tests"]["exit_code"] == 0 else [f"tests: {found['tests']['closing_line']}"]
+    expected = {
+        "checks": [],
+        "benchmark": [f"{case} {family}" for case in CASES for family in FAMILIES],
+        "stress": [stress_name(*case) for case in STRESS],
+        "tuned": [str(shape) for shape in TUNED],
+    }
+    for part, names in expected.items():
+        lines += [f"{part}: {name}: not run" for name in names if name not in found[part]]
+        for name, rows in found[part].items():
+            lines += [f"{part}: {name}: {row['error']}" for row in rows if "error" in row]
+            lines += [
+                f"{part}: {name}: {row['other bits']} calls gave other bits" for row in rows[-1:] if row.get("other bits")
+            ]
+    if len(found["checks"]) == 0:
+        lines.append("checks: not run")
+    return lines
+
+
+def table(found: dict) -> str:
+    """The report as Markdown."""
+    checked = [row for rows in found["checks"].values() for row in rows]
+    skipped = [row for row in checked if "skipped" in row]
+    right = len(checked) - len(skipped) - sum("error" in row for row in checked)
+    lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in found["environment"].items()), ""]
+    lines += [f"Tests: {found['tests']['closing_line']}", ""]
+    lines += [f"Persistent kernels against float64: {right} of {len(CHECKS)} cases right, {len(skipped)} have no plan.", ""]
+    lines += [f"- not right: {problem}" for problem in problems(found)] + [""]
+    lines += ["One layer, one direction, input side included, eager. Medians of 10, in microseconds per time step.", ""]
+    lines += [*benchmark_lines(found), "", "## Launches in a row", ""]
+    for name, rows in found["stress"].items():
+        last = [row for row in rows if "launches" in row][-1:] or [{"launches": 0, "other bits": 0}]
+        lines.append(f"- {name}: {last[0]['launches']} launches, {last[0]['other bits']} calls with other bits than the first")
+    lines += ["", "## rnnfast tune", ""]
+    for name, rows in found["tuned"].items():
+        for row in rows:
+            result = row["error"] if "error" in row else f"{row['us/step']:.2f} us/step"
+            lines.append(f"- {name}: {result}: {row['candidate']}")
+    return "\n".join([*lines, "", "## Kernels that ran", "", *kernel_lines(found)]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description="Tests and a short benchmark on a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check", description="Is everything right on a GPU, and how fast."
+    )
     parser.add_argument("--out", type=Path, default=Path("out/gpu-check"), help="folder for the results")
-    parser.add_argument("--skip-tests", action="store_true", help="only the benchmark")
-    parser.add_argument("--persistent", type=int, metavar="CASE", help=argparse.SUPPRESS)  # see `run_persistent`
+    parser.add_argument("--skip-tests", action="store_true", help="all but the tests")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("gpu-check needs an NVIDIA GPU, and PyTorch sees none here; make test runs everything on a CPU", file=sys.stderr)
         return 1
-    os.environ.pop("TRITON_INTERPRET", None)
+    start = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.persistent is not None:
-        rows = attempt(measure_persistent, args.persistent)
-        (args.out / f"gpu-check-persistent-{args.persistent}.json").write_text(json.dumps(rows))
-        return 0
-    os.environ["RNNFAST_KERNELS"] = "step"
-    started = time.monotonic()
-    tests = {"exit_code": 0, "closing_line": "skipped"} if args.skip_tests else run_tests(args.out)
-    print(f"tests: {tests['closing_line']}", flush=True)
-    report: dict = {"environment": environment(), "tests": tests, "benchmark": [], "persistent": {}}
-    write(report, args.out)
-    for case in CASES:
-        torch.cuda.empty_cache()
-        for row in attempt(measure, case):
-            report["benchmark"].append({"case": str(case)} | row)
-            print(json.dumps(report["benchmark"][-1]), flush=True)
-        write(report, args.out)
-    for number, case in enumerate(CASES):
-        if time.monotonic() > started + LAST_START:
-            break
-        rows = run_persistent(number, args.out)
-        print(json.dumps({"case": str(case), "persistent": rows}), flush=True)
-        report["persistent"][str(case)] = rows
-        write(report, args.out)
-        if rows[0].get("hung"):
-            break
-    print(f"\n{table(report)}\nwritten: {args.out / 'gpu-check.json'}, {args.out / 'gpu-check.md'}")
-    rows = [row for found in (report["benchmark"], *report["persistent"].values()) for row in found]
-    return 1 if tests["exit_code"] or any("error" in row for row in rows) else 0
+    report = Report(args.out, environment())
+    threads = check_all(report, start + CHECK_SECONDS)
+    try:
+        tests = {"exit_code": 0, "closing_line": "skipped"} if args.skip_tests else run_tests(args.out, TEST_SECONDS)
+        print(f"tests: {tests['closing_line']}", flush=True)
+        with report.lock:
+            report.found["tests"] = tests
+            report.write()
+    finally:
+        for thread in threads:
+            thread.join()
+    time_all(report, start + ENDS["time"])
+    stress_all(report, start + ENDS["stress"])
+    tune_all(report, start + ENDS["tune"])
+    print(f"\n{table(report.found)}\nwritten: {args.out / 'gpu-check.json'}, {args.out / 'gpu-check.md'}")
+    return 1 if problems(report.found) else 0
 
 
 if __name__ == "__main__":

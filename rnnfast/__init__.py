@@ -4,6 +4,7 @@ from rnnfast import functional
 from rnnfast.backends import BACKENDS, FallbackWarning, use_backend
 from rnnfast.explain import Explanation, explain
 from rnnfast.nn import GRU, LSTM, RNN
+from rnnfast.tuning import TuningWarning
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "RNN",
     "Explanation",
     "FallbackWarning",
+    "TuningWarning",
     "enable_compile",
     "explain",
     "functional",

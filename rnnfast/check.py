@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Case", "Result", "allowed", "compare", "error", "main"]
+__all__ = ["Case", "Result", "allowed", "compare", "error", "fault", "main"]
 
 
 def error(result: Tensor, exact: Tensor) -> float:
@@ -83,32 +83,38 @@ class Result:
         return self.ours <= self.allowed
 
 
-def _run(layer: torch.nn.Module, x: Tensor, hx: tuple[Tensor, ...], upstream: list[Tensor]) -> dict[str, Tensor]:
-    """All outputs and the gradients of everything, under the given upstream gradients."""
-    x = x.clone().requires_grad_()
-    hx = tuple(state.clone().requires_grad_() for state in hx)
-    y, last = layer(x, None if not hx else hx if len(hx) == 2 else hx[0])
+def _run(
+    layer: torch.nn.Module, x: Tensor, hx: tuple[Tensor, ...], upstream: list[Tensor], training: bool
+) -> dict[str, Tensor]:
+    """All outputs and, in training, the gradients of everything, under the given upstream gradients."""
+    x = x.clone().requires_grad_(training)
+    hx = tuple(state.clone().requires_grad_(training) for state in hx)
+    with torch.set_grad_enabled(training):
+        y, last = layer(x, None if not hx else hx if len(hx) == 2 else hx[0])
     last = last if isinstance(last, tuple) else (last,)
-    outputs = dict(zip(("output", "h_n", "c_n"), (y, *last), strict=False))
+    outputs: dict[str, Tensor] = dict(zip(("output", "h_n", "c_n"), (y, *last), strict=False))
+    if not training:
+        return outputs
     inputs = {"input": x, **dict(zip(("h_0", "c_0"), hx, strict=False)), **dict(layer.named_parameters())}
     grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), [g.to(y.dtype) for g in upstream])
     return outputs | {f"grad of {name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
 
-def compare(case: Case, device: str, backend: str = "triton", tf32: bool = False) -> list[Result]:
+def compare(case: Case, device: str, backend: str | None = "triton", tf32: bool = False, training: bool = True) -> list[Result]:
     """Run a case on `backend` and on torch.nn, both against the reference in float64, and compare every tensor.
 
-    `tf32`: whether both may use TF32 for the products of float32 (which the CPU does not have).
+    `tf32`: whether both may use TF32 for the products of float32 (which the CPU does not have). `training`: gradients too; else
+    the outputs of inference alone.
     """
     precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
     try:
-        return _compare(case, device, backend, tf32 and case.dtype == torch.float32)
+        return _compare(case, device, backend, tf32 and case.dtype == torch.float32, training)
     finally:
         torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
 
 
-def _compare(case: Case, device: str, backend: str, tf32: bool) -> list[Result]:
+def _compare(case: Case, device: str, backend: str | None, tf32: bool, training: bool) -> list[Result]:
     import rnnfast
 
     torch.manual_seed(case.seed)
@@ -134,13 +140,22 @@ def _compare(case: Case, device: str, backend: str, tf32: bool) -> list[Result]:
     hx = tuple(torch.randn(shape, device=device).to(case.dtype) for _ in range(count if case.states else 0))
     upstream = [torch.randn(*lead, D * case.H, device=device).to(case.dtype)]
     upstream += [torch.randn(shape, device=device).to(case.dtype) for _ in range(count)]
-    right = _run(exact, x.double(), tuple(state.double() for state in hx), upstream)
-    mine, torchs = (_run(layer, x, hx, upstream) for layer in (ours, theirs))
+    right = _run(exact, x.double(), tuple(state.double() for state in hx), upstream, training)
+    mine, torchs = (_run(layer, x, hx, upstream, training) for layer in (ours, theirs))
     results = []
     for name, value in right.items():
         our_error, their_error = error(mine[name], value), error(torchs[name], value)
         results.append(Result(case, name, our_error, their_error, allowed(their_error, value, case.dtype, tf32)))
     return results
+
+
+def fault(results: list[Result]) -> str:
+    """What is wrong with the tensor farthest from its limit, in words; empty if nothing is."""
+    wrong = [result for result in results if not result.ok]
+    if not wrong:
+        return ""
+    worst = max(wrong, key=lambda result: result.ours - result.allowed)
+    return f"{worst.tensor}: error {worst.ours:.1e}, allowed {worst.allowed:.1e}"
 
 
 def small_cases() -> list[Case]:

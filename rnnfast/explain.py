@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import backends, families, ops, reference
+from rnnfast import backends, families, tuning
 from rnnfast.nn import _Recurrent
 
 __all__ = ["Explanation", "explain"]
@@ -25,6 +25,7 @@ class Explanation:
         obstacles: all that keeps the Triton kernels from running this call; empty if nothing does.
         call: the layer and its input, in words.
         details: how it will run, in words.
+        tuning: what `rnnfast tune` has measured for this call, in words; empty where that has no say.
     """
 
     backend: str
@@ -32,9 +33,11 @@ class Explanation:
     obstacles: tuple[str, ...]
     call: str
     details: str
+    tuning: str = ""
 
     def __str__(self) -> str:
         lines = [self.call, f"  backend: {self.backend} ({self.asked})", f"  how: {self.details}"]
+        lines += [f"  tuning: {self.tuning}"] if self.tuning else []
         lines += [f"  not triton: {obstacle}" for obstacle in self.obstacles]
         return "\n".join(lines)
 
@@ -73,37 +76,53 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         backend = "torch"
     else:
         backend = "torch" if name == "torch" or module._obstacles(input, name) else name or "triton"
+        if name is None and backend == "triton" and module._torch_wins(tensor, hx):
+            backend, by = "torch", "measured as the fastest for this call by rnnfast tune"
     if name not in (None, backend):
         by = f"{name!r} was {by}, but cannot run this call"
     if backends.strict() and name != "torch" and module._obstacles(input, name):
         by += "; RNNFAST_STRICT is set, so the call raises"
-    details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, tensor)
-    return Explanation(backend, by, obstacles, call, details)
+    shape = module._shape(tensor, hx) if not obstacles and name in (None, "triton") else None
+    details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, tensor, shape)
+    return Explanation(backend, by, obstacles, call, details, _tuning(shape, tensor.device) if shape else "")
 
 
-def _torch(module: _Recurrent, tensor: Tensor) -> str:
+def _tuning(shape: tuning.Shape, device: torch.device) -> str:
+    gpu = families.limits(device)
+    if gpu is None or families.asked() != "auto":
+        return ""
+    table = tuning.table(gpu)
+    command = f"rnnfast tune --cell {shape.cell} --hidden {shape.H} --input {shape.I} --batch {shape.B} --steps {shape.T}"
+    command += f" --dtype {'tf32' if shape.precision == 'tf32' else shape.dtype} --layers {shape.layers}"
+    advice = f"to measure it: {command}{' --bidirectional' if shape.directions > 1 else ''}"
+    if table.unused:
+        return f"not measured here ({table.unused}); {advice}"
+    entry = tuning.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training)
+    if entry is None:
+        return f"{table.path} has nothing near this call; {advice}"
+    return f"by {table.path}, measured at {entry.shape}"
+
+
+def _torch(module: _Recurrent, tensor: Tensor, shape: tuning.Shape | None) -> str:
     cudnn = tensor.is_cuda and torch.backends.cudnn.is_acceptable(tensor)
     return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}"
 
 
-def _reference(module: _Recurrent, tensor: Tensor) -> str:
+def _reference(module: _Recurrent, tensor: Tensor, shape: tuning.Shape | None) -> str:
     return "the equations in plain PyTorch, one time step after another"
 
 
-def _triton(module: _Recurrent, tensor: Tensor) -> str:
+def _triton(module: _Recurrent, tensor: Tensor, shape: tuning.Shape | None) -> str:
     from rnnfast.kernels import step
 
-    directions = 2 if module.bidirectional else 1
-    kind = tensor.device.type
-    dtype = torch.get_autocast_dtype(kind) if backends.autocast(kind) else tensor.dtype
-    steps, rows = (tensor.shape[0], 1) if tensor.dim() == 2 else tensor.shape[:2]
-    if tensor.dim() == 3 and module.batch_first:
-        steps, rows = rows, steps
-    gates = reference.GATES[module.mode.lower()]
-    times = f"{module.num_layers} layers x {directions} directions x"
+    assert shape is not None
+    dtype = getattr(torch, shape.dtype)
+    steps, rows = shape.T, shape.B
+    times = f"{shape.layers} layers x {shape.directions} directions x"
 
     def words(backward: bool) -> str:
-        choice = families.pick(gates, rows, module.hidden_size, dtype, ops.precision(), backward, tensor.device)
+        training = backward or shape.training
+        choice = families.pick(shape.cell, steps, rows, shape.H, dtype, families.precision(), backward, training, tensor.device)
         if choice.persistent is not None:
             launch = f"one launch for {min(choice.persistent.steps, steps)} time steps: {times} {steps} steps"
             return f"persistent kernels, {launch}; {choice.persistent.words(rows)}"
@@ -117,4 +136,4 @@ def _triton(module: _Recurrent, tensor: Tensor) -> str:
 
     forward, backward = words(False), words(True)
     text = forward if forward == backward else f"forward: {forward}\n       backward: {backward}"
-    return text + (f"; products in {ops.precision()}" if dtype == torch.float32 else "")
+    return text + (f"; products in {families.precision()}" if dtype == torch.float32 else "")

@@ -2,34 +2,51 @@
 
     "step"         one launch a time step, for any size
     "persistent"   one launch for many time steps, the recurrent weights on chip, where a plan exists on this GPU
+    "auto"         what `rnnfast tune` found faster at this size; the step kernels where nothing was measured
 
-RNNFAST_KERNELS names the family; "step" is the default as long as no GPU has run the persistent kernels. What "persistent"
-cannot run goes to the step kernels: sizes without a plan silently (`rnnfast.explain` says why), a launch that the driver
-refuses with a `FallbackWarning`, and with RNNFAST_STRICT=1 not at all.
+RNNFAST_KERNELS names one of them; "auto" is the default. It takes no persistent kernels by itself, because no GPU has run them
+yet. What "persistent" cannot run goes to the step kernels: sizes without a plan and GPUs without cooperative launch silently
+(`rnnfast.explain` says why), a launch that the driver refuses with a `FallbackWarning`. With RNNFAST_STRICT=1 such a GPU and
+such a launch raise.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from rnnfast.backends import FallbackWarning, strict, user_level
+from rnnfast import tuning
+from rnnfast.backends import FallbackWarning, autocast, strict, user_level
+from rnnfast.gpu import assume, cooperative, limits
+from rnnfast.reference import GATES
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
     from rnnfast.kernels.plan import StepPlan
 
-__all__ = ["FAMILIES", "Choice", "asked", "assume", "choose", "limits", "pick", "run"]
+__all__ = [
+    "FAMILIES",
+    "Choice",
+    "asked",
+    "assume",
+    "choose",
+    "limits",
+    "measured",
+    "pick",
+    "precision",
+    "run",
+    "shape",
+    "torch_wins",
+]
 
-FAMILIES = ("step", "persistent")
+FAMILIES = ("auto", "step", "persistent")
+UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
 
-_limits: dict[torch.device, GpuLimits | None] = {}
 _refused: dict[tuple[torch.device, PersistentPlan], str] = {}  # plans that a driver would not launch, and its words
 
 
@@ -49,44 +66,11 @@ class Choice:
 
 
 def asked() -> str:
-    """The family that RNNFAST_KERNELS names."""
-    name = os.environ.get("RNNFAST_KERNELS") or "step"
+    """The family that RNNFAST_KERNELS names, or "auto"."""
+    name = os.environ.get("RNNFAST_KERNELS") or "auto"
     if name not in FAMILIES:
         raise ValueError(f"RNNFAST_KERNELS should be one of {', '.join(map(repr, FAMILIES))}, got {name!r}")
     return name
-
-
-def limits(device: torch.device) -> GpuLimits | None:
-    """Of the GPU `device`; None for a CPU, where Triton's interpreter runs a grid's programs one after another: the first
-    program of a persistent kernel would wait for the others for ever."""
-    if device not in _limits:
-        _limits[device] = _find_limits(device) if device.type == "cuda" else None
-    return _limits[device]
-
-
-def _find_limits(device: torch.device) -> GpuLimits:
-    from rnnfast.kernels.persistent.plan import GpuLimits
-
-    gpu: Any = torch.cuda.get_device_properties(device)  # its stub lacks some of these
-    return GpuLimits(
-        name=gpu.name,
-        capability=gpu.major * 10 + gpu.minor,
-        sms=gpu.multi_processor_count,
-        shared_bytes=gpu.shared_memory_per_block_optin,
-        registers=gpu.regs_per_multiprocessor,
-        l2_bytes=gpu.L2_cache_size,
-    )
-
-
-@contextmanager
-def assume(gpu: GpuLimits) -> Iterator[None]:
-    """Within the ``with`` block CPU tensors are taken to be on `gpu`: for launches that are compiled and counted, not run."""
-    cpu = torch.device("cpu")
-    _limits[cpu] = gpu
-    try:
-        yield
-    finally:
-        del _limits[cpu]
 
 
 def choose(
@@ -95,7 +79,7 @@ def choose(
     """The family asked for where it has a plan, else the step kernels. A pure function.
 
     Args:
-        family: as `asked`.
+        family: "step" or "persistent".
         gates, B, H, itemsize, precision, backward: as in `rnnfast.kernels.persistent.plan.persistent_plan`.
         gpu: as `limits`.
     """
@@ -111,15 +95,57 @@ def choose(
     return Choice(step, reason=plan.reason) if isinstance(plan, NoPlan) else Choice(step, plan)
 
 
-def pick(gates: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, device: torch.device) -> Choice:
-    """`choose` as things stand: by the environment, the device, and what its driver has refused."""
+def pick(
+    cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool, device: torch.device
+) -> Choice:
+    """What runs as things stand: by the environment, what was measured, the device, and what its driver has refused."""
     family = asked()
     gpu = None if family == "step" else limits(device)
-    choice = choose(family, gates, B, H, dtype.itemsize, precision, backward, gpu)
+    if family == "auto":
+        choice = choose("step", GATES[cell], B, H, dtype.itemsize, precision, backward, gpu)
+        if gpu is not None and (tuned := tuning.kernels(gpu, cell, T, B, H, *tuning.names(dtype, precision), training)):
+            choice = Choice(choice.step, tuned.backward if backward else tuned.forward)
+    else:
+        choice = choose(family, GATES[cell], B, H, dtype.itemsize, precision, backward, gpu)
     if choice.persistent is None or strict():  # strict: tried again, to be refused again
         return choice
-    refusal = _refused.get((device, choice.persistent))
+    refusal = _refusal(choice.persistent, device)
     return choice if refusal is None else Choice(choice.step, reason=refusal)
+
+
+def _refusal(plan: PersistentPlan, device: torch.device) -> str | None:
+    """Why the driver would not launch `plan`, as far as is known."""
+    if not cooperative(device):
+        return UNCOOPERATIVE
+    return _refused.get((device, plan))
+
+
+def measured(device: torch.device) -> bool:
+    """Whether `torch_wins` can be true of any call on `device`."""
+    gpu = limits(device)
+    return gpu is not None and asked() == "auto" and bool(tuning.table(gpu).entries)
+
+
+def torch_wins(shape: tuning.Shape, device: torch.device) -> bool:
+    """Whether the automatic choice is PyTorch's own layer, because `rnnfast tune` measured it as the fastest for this call."""
+    gpu = limits(device)
+    return gpu is not None and tuning.torch_wins(gpu, shape)
+
+
+def shape(
+    cell: str, T: int, B: int, I: int, H: int, layers: int, directions: int, tensors: Iterable[torch.Tensor | None]
+) -> tuning.Shape:
+    """Of a call with these tensors, the input first, of one of the kernels' dtypes."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    kind = given[0].device.type
+    dtype = torch.get_autocast_dtype(kind) if autocast(kind) else given[0].dtype
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    return tuning.Shape(cell, *tuning.names(dtype, precision()), T, B, I, H, layers, directions, training)
+
+
+def precision() -> str:
+    """The precision of a float32 recurrent product: "tf32" or "ieee", as PyTorch is set for cuDNN's recurrent layers."""
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -141,21 +167,23 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
     """
     from rnnfast.kernels import persistent, step
 
-    if choice.persistent is not None:
+    if choice.persistent is None:
+        getattr(step, direction)(*args, **options, plan=choice.step)
+        return choice
+    refusal, cause = "" if cooperative(device) else UNCOOPERATIVE, None
+    if not refusal:
         try:
             getattr(persistent, direction)(*args, **options, plan=choice.persistent)
             return choice
         except Exception as error:
             if not _is_refusal(error):
                 raise
-            refusal = f"the driver refused the launch: {error}"
-            if strict():
-                raise RuntimeError(
-                    f"RNNFAST_STRICT is set and the persistent kernels cannot run this call: {refusal}"
-                ) from error
-        _refused[device, choice.persistent] = refusal
-        message = f"RNNFAST_KERNELS asks for the persistent kernels, but the step kernels run: {refusal}"
-        warnings.warn(message, FallbackWarning, stacklevel=user_level())
-        choice = Choice(choice.step, reason=refusal)
+            cause, refusal = error, f"the driver refused the launch: {error}"
+    if strict():
+        raise RuntimeError(f"RNNFAST_STRICT is set and the persistent kernels cannot run this call: {refusal}") from cause
+    _refused[device, choice.persistent] = refusal
+    message = f"the persistent kernels were chosen, but the step kernels run: {refusal}"
+    warnings.warn(message, FallbackWarning, stacklevel=user_level())
+    choice = Choice(choice.step, reason=refusal)
     getattr(step, direction)(*args, **options, plan=choice.step)
     return choice

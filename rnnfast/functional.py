@@ -18,7 +18,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from rnnfast import backends, ops, reference
+from rnnfast import backends, families, ops, reference
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -117,8 +117,20 @@ def _layer(
     backends.check_name(backend)
     name, source = backends.asked(backend)
     obstacles = () if name in ("torch", "reference") else backends.tensor_obstacles(x)
-    run = {"triton": ops.layer, "reference": reference.layer, "torch": _torch_layer}[backends.settle(name, source, obstacles)]
+    chosen = backends.settle(name, source, obstacles)
+    if name is None and chosen == "triton" and _torch_wins(cell, x, hx, w_ih, w_hh, b_ih, b_hh):
+        chosen = "torch"
+    run = {"triton": ops.layer, "reference": reference.layer, "torch": _torch_layer}[chosen]
     return run(cell, x, hx, w_ih, w_hh, b_ih, b_hh, reverse=reverse)
+
+
+def _torch_wins(cell: str, x: Tensor, hx: _States | None, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> bool:
+    """As of the modules, for a module of one layer and direction."""
+    if torch.compiler.is_compiling() or not families.measured(x.device):
+        return False
+    T, B, I = x.shape
+    tensors = (x, *(hx or ()), w_ih, w_hh, *biases)
+    return families.torch_wins(families.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors), x.device)
 
 
 def _check(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import backends, ops, reference
+from rnnfast import backends, families, ops, reference, tuning
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -39,7 +39,7 @@ class _Recurrent(torch.nn.RNNBase):
             obstacles = self._obstacles(input, name)
             if obstacles:
                 backends.settle(name, source, obstacles)
-            elif self._is_plain(input, hx):
+            elif self._is_plain(input, hx) and not (name is None and self._torch_wins(input, hx)):
                 return self._run(name or "triton", input, hx)
         return super().forward(input, hx)
 
@@ -92,6 +92,23 @@ class _Recurrent(torch.nn.RNNBase):
         if packed:
             found += ("the input is a PackedSequence, which the kernels do not take yet",)
         return found
+
+    def _torch_wins(self, input: Any, hx: Any) -> bool:
+        """Whether PyTorch's own layer was measured as the fastest for this plain call. Not in compiled code, where PyTorch
+        unrolls it."""
+        if torch.compiler.is_compiling() or not families.measured(input.device):
+            return False
+        return families.torch_wins(self._shape(input, hx), input.device)
+
+    def _shape(self, input: Tensor, hx: Any) -> tuning.Shape:
+        """Of a plain call on the kernels, as it is tuned for."""
+        T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
+        if input.dim() == 3 and self.batch_first:
+            T, B = B, T
+        tensors = (input, *self._states(hx), *self.parameters())
+        return families.shape(
+            self.mode.lower(), T, B, self.input_size, self.hidden_size, self.num_layers, 1 + self.bidirectional, tensors
+        )
 
     def _run(self, backend: str, input: Any, hx: Any) -> Any:
         layer, cell = _LAYERS[backend], self.mode.lower()

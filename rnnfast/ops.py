@@ -19,14 +19,10 @@ import torch
 from torch import Tensor
 
 from rnnfast import families
+from rnnfast.families import precision
 from rnnfast.reference import GATES, GRADS, SAVED
 
 __all__ = ["backward", "forward", "precision"]
-
-
-def precision() -> str:
-    """The precision of a float32 recurrent product: "tf32" or "ieee", as PyTorch is set for cuDNN's recurrent layers."""
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -101,7 +97,7 @@ def forward(
         saved = x.new_empty((T, B, spec.saved * H) if save and spec.saved else (0,))
         w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
         bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
-        choice = families.pick(spec.gates, B, H, x.dtype, precision(), False, x.device)
+        choice = families.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device)
         n = plan.chunk_steps(T, B) if choice.persistent is None else choice.persistent.steps
         for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
             choice = families.run(
@@ -184,7 +180,7 @@ def backward(
         w = _dense(w_hh)
         families.run(
             "backward",
-            families.pick(spec.gates, B, H, y.dtype, precision(), True, y.device),
+            families.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device),
             y.device,
             spec,
             _dense_or_none(dy),

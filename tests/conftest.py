@@ -23,9 +23,11 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _clean_settings(monkeypatch):
-    """Every test starts from the same seed and without the user's RNNFAST_* settings."""
+    """Every test starts from the same seed, without the user's RNNFAST_* settings and without what he has tuned."""
     for name in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "RNNFAST_STRICT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RNNFAST_TUNING_FILE", os.devnull + ".no-such-file")
+    monkeypatch.setattr("rnnfast.tuning._tables", {})
     torch.manual_seed(0)
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "ieee"  # of float32 products on a GPU; TF32 has a test of its own

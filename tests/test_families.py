@@ -12,9 +12,9 @@ import torch
 from side_by_side import together
 
 import rnnfast
-from rnnfast import families, ops, reference
+from rnnfast import backends, families, gpu, ops, reference, tuning
 from rnnfast.kernels import persistent, plan, step
-from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan
+from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan, persistent_plans
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -62,21 +62,21 @@ def refusing(monkeypatch):
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="takes CPU tensors, in the interpreter")
 
 
-@pytest.mark.parametrize("name", ["Persistent", "auto", "torch"])
+@pytest.mark.parametrize("name", ["Persistent", "torch"])
 def test_other_names_are_refused(name, layer, device, monkeypatch):
     monkeypatch.setenv("RNNFAST_KERNELS", name)
     x = torch.zeros(2, 1, 3, device=device)
-    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of 'step', 'persistent', got '{name}'"):
+    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of 'auto', 'step', 'persistent', got '{name}'"):
         layer.to(device)(x)
     with pytest.raises(ValueError, match="RNNFAST_KERNELS"):
         rnnfast.explain(layer, x)
 
 
-@pytest.mark.parametrize("name", [None, "", "step", "persistent"])
+@pytest.mark.parametrize("name", [None, "", "auto", "step", "persistent"])
 def test_known_names(name, monkeypatch):
     if name is not None:
         monkeypatch.setenv("RNNFAST_KERNELS", name)
-    assert families.asked() == (name or "step")
+    assert families.asked() == (name or "auto")
 
 
 def test_choice_is_a_pure_function():
@@ -138,6 +138,94 @@ def test_refused_launch_in_strict_mode(refusing, layer, monkeypatch):
         with pytest.raises(RuntimeError, match="RNNFAST_STRICT is set and the persistent kernels cannot run this call"):
             layer(torch.randn(3, 2, 3))
     assert refusing == ["persistent"] * 2
+
+
+@on_cpu
+@pytest.mark.parametrize("family", ["persistent", "auto"])
+def test_tuned_plan_that_is_refused(refusing, layer, family, monkeypatch):
+    """As one that was asked for: fewer SMs are usable than when it was measured, say."""
+    monkeypatch.setenv("RNNFAST_KERNELS", family)
+    plans = persistent_plans(3, 2, 48, 4, "tf32", False, GPUS["H100"])
+    shape = tuning.Shape("gru", "float32", "tf32", 3, 2, 3, 48, 1, 1, False)
+    with tuning.assume(GPUS["H100"], [tuning.Entry(shape, "triton", plans[0])]), torch.no_grad():
+        with pytest.warns(rnnfast.FallbackWarning, match="persistent kernels were chosen, but the step kernels run"):
+            layer(torch.randn(3, 2, 3))
+        assert "not persistent: the driver refused the launch" in str(rnnfast.explain(layer, torch.randn(3, 2, 3)))
+        monkeypatch.setenv("RNNFAST_STRICT", "1")
+        with pytest.raises(RuntimeError, match="RNNFAST_STRICT is set and the persistent kernels"):
+            layer(torch.randn(3, 2, 3))
+    assert refusing == ["persistent", "step", "persistent"]
+
+
+@on_cpu
+def test_without_cooperative_launch(refusing, layer, monkeypatch):
+    """The step kernels run without a launch being tried, explain says why, and strict mode raises."""
+    x = torch.randn(3, 2, 3)
+    with families.assume(GPUS["H100"], cooperative=False):
+        layer(x)[0].sum().backward()
+        assert refusing == ["step"] * 2
+        assert f"not persistent: {families.UNCOOPERATIVE}" in str(rnnfast.explain(layer, x))
+        monkeypatch.setenv("RNNFAST_STRICT", "1")
+        with pytest.raises(RuntimeError, match=r"RNNFAST_STRICT is set .* the GPU has no cooperative launch"):
+            layer(x)
+    assert refusing == ["step"] * 2
+
+
+class Driver:
+    """In place of libcuda: a GPU with ordinal 1 and handle 7."""
+
+    def __init__(self, says, status=0):
+        self.says, self.status = says, status
+
+    def cuDeviceGet(self, device, ordinal):
+        device._obj.value = 7
+        return 0 if ordinal == 1 else 101
+
+    def cuDeviceGetAttribute(self, value, number, device):
+        assert (number, device.value) == (95, 7)
+        value._obj.value = self.says
+        return self.status
+
+    def cuDriverGetVersion(self, value):
+        value._obj.value = 13000
+        return self.status
+
+
+@pytest.mark.parametrize("says, status, expected", [(1, 0, True), (0, 0, False), (0, 999, True)])
+def test_the_driver_is_asked_once(says, status, expected, monkeypatch):
+    """For cooperative launch; where it does not say, the launch itself will."""
+    loaded = []
+    monkeypatch.setattr(gpu, "_cooperative", {})
+    monkeypatch.setattr("ctypes.CDLL", lambda name: loaded.append(name) or Driver(says, status))
+    for _ in range(3):
+        assert gpu.cooperative(torch.device("cuda", 1)) == expected
+    assert loaded == ["libcuda.so.1"] * 2  # for the handle and the attribute
+    assert gpu.cooperative(torch.device("cuda", 0))  # which this driver does not know
+    assert gpu.driver_version() == (13000 if status == 0 else None)
+
+
+def test_no_driver_to_ask(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    monkeypatch.setattr(gpu, "_cooperative", {})
+    assert gpu.cooperative(torch.device("cuda", 0)) and gpu.driver_version() is None
+
+
+@pytest.mark.parametrize("family", ["persistent", "auto"])
+def test_too_old_triton(family, device, monkeypatch):
+    """PyTorch's own layer runs, explain says why, and strict mode raises."""
+    monkeypatch.setattr(backends, "_known", {})
+    monkeypatch.setattr(sys.modules["triton"], "__version__", "3.5.1")
+    monkeypatch.setenv("RNNFAST_KERNELS", family)
+    layer, x = rnnfast.GRU(3, 4, device=device), torch.zeros(3, 2, 3, device=device)
+    torch.testing.assert_close(layer(x)[0], torch.nn.GRU.forward(layer, x)[0])
+    explained = rnnfast.explain(layer, x)
+    assert explained.backend == "torch" and "Triton 3.5.1 is not supported" in explained.obstacles[0]
+    monkeypatch.setenv("RNNFAST_STRICT", "1")
+    with pytest.raises(RuntimeError, match=r"Triton 3\.5\.1 is not supported"):
+        layer(x)
 
 
 @on_cpu

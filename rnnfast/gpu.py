@@ -1,0 +1,84 @@
+"""What a GPU can hold and do, asked of it once; and stand-ins for GPUs that are not there."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from rnnfast.kernels.persistent.plan import GpuLimits
+
+__all__ = ["assume", "cooperative", "driver_version", "limits"]
+
+COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
+
+_limits: dict[torch.device, GpuLimits | None] = {}
+_cooperative: dict[torch.device, bool] = {}
+
+
+def limits(device: torch.device) -> GpuLimits | None:
+    """Of the GPU `device`; None for a CPU, where Triton's interpreter runs a grid's programs one after another: the first
+    program of a persistent kernel would wait for the others for ever."""
+    if device not in _limits:
+        _limits[device] = _find_limits(device) if device.type == "cuda" else None
+    return _limits[device]
+
+
+def _find_limits(device: torch.device) -> GpuLimits:
+    from rnnfast.kernels.persistent.plan import GpuLimits
+
+    gpu: Any = torch.cuda.get_device_properties(device)  # its stub lacks some of these
+    return GpuLimits(
+        name=gpu.name,
+        capability=gpu.major * 10 + gpu.minor,
+        sms=gpu.multi_processor_count,
+        shared_bytes=gpu.shared_memory_per_block_optin,
+        registers=gpu.regs_per_multiprocessor,
+        l2_bytes=gpu.L2_cache_size,
+    )
+
+
+@contextmanager
+def assume(gpu: GpuLimits, cooperative: bool = True) -> Iterator[None]:
+    """Within the ``with`` block CPU tensors are taken to be on `gpu`, which has cooperative launch or not: for launches that
+    are compiled and counted, not run."""
+    cpu = torch.device("cpu")
+    before = _limits.get(cpu), _cooperative.get(cpu, False)
+    _limits[cpu], _cooperative[cpu] = gpu, cooperative
+    try:
+        yield
+    finally:
+        _limits[cpu], _cooperative[cpu] = before
+
+
+def cooperative(device: torch.device) -> bool:
+    """Whether `device` can launch a grid that is resident as a whole or refused. Where the driver cannot be asked it is taken
+    to: the launch itself will then be refused."""
+    if device not in _cooperative:
+        _cooperative[device] = _attribute(COOPERATIVE_LAUNCH, device.index or 0) != 0
+    return _cooperative[device]
+
+
+def _attribute(number: int, index: int) -> int | None:
+    """An attribute of GPU `index`, which PyTorch uses already; None where the driver does not say."""
+    device, value = ctypes.c_int(), ctypes.c_int()
+    found = _ask("cuDeviceGet", ctypes.byref(device), index)
+    return value.value if found and _ask("cuDeviceGetAttribute", ctypes.byref(value), number, device) else None
+
+
+def driver_version() -> int | None:
+    """The CUDA version of the driver, 13000 for 13.0; None where it does not say."""
+    value = ctypes.c_int()
+    return value.value if _ask("cuDriverGetVersion", ctypes.byref(value)) else None
+
+
+def _ask(function: str, *args: Any) -> bool:
+    """Call a function of the CUDA driver's; whether that went well."""
+    try:
+        return getattr(ctypes.CDLL("libcuda.so.1"), function)(*args) == 0
+    except (OSError, AttributeError):
+        return False

@@ -1,0 +1,100 @@
+"""Runs a command that may hang or crash, and takes the JSON lines that it prints as they come."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
+
+__all__ = ["Failed", "rows"]
+
+
+class Failed(Exception):
+    """The command hung, crashed or ran out of time; `hung`: it hung."""
+
+    def __init__(self, words: str, hung: bool) -> None:
+        super().__init__(words)
+        self.hung = hung
+
+
+def rows(
+    command: Sequence[str],
+    quiet: float,
+    env: Mapping[str, str] | None = None,
+    until: float = math.inf,
+) -> Generator[dict, None, None]:
+    """Each JSON object that `command` prints on a line of its own; other lines are passed over.
+
+    However this ends, exhausted, closed or interrupted, the command and its children are gone then.
+
+    Args:
+        quiet: seconds without a line after which it is taken to hang.
+        until: when it has to be over, on `time.monotonic`'s clock.
+
+    Raises:
+        Failed: if it hangs or does not end with exit code 0.
+    """
+    lines: queue.Queue[str | None] = queue.Queue()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=env,
+            start_new_session=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        out = process.stdout
+        assert out is not None
+
+        def listen() -> None:
+            for line in out:
+                lines.put(line)
+            lines.put(None)
+
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        try:
+            while (line := _next(lines, quiet, until)) is not None:
+                with suppress(ValueError):
+                    row = json.loads(line)
+                    if isinstance(row, dict):
+                        yield row
+            code = _wait(process, quiet)
+            if code != 0:
+                errors.seek(0)
+                said = [line.strip() for line in errors.read().splitlines() if line.strip()]
+                raise Failed(said[-1] if said else f"exit code {code}", hung=False)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # a process stuck in a driver dies when that lets it
+                process.wait(10)
+            listener.join(1)
+            if not listener.is_alive():
+                out.close()
+
+
+def _next(lines: queue.Queue[str | None], quiet: float, until: float) -> str | None:
+    left = until - time.monotonic()
+    try:
+        return lines.get(timeout=max(0.0, min(quiet, left)))
+    except queue.Empty:
+        raise Failed(f"nothing for {quiet:g} s" if quiet <= left else "no time was left", hung=quiet <= left) from None
+
+
+def _wait(process: subprocess.Popen, quiet: float) -> int:
+    try:
+        return process.wait(quiet)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"did not end in {quiet:g} s", hung=True) from None
