@@ -112,10 +112,12 @@ def cpu_is_torchs(own: str | None) -> bool:
     `own` is the module's ``backend=``. If False, the call is to be looked at as a whole. Settings may change at any time; what
     hinders the kernels on the CPU is known from the first call that asked, see `device_obstacle`.
     """
-    if own is None and _in_context.get() is None:
+    if _in_context.get() is not None:
+        return False
+    if own is None:
         backend, strict_setting = _settings
         return backend not in _environment and strict_setting not in _environment and bool(_known.get("cpu:None"))
-    return False
+    return own == "torch"
 
 
 def triton_obstacle() -> str | None:
