@@ -30,7 +30,10 @@ import rnnfast
 from rnnfast.check import Case, compare
 
 DEVICE = "cuda"
-SAME_EVERYWHERE = ("test_packaging", "test_layering", "test_offline", "test_char_lm", "kernels/test_persistent_compiled")
+SAME_EVERYWHERE = (
+    *("test_packaging", "test_layering", "test_offline", "test_char_lm", "kernels/test_persistent_compiled"),
+    *("test_distributed", "test_module_db", "test_onnx", "test_third_party"),  # three of them need packages of their own
+)
 TEST_SECONDS = 240
 PERSISTENT_SECONDS = 60  # a case, compilation included; after the first that takes longer no other is tried
 LAST_START = 400  # seconds after which no other case is begun, so that all is over within 8 minutes

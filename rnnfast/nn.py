@@ -39,7 +39,12 @@ class _Recurrent(torch.nn.RNNBase):
                 backends.settle(name, source, obstacles)
             elif self._is_plain(input, hx):
                 return self._run(name or "triton", input, hx)
+        if isinstance(input, torch.fx.Proxy):  # torch.fx takes modules of torch.nn as they are: so it shall ours
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input, hx), {})
         return super().forward(input, hx)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError("torch.jit.script does not know rnnfast's layers: script rnnfast.restore(model, every=True)")
 
     def _states(self, hx: Any) -> tuple[Tensor, ...]:
         """hx as a tuple of states, empty if absent."""
