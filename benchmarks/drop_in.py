@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 import rnnfast
 from rnnfast.check import allowed, error
 
-T, B, I, H = 3, 4, 7, 15
+T, B, I, H = 3, 4, 29, 33  # a tensor of a few elements has its error by chance
 LENGTHS = {"sorted": [3, 2, 2, 1], "unsorted": [1, 3, 2, 2]}
 
 CELLS = {"LSTM": {}, "GRU": {}, "RNN": {}, "RNN relu": {"nonlinearity": "relu"}}

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
+from benchmarks import drop_in
 
 
 class Model(nn.Module):
@@ -170,3 +171,12 @@ def test_names_in_messages(device):
     assert str(ours) == str(theirs)
     assert outcome(ours, torch.zeros(T, B, I + 1, device=device)) == outcome(theirs, torch.zeros(T, B, I + 1, device=device))
     assert [module._get_name() for module in ours.modules()] == [module._get_name() for module in theirs.modules()]
+
+
+@pytest.mark.parametrize(
+    "options, form, gives_way", [({}, "x, hx", False), ({"dtype": torch.float64}, "packed", True)], ids=str
+)
+def test_table(options, form, gives_way, device):
+    """The table of options and call forms: an entry says its error and whether the kernels ran, or why not."""
+    worst, reason, ran = drop_in.entry("GRU", options, form, device)
+    assert worst <= 1 and ran is not gives_way and bool(reason) is gives_way
