@@ -40,7 +40,8 @@ class _Recurrent(torch.nn.RNNBase):
             elif self._is_plain(input, hx):
                 return self._run(name or "triton", input, hx)
         if isinstance(input, torch.fx.Proxy):  # torch.fx takes modules of torch.nn as they are: so it shall ours
-            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input, hx), {})
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
         return super().forward(input, hx)
 
     def __prepare_scriptable__(self) -> Any:
