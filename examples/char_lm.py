@@ -6,6 +6,7 @@ the English prose that ships inside Python (`pydoc_data.topics`), or any UTF-8 f
     python examples/char_lm.py                          # one to three minutes on two CPU cores
     python examples/char_lm.py --text book.txt --cell gru --hidden 512 --steps 5000
     python examples/char_lm.py --resume                 # go on after Ctrl-C
+    torchrun --nproc-per-node 2 examples/char_lm.py     # two processes, each with half of every batch
 
 It leaves OUT/checkpoint.pt and OUT/loss.png, and shows that the weights give the same held-out loss in torch.nn.
 """
@@ -13,6 +14,7 @@ It leaves OUT/checkpoint.pt and OUT/loss.png, and shows that the weights give th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import shlex
@@ -32,6 +34,7 @@ from char_lm_support import (
     Parser,
     Progress,
     UserError,
+    Workers,
     catch_interrupt,
     positive,
     prepare_folder,
@@ -124,6 +127,7 @@ class Run:
     config: Config
     corpus: Corpus
     device: torch.device
+    workers: Workers
     step: int = 0
     state: State = None
     losses: list[float] = field(default_factory=list)  # of each step
@@ -140,6 +144,7 @@ class Run:
         self.weights = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.lr, weight_decay=0.01)
         self.model.to(DTYPES[config.dtype])
+        self.parallel = self.workers.parallel(self.model)
         self.scale = 1024.0 if config.dtype == "float16" else 1.0
 
     def new_model(self, recurrent_class: type[nn.RNNBase]) -> CharLM:
@@ -156,7 +161,7 @@ class Run:
 
     def train_step(self, chunk: Tensor) -> None:
         """One step on (length + 1, batch) characters, from the state in which the chunk before left the layers."""
-        logits, state = self.model(chunk[:-1], self.state)
+        logits, state = self.parallel(chunk[:-1], self.state)
         loss = F.cross_entropy(logits.flatten(0, 1), chunk[1:].flatten())
         self.model.zero_grad()
         (loss * self.scale).backward()
@@ -172,7 +177,7 @@ class Run:
         else:
             self.scale /= 2
         self.state = detach(state)
-        self.losses.append(loss.item())
+        self.losses.append(self.workers.join(loss.detach()[None], 0).mean().item())
         self.step += 1
 
     @torch.no_grad()
@@ -181,6 +186,7 @@ class Run:
             parameter.copy_(self.weights[name])
 
     def save(self, path: Path) -> None:
+        parts = [self.workers.join(part, 1) for part in (self.state if isinstance(self.state, tuple) else (self.state,))]
         content = {
             "format": FORMAT,
             "config": asdict(self.config),
@@ -189,9 +195,12 @@ class Run:
             "model": self.weights,
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            **{name: getattr(self, name) for name in ("step", "state", "losses", "heldout", "scale")},
+            **{name: getattr(self, name) for name in ("step", "losses", "heldout", "scale")},
+            "state": tuple(parts) if isinstance(self.state, tuple) else parts[0],
         }
-        write_atomically(path, lambda file: torch.save(content, file))
+        if self.workers.rank == 0:
+            write_atomically(path, lambda file: torch.save(content, file))
+        self.workers.wait()
 
     def load(self, content: dict, path: Path) -> None:
         if content["digest"] != self.corpus.digest:
@@ -206,7 +215,8 @@ class Run:
             for name in ("step", "losses", "heldout", "scale"):
                 setattr(self, name, content[name])
             state = content["state"]
-            self.state = tuple(part.to(self.device) for part in state) if isinstance(state, tuple) else state.to(self.device)
+            parts = [self.workers.share(part.to(self.device), 1) for part in (state if isinstance(state, tuple) else (state,))]
+            self.state = tuple(parts) if isinstance(state, tuple) else parts[0]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             raise UserError(f"the checkpoint {path} is damaged") from None
 
@@ -226,7 +236,7 @@ def read_checkpoint(path: Path) -> dict:
 def train(run: Run, checkpoint: Path) -> bool:
     """Train to the last step and save; False if Ctrl-C ended it before (what is done is saved then, too)."""
     config, corpus = run.config, run.corpus
-    data = streams(corpus.train.to(run.device), config.batch)
+    data = run.workers.share(streams(corpus.train.to(run.device), config.batch), 1)
     heldout = corpus.heldout.to(run.device)
     chunks = (len(data) - 1) // config.length
     progress = Progress(run)
@@ -316,7 +326,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def make_run(args: argparse.Namespace) -> Run:
+def make_run(args: argparse.Namespace, workers: Workers) -> Run:
     given = {option.name: getattr(args, option.name) for option in fields(Config) if getattr(args, option.name) is not None}
     content = read_checkpoint(args.resume) if args.resume else None
     if content:
@@ -326,15 +336,17 @@ def make_run(args: argparse.Namespace) -> Run:
                 raise UserError(f"{args.resume} was trained with --{name} {trained}, not {value}")
         given = content["config"] | given
     config = Config(**given)
-    run = Run(config, read_corpus(config), args.device)
+    if config.batch % workers.count:
+        raise UserError(f"--batch {config.batch} cannot be shared equally by {workers.count} processes")
+    run = Run(config, read_corpus(config), args.device, workers)
     if content:
         run.load(content, args.resume)
     return run
 
 
-def run_program(argv: list[str] | None) -> int:
+def run_program(argv: list[str] | None, workers: Workers) -> int:
     args = parse_arguments(argv)
-    run = make_run(args)
+    run = make_run(args, workers)
     prepare_folder(args.out)
     config, corpus, checkpoint = run.config, run.corpus, args.out / "checkpoint.pt"
 
@@ -353,22 +365,27 @@ def run_program(argv: list[str] | None) -> int:
         return 130
     print(f"\ntrained {run.step - first} steps in {time.perf_counter() - start:.0f} s; a sample:\n")
     print(sample(run.model, corpus.vocabulary, run.generator, 600) + "\n")
-    plot_losses(run, args.out / "loss.png")
+    if workers.rank == 0:
+        plot_losses(run, args.out / "loss.png")
     print(f"wrote {checkpoint} and {args.out / 'loss.png'}")
     same = compare_with_torch(run, checkpoint)
-    checked = args.no_check or check_kernels(run.device)
+    checked = args.no_check or workers.rank > 0 or check_kernels(run.device)
     return 0 if same and checked else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return run_program(argv)
-    except UserError as error:
-        print(f"char_lm.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    workers = Workers()
+    with open(os.devnull, "w") if workers.rank else contextlib.nullcontext(sys.stdout) as out, contextlib.redirect_stdout(out):
+        try:
+            return run_program(argv, workers)
+        except UserError as error:
+            print(f"char_lm.py: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
+        finally:
+            workers.close()
 
 
 if __name__ == "__main__":

@@ -73,6 +73,41 @@ def streams(tokens: Tensor, batch: int) -> Tensor:
     return torch.stack([tokens[i * steps : (i + 1) * steps + 1] for i in range(batch)], dim=1)
 
 
+class Workers:
+    """The processes that torchrun started, each with an equal share of every batch; without torchrun, this process alone."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.count > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.distributed.init_process_group()
+
+    def parallel(self, model: torch.nn.Module) -> torch.nn.Module:
+        """`model` with gradients that are the mean over all processes."""
+        return torch.nn.parallel.DistributedDataParallel(model) if self.count > 1 else model
+
+    def share(self, tensor: Tensor, dim: int) -> Tensor:
+        return tensor.chunk(self.count, dim)[self.rank].contiguous()
+
+    def join(self, tensor: Tensor, dim: int) -> Tensor:
+        """The whole of which each process has its share."""
+        if self.count == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts, dim)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def close(self) -> None:
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a temporary file beside `path`, then rename it: a reader finds the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

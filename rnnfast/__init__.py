@@ -1,7 +1,9 @@
 """Fused recurrent layers for PyTorch on GPUs: drop-in replacements for torch.nn.LSTM, GRU and RNN, written in Triton."""
 
 from rnnfast import functional
+from rnnfast.accelerate import Report, accelerate, as_default, restore
 from rnnfast.backends import BACKENDS, FallbackWarning, use_backend
+from rnnfast.cells import GRUCell, LSTMCell, RNNCell
 from rnnfast.explain import Explanation, explain
 from rnnfast.nn import GRU, LSTM, RNN
 from rnnfast.tuning import TuningWarning
@@ -15,10 +17,17 @@ __all__ = [
     "RNN",
     "Explanation",
     "FallbackWarning",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "Report",
     "TuningWarning",
+    "accelerate",
+    "as_default",
     "enable_compile",
     "explain",
     "functional",
+    "restore",
     "use_backend",
 ]
 

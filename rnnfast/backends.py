@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -189,6 +189,9 @@ def _transforms() -> str | None:
         return "forward-mode differentiation is on, which the kernels' operators do not support yet"
     if torch.jit.is_tracing():
         return "torch.jit.trace is on: a trace should hold PyTorch's own operators only"
+    onnx: Any = sys.modules.get("torch.onnx")
+    if onnx is not None and onnx.is_in_onnx_export():
+        return "the model is being exported to ONNX, which knows PyTorch's own operators only"
     return None
 
 

@@ -41,7 +41,13 @@ class _Recurrent(torch.nn.RNNBase):
                 backends.settle(name, source, obstacles)
             elif self._is_plain(input, hx) and not (name is None and self._torch_wins(input, hx)):
                 return self._run(name or "triton", input, hx)
+        if isinstance(input, torch.fx.Proxy):  # torch.fx takes modules of torch.nn as they are: so it shall ours
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
         return super().forward(input, hx)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError("torch.jit.script does not know rnnfast's layers: script rnnfast.restore(model, every=True)")
 
     def _states(self, hx: Any) -> tuple[Tensor, ...]:
         """hx as a tuple of states, empty if absent."""

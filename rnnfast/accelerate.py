@@ -1,0 +1,214 @@
+"""Exchange the recurrent layers of a model that exists, `accelerate` and `restore`; build new ones of ours, `as_default`.
+
+A layer is exchanged by its class alone, ``module.__class__ = rnnfast.LSTM``: it stays the same object with the same parameters,
+buffers, hooks, mode and attributes, wherever it is referred to, so that optimizers, tied modules, DDP wrappers and checkpoints
+go on as before. What this cannot do is said in the report: a class of the user's stays the user's class.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rnnfast.nn import GRU, LSTM, RNN
+
+__all__ = ["Report", "accelerate", "as_default", "restore"]
+
+_Model = TypeVar("_Model", bound=torch.nn.Module)
+
+_OURS: dict[type, type] = {torch.nn.LSTM: LSTM, torch.nn.GRU: GRU, torch.nn.RNN: RNN}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_MARK = "_accelerated"  # attribute of a layer that `accelerate` exchanged, for `restore`
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` or `restore` did. ``print`` it.
+
+    Attributes:
+        to: "rnnfast" or "torch.nn", whose layers the exchanged ones are now.
+        changed: name and description of each exchanged layer; the name of the model itself is "".
+        left: name and reason of each recurrent layer that stayed what it was.
+    """
+
+    to: str
+    changed: tuple[tuple[str, str], ...]
+    left: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        count = len(self.changed)
+        lines = [f"{count} layer{'' if count == 1 else 's'} exchanged for {self.to}'s"]
+        lines += [f"  {name or '(the model itself)'}: {text}" for name, text in self.changed]
+        if self.left:
+            lines += ["left as they are"] + [f"  {name or '(the model itself)'}: {reason}" for name, reason in self.left]
+        return "\n".join(lines)
+
+
+def accelerate(model: _Model, *, inplace: bool = True, report: Callable[[Report], Any] | None = print) -> _Model:
+    """Make every torch.nn.LSTM, GRU and RNN inside `model`, and `model` itself if it is one, rnnfast's.
+
+    Each layer keeps its parameters (the same `Parameter` objects), buffers, hooks, train mode, parametrizations, pruning and
+    attributes. Left as they are, each with its reason in the report: subclasses, cells, layers that are scripted, quantized or
+    whose ``forward`` was replaced on the instance. Found are the modules that ``model.modules()`` finds.
+
+    Args:
+        model: any module. Third-party code that asks ``isinstance(layer, torch.nn.LSTM)`` is answered yes, as before; code that
+            asks ``type(layer) is torch.nn.LSTM`` is answered no.
+        inplace: change `model`; if False, a deep copy of it that shares all its parameters and other tensors.
+        report: called with the `Report`; None to be told nothing.
+
+    Returns:
+        `model`, or the copy.
+
+    Raises:
+        TypeError: if `model` is not a module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 3), torch.nn.GRU(3, 4))
+        >>> model = rnnfast.accelerate(model)
+        1 layer exchanged for rnnfast's
+          1: GRU(3, 4)
+        >>> isinstance(model[1], rnnfast.GRU)
+        True
+    """
+    return _exchange(model, "rnnfast", _OURS, inplace, report, lambda module: True)
+
+
+def restore(
+    model: _Model, *, inplace: bool = True, every: bool = False, report: Callable[[Report], Any] | None = print
+) -> _Model:
+    """Undo `accelerate`: make the layers that it exchanged torch.nn's again, with whatever their parameters are by now.
+
+    For what asks for the exact class torch.nn.LSTM: ``torch.jit.script``, dynamic quantization, a pickle for a machine without
+    rnnfast.
+
+    Args:
+        model, inplace, report: as in `accelerate`.
+        every: also the layers that were built as rnnfast's.
+
+    Returns, raises: as `accelerate`.
+
+    Example:
+        >>> model = rnnfast.accelerate(torch.nn.LSTM(3, 4), report=None)
+        >>> type(rnnfast.restore(model, report=None)) is torch.nn.LSTM
+        True
+    """
+    return _exchange(model, "torch.nn", _THEIRS, inplace, report, lambda module: every or _MARK in vars(module))
+
+
+def _exchange(
+    model: _Model,
+    to: str,
+    classes: dict[type, type],
+    inplace: bool,
+    report: Callable[[Report], Any] | None,
+    is_meant: Callable[[torch.nn.Module], bool],
+) -> _Model:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module, got {type(model).__name__}")
+    if not inplace:
+        model = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)})
+    changed, left = [], []
+    for name, module in model.named_modules():
+        new = _exchanged(type(module), classes)
+        reason = _reason(module, new, is_meant(module))
+        if reason is not None:
+            left.append((name, reason))
+        elif new is not None:
+            module.__class__ = new
+            if to == "rnnfast":
+                vars(module)[_MARK] = True
+            else:
+                vars(module).pop(_MARK, None)
+            changed.append((name, f"{module._get_name()}({module.extra_repr()})"))
+    if report is not None:
+        report(Report(to, tuple(changed), tuple(left)))
+    return model
+
+
+def _exchanged(cls: type, classes: dict[type, type]) -> type | None:
+    """The class to stand where `cls` stands, None if `cls` is none of `classes` in disguise.
+
+    PyTorch gives a module that it parametrizes or shards a class of its own, derived from the module's: its like is derived
+    from the new one. The old one stays as it is, copies of the module may share it.
+    """
+    if cls in classes:
+        return classes[cls]
+    if cls.__module__.partition(".")[0] != "torch":
+        return None
+    bases = tuple(_exchanged(base, classes) or base for base in cls.__bases__)
+    if bases == cls.__bases__:
+        return None
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, own)
+
+
+def _reason(module: torch.nn.Module, new: type | None, is_meant: bool) -> str | None:
+    """Why a recurrent layer is not exchanged, None if it is or if it is no recurrent layer."""
+    cls = type(module)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if new is not None:
+        if "forward" in vars(module):
+            return "its forward was replaced on the instance, which another class would not change"
+        return None if is_meant else f"it was built as {name}: every=True takes it too"
+    if isinstance(module, torch.jit.ScriptModule):
+        original = getattr(module, "original_name", "")
+        return "it is TorchScript, compiled from torch.nn's code" if original in ("LSTM", "GRU", "RNN") else None
+    if cls in _OURS or cls in _THEIRS:
+        return f"it is {name} already"
+    if isinstance(module, torch.nn.RNNBase):
+        return f"{name} is a class of its own, whose code may count on its base class: derive it from rnnfast's"
+    if isinstance(module, torch.nn.RNNCellBase):
+        return None if name.startswith("rnnfast.") else f"a cell runs one step a call; there is rnnfast.{cls.__name__} to build"
+    if name.startswith("torch.ao.nn.quant") and cls.__name__.endswith(("LSTM", "GRU", "RNN")):
+        return f"{name} is quantized, which the kernels do not know"
+    return None
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
+    """All tensors that hang on the model's modules: parameters, buffers and plain attributes, as pruning leaves them."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        for value in vars(module).values():
+            yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor))
+
+
+_building: ContextVar[bool] = ContextVar("rnnfast_as_default", default=False)
+
+
+def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """``__new__`` of torch.nn.LSTM, GRU and RNN once `as_default` has been used. Copies and pickles come without arguments."""
+    return object.__new__(_OURS.get(cls, cls) if _building.get() and (args or kwargs) else cls)
+
+
+@contextmanager
+def as_default() -> Iterator[None]:
+    """Within the ``with`` block, and in this thread, ``torch.nn.LSTM(...)``, ``GRU(...)`` and ``RNN(...)`` build rnnfast's.
+
+    Also in code that has imported the names before, as third-party models have. The names stay what they are: ``isinstance``
+    with them is true of old layers and new, and a subclass of them builds itself. Blocks nest, end after an exception, and
+    serve as a decorator. Copies and unpickled modules keep their class: use `accelerate` on those.
+
+    How: the first block gives the three classes a ``__new__``, which stays, and outside of blocks changes nothing.
+
+    Example:
+        >>> with rnnfast.as_default():
+        ...     model = torch.nn.Sequential(torch.nn.GRU(3, 4))
+        >>> isinstance(model[0], rnnfast.GRU), type(torch.nn.GRU(3, 4)) is torch.nn.GRU
+        (True, True)
+    """
+    for cls in _OURS:
+        cls.__new__ = _new
+    token = _building.set(True)
+    try:
+        yield
+    finally:
+        _building.reset(token)

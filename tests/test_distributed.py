@@ -1,0 +1,116 @@
+"""DDP, FSDP2 and the example under torchrun: two processes on gloo give what one process gives on the whole batch."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import rnnfast
+
+ROOT = Path(__file__).resolve().parent.parent
+T, B, H, WORDS, STEPS = 2, 4, 4, 5, 2
+WAYS = ("DDP", "DDP static_graph", "DDP no_sync", "FSDP2")
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(WORDS, H)
+        self.lstm = rnnfast.LSTM(H, H, backend="triton")
+        self.gru = nn.GRU(H, H, num_layers=2, bidirectional=True)
+        self.head = nn.Linear(2 * H, WORDS)
+        rnnfast.accelerate(self, report=None)
+
+    def forward(self, tokens):
+        with rnnfast.use_backend("triton"):
+            return self.head(self.gru(self.lstm(self.embedding(tokens))[0])[0])
+
+
+def data():
+    return torch.randint(WORDS, (STEPS, T + 1, B), generator=torch.Generator().manual_seed(1))
+
+
+def train(model, chunks, accumulate=None):
+    """Plain gradient descent; `accumulate`: each batch in two halves, the first in this context."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for chunk in chunks:
+        optimizer.zero_grad()
+        parts = [chunk] if accumulate is None else chunk.chunk(2, dim=1)
+        for part in parts:
+            with contextlib.nullcontext() if part is parts[-1] else accumulate():
+                (F.cross_entropy(model(part[:-1]).flatten(0, 1), part[1:].flatten()) / len(parts)).backward()
+        optimizer.step()
+
+
+def work(rank, folder):
+    """What each of the two processes does; process 0 keeps the trained weights of every way."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    chunks, found = data().chunk(2, dim=2)[rank], {}
+    for way in WAYS:
+        model = Model()
+        if way == "FSDP2":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (2,))
+            for part in (model.lstm, model.gru, model):
+                fully_shard(part, mesh=mesh)
+            assert isinstance(model.lstm, rnnfast.LSTM) and isinstance(model.gru, rnnfast.GRU)
+            train(model, chunks)
+            found[way] = {name: weight.full_tensor() for name, weight in model.state_dict().items()}
+            rnnfast.restore(model, report=None)
+            assert type(model.gru).__bases__[1] is nn.GRU and type(model.lstm).__bases__[1] is rnnfast.LSTM
+        else:
+            parallel = DistributedDataParallel(model, static_graph=way == "DDP static_graph")
+            train(parallel, chunks, parallel.no_sync if way == "DDP no_sync" else None)
+            found[way] = model.state_dict()
+    if rank == 0:
+        torch.save(found, f"{folder}/found")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    return torch.load(folder / "found")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_to_one_process(way, found):
+    """Trained for two steps, every weight is the one that one process comes to."""
+    model = Model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    train(model, data())
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(found[way][name], weight, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(weight, before[name])
+
+
+def test_example_under_torchrun(tmp_path):
+    """examples/char_lm.py, unchanged: two processes learn what one learns, and one of them speaks and writes."""
+    program = [ROOT / "examples/char_lm.py", "--steps", "3", "--batch", "4", "--length", "8", "--hidden", "8", "--no-check"]
+    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    said, kept = [], []
+    for processes in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+        command = [sys.executable, *launcher, *program, "--text", ROOT / "README.md", "--out", tmp_path / str(processes)]
+        done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said.append(done.stdout)
+        kept.append(torch.load(tmp_path / str(processes) / "checkpoint.pt"))
+    one, two = kept
+    torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(two["state"], one["state"], rtol=1e-3, atol=1e-4)
+    assert said[1].count("held-out loss with rnnfast") == said[0].count("held-out loss with rnnfast") == 1

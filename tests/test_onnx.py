@@ -1,0 +1,28 @@
+"""Export to ONNX, without a word about backends: onnxruntime computes torch.nn's values."""
+
+import io
+
+import onnxruntime
+import pytest
+import torch
+from layers import B, H, I, T, close, flat, pair
+
+import rnnfast
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("exporter", ["torch.export", pytest.param("TorchScript", marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_onnxruntime(name, exporter, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")  # the default: export refuses any other
+    ours, theirs = pair(name, "cpu", backend=None, bidirectional=True)
+    x, file = torch.randn(T, B, I), io.BytesIO()
+    program = torch.onnx.export(ours.eval(), (x,), file, dynamo=exporter == "torch.export", verbose=False)
+    if program is not None:
+        file = io.BytesIO()
+        program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    close([torch.from_numpy(array) for array in found], flat(theirs(x)))
+    assert found[0].shape == (T, B, 2 * H)
+    assert rnnfast.explain(ours, x).backend == "triton"
