@@ -20,16 +20,18 @@ import triton.language as tl
 
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
+    add_product,
     as_operands,
     columns,
     joined,
     load_words,
+    nothing,
     operands,
     over_parts,
     over_rows,
     poll,
-    product,
     publish,
+    whole,
 )
 
 
@@ -229,11 +231,10 @@ def persistent_backward_kernel(
         dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, t, dt, t_first, has_first, offs_b, offs_h, mask, batch,
         H, SAVED, CARRIES_C, HAS_DY,
     )  # fmt: skip
-    # a product outside the loop too, and weights that both take stay in registers; else they are read from shared memory
-    if IN_REGISTERS:
-        d_h = product(w, d_chunks, ROWS, BLOCK_B, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
-        if PARTS > 1:
-            d_h = _exchange_sums(d_h, sums_ptr, 0, offs_b, batch, mask_b, H_PAD, BLOCK_H, ROWS)
+    # a product before the loop and one in it, and the weights that both take stay in registers; all others are read from shared
+    # memory in each step
+    none = nothing(ROWS, BLOCK_B, SPLIT)
+    d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     for step in range(steps):
         row = t * batch + offs_b
         row_x = t_x * batch + offs_b
@@ -245,10 +246,10 @@ def persistent_backward_kernel(
             mask & mask_more[:, None], batch, H, SAVED, CARRIES_C, HAS_DY,
         )  # fmt: skip
 
-        if not IN_REGISTERS:
-            d_h = product(w, d_chunks, ROWS, BLOCK_B, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
-            if PARTS > 1:
-                d_h = _exchange_sums(d_h, sums_ptr, step, offs_b, batch, mask_b, H_PAD, BLOCK_H, ROWS)
+        d_sums = add_product(d_sums, w, d_chunks, IN_REGISTERS, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+        d_h = whole(d_sums, ROWS, BLOCK_B, SPLIT)
+        if PARTS > 1:
+            d_h = _exchange_sums(d_h, sums_ptr, step, offs_b, batch, mask_b, H_PAD, BLOCK_H, ROWS)
         d_h += d_h_direct
         if HAS_DY:
             d_h += dy[0].to(tl.float32)
@@ -281,12 +282,7 @@ def persistent_backward_kernel(
             PER_WORD,
             SPLIT,
         )
-        if IN_REGISTERS:
-            d_h = product(w, d_chunks, ROWS, BLOCK_B, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
-            if PARTS > 1:
-                d_h = _exchange_sums(
-                    d_h, sums_ptr, step + 1, offs_b, batch, mask_more[:, None], H_PAD, BLOCK_H, ROWS
-                )
+        d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
 
         if DIRECT:
             d_h_direct = d_h_through

@@ -149,8 +149,11 @@ def as_operands(
 
 @triton.jit
 def load_words(pointers, mask, unit, H: tl.constexpr, PER_WORD: tl.constexpr):
-    """Words made of the elements at `pointers`, where they begin with `unit`: zeros from unit H on. For what is not exchanged:
-    Triton lays an operand out by how it came about, and two products share weights in registers only if those are alike."""
+    """Words made of the elements at `pointers`, where they begin with `unit`: zeros from unit H on.
+
+    For what was not exchanged: Triton lays an operand out by how it came about, and two products share weights in registers
+    only if their operands are laid out alike.
+    """
     even = tl.load(pointers, mask=mask & (unit < H), other=0.0)
     if PER_WORD == 1:
         return even.to(tl.int32, bitcast=True)
@@ -218,28 +221,43 @@ def _sum_parts(partial, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.con
 
 
 @triton.jit
-def product(
+def nothing(ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+    """Sums to add products to: ([SPLIT,] ROWS, BLOCK_B)."""
+    if SPLIT == 1:
+        return tl.zeros((ROWS, BLOCK_B), tl.float32)
+    else:
+        return tl.zeros((SPLIT, ROWS, BLOCK_B), tl.float32)
+
+
+@triton.jit
+def add_product(
+    sums,
     w,
     chunks,
-    ROWS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    OPERANDS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
-    """The resident w, OPERANDS tiles ([SPLIT,] ROWS, columns), times chunks, ([SPLIT,] BLOCK_B, columns): (BLOCK_B, ROWS).
+    """To `sums` the operands FIRST to LAST of the resident w, tiles ([SPLIT,] ROWS, columns), times those of the chunks,
+    ([SPLIT,] BLOCK_B, columns).
 
     The weights' rows are the rows of the product, because the tensor cores of sm_90 and later want 64 of those and take few
     columns: the batch.
     """
+    for j in tl.static_range(FIRST, LAST):
+        if SPLIT == 1:
+            sums = dot(w[j], tl.trans(chunks[j]), sums, PRECISION, EMULATE_BF16)
+        else:
+            sums = dot(w[j], tl.permute(chunks[j], (0, 2, 1)), sums, PRECISION, EMULATE_BF16)
+    return sums
+
+
+@triton.jit
+def whole(sums, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+    """The sums over all parts, (BLOCK_B, ROWS)."""
     if SPLIT == 1:
-        total = tl.zeros((ROWS, BLOCK_B), tl.float32)
-        for j in tl.static_range(OPERANDS):
-            total = dot(w[j], tl.trans(chunks[j]), total, PRECISION, EMULATE_BF16)
-        return tl.trans(total)
+        return tl.trans(sums)
     else:
-        partial = tl.zeros((SPLIT, ROWS, BLOCK_B), tl.float32)
-        for j in tl.static_range(OPERANDS):
-            partial = dot(w[j], tl.permute(chunks[j], (0, 2, 1)), partial, PRECISION, EMULATE_BF16)
-        return _sum_parts(partial, ROWS, BLOCK_B, SPLIT)
+        return _sum_parts(sums, ROWS, BLOCK_B, SPLIT)

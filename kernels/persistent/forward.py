@@ -14,16 +14,18 @@ import triton.language as tl
 
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
+    add_product,
     as_operands,
     columns,
     joined,
     load_words,
+    nothing,
     operands,
     over_parts,
     over_rows,
     poll,
-    product,
     publish,
+    whole,
 )
 
 
@@ -154,9 +156,10 @@ def persistent_forward_kernel(
         states = states + (tl.load(c_prev_ptr + row_c_prev[:, None] * H + offs_h[None, :], mask=mask_state, other=0.0),)
 
     x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask, H, G)
-    # a product outside the loop too, and weights that both take stay in registers; else they are read from shared memory
-    if IN_REGISTERS:
-        h_rows = product(w, h_chunks, ROWS, BLOCK_B, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+    # a product before the loop and one in it, and the weights that both take stay in registers; all others are read from shared
+    # memory in each step
+    none = nothing(ROWS, BLOCK_B, SPLIT)
+    h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     for step in range(steps):
         row = t * batch + offs_b
         row_x = t_x * batch + offs_b
@@ -166,8 +169,8 @@ def persistent_forward_kernel(
         # in flight until the next iteration, that is through the poll and a product
         x_gates_next = _load_gates(x_ptr + row_x_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
 
-        if not IN_REGISTERS:
-            h_rows = product(w, h_chunks, ROWS, BLOCK_B, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+        h_sums = add_product(h_sums, w, h_chunks, IN_REGISTERS, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+        h_rows = whole(h_sums, ROWS, BLOCK_B, SPLIT)
         h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
         x_sides = ()
         h_sides = ()
@@ -205,8 +208,7 @@ def persistent_forward_kernel(
             PER_WORD,
             SPLIT,
         )
-        if IN_REGISTERS:
-            h_rows = product(w, h_chunks, ROWS, BLOCK_B, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+        h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
         x_gates = x_gates_next
         t += dt
         t_x += dt

@@ -140,7 +140,7 @@ def plain_clocks(multiplies: float) -> float:
 
 
 def instructions_estimate(
-    backward: bool, gates: int, split: bool, second: bool, words: float, sums: float, cells: float
+    backward: bool, gates: int, split: bool, second: bool, words: float, sums: float, cells: float, multiplying: float
 ) -> float:
     """Instructions of a warp on the critical path, fitted to machine code (Triton 3.9, sm_90, float16, H of 512 to 1024).
 
@@ -152,10 +152,12 @@ def instructions_estimate(
         words: 32-bit words that a thread gathers.
         sums: accumulators of a thread, partial sums if `split`.
         cells: pairs of unit and batch row that a thread computes.
+        multiplying: tensor core instructions of a warp, and loads of weights for them; without `split` (wgmma) these run
+            beside everything else.
     """
     cells = max(1.0, cells)
     if not split:
         return 45 + 1.6 * words + 30 * gates * cells
     if backward:
-        return 106 + 3.2 * words + 3 * sums + 20 * gates * cells + (70 if second else 0)
-    return 45 + 2.5 * words + 2.7 * sums + 40 * gates * cells
+        return 73 + 2.9 * words + 2.75 * sums + 23 * gates * cells + multiplying + (45 if second else 0)
+    return 72 + words + 2 * sums + 35 * gates * cells + multiplying

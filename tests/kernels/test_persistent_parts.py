@@ -38,12 +38,12 @@ CASES = [
 @pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize(("cell", "dtype", "H", "count", "B"), CASES)
 def test_parts(cell, dtype, H, count, B, reverse):
-    """Launches of two steps of three, weights in registers and not, with the same bits in any order of the programs."""
+    """Launches of two steps of three, weights of one operand in registers and of none, with the same bits in any order of the programs."""
     layer = Layer(cell, dtype, 3, B, H, reverse=reverse)
     forward = layer.forward(step, steps_of(H, dtype))
     theirs = [tensor for tensor in layer.backward(step, steps_of(H, dtype), *forward) if tensor is not None]
     found = []
-    for seed, in_registers in enumerate((False, True)):
+    for seed, in_registers in enumerate((0, 1)):
         with together(seed):
             gradients = layer.backward(persistent, parts(H, count, steps=2, IN_REGISTERS=in_registers), *forward)
         found.append([tensor for tensor in gradients if tensor is not None])
@@ -56,7 +56,7 @@ def test_parts(cell, dtype, H, count, B, reverse):
     ("cell", "dtype", "H"),
     [("lstm", torch.float16, 96), pytest.param("gru", torch.float32, 90, marks=pytest.mark.sweep)],
 )
-@pytest.mark.parametrize("in_registers", [False, True])
+@pytest.mark.parametrize("in_registers", [0, 1])
 def test_joined_chunks(cell, dtype, H, in_registers):
     """Chunks joined 2 and 1 forward, 4 and 4 and 1 or so backward, the summed axis split: forward and backward."""
     layer = Layer(cell, dtype, 3, 3, H)
@@ -76,7 +76,7 @@ def test_bad_numbers_do_not_hang(dtype):
     layer.w.view(bits)[3, 7] = -1
     forward = layer.forward(step, steps_of(64, dtype))
     with together(2):
-        ours = layer.backward(persistent, parts(64, 2, IN_REGISTERS=True), *forward)
+        ours = layer.backward(persistent, parts(64, 2, IN_REGISTERS=2), *forward)
     for a, b in zip(ours, layer.backward(step, steps_of(64, dtype), *forward), strict=True):
         if a is not None:
             torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
