@@ -24,7 +24,10 @@ def _power_of_two(gates: int) -> int:
 
 def _exchange(out, H: int, plan: PersistentPlan, blocks: int):
     """A cleared exchange buffer of `blocks` * H_PAD a row: `out` itself where nothing is padded, else a new one."""
-    buffer = out if plan.H_PAD == H else out.new_empty(*out.shape[:2], blocks * plan.H_PAD)
+    return _cleared(out if plan.H_PAD == H else out.new_empty(*out.shape[:2], blocks * plan.H_PAD))
+
+
+def _cleared(buffer):
     words = buffer.numel() * buffer.element_size() // 4
     clear_kernel[(-(-words // CLEAR_BLOCK),)](buffer, words, BLOCK=CLEAR_BLOCK)
     return buffer
@@ -36,6 +39,8 @@ def _options(plan: PersistentPlan) -> dict:
         "BLOCK_H": plan.BLOCK_H,
         "BLOCK_K": plan.BLOCK_K,
         "SPLIT": plan.SPLIT,
+        "JOIN": plan.JOIN,
+        "IN_REGISTERS": plan.IN_REGISTERS,
         "H_PAD": plan.H_PAD,
         "num_warps": plan.num_warps,
         "num_stages": 1,  # the pipeliner ignores volatile: it would load ahead of the poll
@@ -119,10 +124,11 @@ def backward(
         steps = min(plan.steps, T - done)
         dt, begin, t_x = (1, done, 0) if reverse else (-1, T - done - steps, steps - 1)
         exchange = _exchange(d_gates[begin : begin + steps], H, plan, cell.gates)
+        sums = d_h if plan.PARTS == 1 else _cleared(d_h.new_empty(steps, B, plan.PARTS * plan.H_PAD))
         for grid, b_begin in plan.launches(B):
             persistent_backward_kernel[grid](
-                dy, saved, h, h0, c, c0, w, exchange, d_gates, d_h, d_c,
+                dy, saved, h, h0, c, c0, w, exchange, sums, d_gates, d_h, d_c,
                 begin + t_x, t_x, dt, steps, t_first, has_first, t_next, has_next, b_begin, B,
-                H=H, **flags, **_options(plan),
+                H=H, PARTS=plan.PARTS, **flags, **_options(plan),
             )  # fmt: skip
         t_next, has_next = begin + t_x + dt * (steps - 1), 1

@@ -2,19 +2,37 @@
 
     d_h_t = d_y_t + W^T d_gates_{t+1}      d_gates_t = cell.backward(saved_t, ..., d_h_t, d_c_t)
 
-A program owns BLOCK_H units of BLOCK_B batch rows: it keeps their columns of W, and the carried gradients of their states.
-The programs of one batch tile exchange the hidden side of the gate gradients after each step (see exchange.py).
+A program owns BLOCK_H units of BLOCK_B batch rows: it keeps the carried gradients of their states, and their columns of W. The
+programs of one batch tile exchange the hidden side of the gate gradients after each step (see exchange.py).
+
+With PARTS > 1 that many programs, one beside another, share the sums of all their units: each keeps the columns of W of all of
+them, but only its own part of the summed axis, and so gathers only that part of the gate gradients. A second exchange, of
+float32 sums, then brings each program the PARTS partial sums of its own units, which it adds in a fixed order.
 
 Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, GATES = G rounded up to a power of two,
-D blocks of gate gradients, K the summed axis, here G * H_PAD. A step's row is t * B + b. Next and before are meant in
-forward's order: this kernel comes from the next step and goes on to the one before.
+D blocks of gate gradients, K the summed axis, here G * H_PAD. ROWS are the units whose sums a program has a part in. A step's
+row is t * B + b. Next and before are meant in forward's order: this kernel comes from the next step and goes on to the one
+before.
 """
 
 import triton
 import triton.language as tl
 
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.persistent.exchange import over_parts, over_rows, poll, product, publish
+from rnnfast.kernels.persistent.exchange import (
+    add_product,
+    as_operands,
+    columns,
+    joined,
+    load_words,
+    nothing,
+    operands,
+    over_parts,
+    over_rows,
+    poll,
+    publish,
+    whole,
+)
 
 
 @triton.jit
@@ -75,6 +93,25 @@ def _side_by_side(d_gates, D: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr
         return tl.reshape(tl.permute(joined, (0, 2, 1)), (BLOCK_B, GATES * BLOCK_H))
 
 
+@triton.jit
+def _exchange_sums(
+    partial, words_ptr, index, offs_b, batch, mask, H_PAD: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr
+):
+    """Publish partial sums (BLOCK_B, ROWS) of the units of this program and its partners; the whole sums (BLOCK_B, BLOCK_H) of
+    this program's own. One row of words a part of the sum, unit by unit."""
+    PARTS: tl.constexpr = ROWS // BLOCK_H
+    own_part = tl.program_id(0) % PARTS
+    first = tl.program_id(0) // PARTS * ROWS
+    row = words_ptr + ((index * batch + offs_b) * (PARTS * H_PAD))[:, None]
+    publish(row + (own_part * H_PAD + first + tl.arange(0, ROWS))[None, :], partial, mask, 1)
+    own = row + (first + own_part * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+    parts = poll(own, mask, PARTS, H_PAD, 1, tl.float32, 1, 1)
+    total = parts[0]
+    for part in tl.static_range(1, PARTS):
+        total += parts[part]
+    return total
+
+
 @triton.jit(do_not_specialize=["t", "t_x", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "b_begin", "B"])
 def persistent_backward_kernel(
     # inputs
@@ -89,6 +126,7 @@ def persistent_backward_kernel(
     # (n, B, X_ROW) hidden-side gate gradients from X_OFFSET on, at index t_x, EMPTY on entry; unless PADDED those rows of
     # d_gates_ptr themselves
     exchange_ptr,
+    sums_ptr,  # (steps, B, PARTS * H_PAD) float32 partial sums, EMPTY on entry; unused with PARTS = 1
     d_gates_ptr,  # (T * B, D * H) gate gradients
     d_h_ptr,  # (B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
     d_c_ptr,  # (B, H) float32, carried likewise: gradient of c_t
@@ -122,19 +160,27 @@ def persistent_backward_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    JOIN: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     PADDED: tl.constexpr = H_PAD != H
-    PART: tl.constexpr = G * H_PAD // SPLIT
+    ROWS: tl.constexpr = PARTS * BLOCK_H
+    OWN_K: tl.constexpr = G * H_PAD // PARTS
+    PART: tl.constexpr = OWN_K // SPLIT
     CHUNKS: tl.constexpr = PART // BLOCK_K
+    OPERANDS: tl.constexpr = operands(CHUNKS, JOIN)
     X_ROW: tl.constexpr = G * H_PAD if PADDED else D * H
     X_OFFSET: tl.constexpr = 0 if PADDED else (D - G) * H
     CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
     DTYPE: tl.constexpr = d_gates_ptr.dtype.element_ty
     words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32)) + X_OFFSET // PER_WORD
+    sums_ptr = sums_ptr.to(tl.pointer_type(tl.int32))
 
     offs_b = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask = (offs_b < B)[:, None]
+    mask_b = (offs_b < B)[:, None]
+    mask = mask_b
     # a row of words to publish: GATES times these units
     column = tl.arange(0, GATES * BLOCK_H // PER_WORD)
     gate_of_word = column // (BLOCK_H // PER_WORD)
@@ -149,24 +195,25 @@ def persistent_backward_kernel(
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
 
-    # what stays on chip: these units' columns of W, and the carried gradients
+    # what stays on chip: columns of W, and the carried gradients
+    first_k = tl.program_id(0) % PARTS * OWN_K
+    own_ptr = words_ptr + first_k // PER_WORD
     row_next = t_next.to(tl.int64) * batch + offs_b
-    d_next = d_gates_ptr + (D - G) * H
+    d_next = d_gates_ptr + (D - G) * H + over_rows(row_next * (D * H), SPLIT)
     d_mask = over_rows(offs_b < B * has_next, SPLIT)
-    unit = over_rows(offs_h, SPLIT)
+    unit = over_rows(tl.program_id(0) // PARTS * ROWS + tl.arange(0, ROWS), SPLIT)
+    row_k = tl.full((1,), first_k, tl.int32)
     w = ()
-    d_chunks = ()
+    d_words = ()
     for j in tl.static_range(CHUNKS):
-        k = over_parts(tl.full((1,), j * BLOCK_K, tl.int32), PART, BLOCK_K, SPLIT)
-        w_chunk_mask = unit < H
-        d_chunk_mask = d_mask
-        if PADDED:
-            within = k % H_PAD < H
-            w_chunk_mask = w_chunk_mask & within
-            d_chunk_mask = d_chunk_mask & within
-            k = k // H_PAD * H + k % H_PAD
-        w = w + (tl.load(w_ptr + k.to(tl.int64) * H + unit, mask=w_chunk_mask, other=0.0),)
-        d_chunks = d_chunks + (tl.load(d_next + over_rows(row_next * (D * H), SPLIT) + k, mask=d_chunk_mask, other=0.0),)
+        if joined(j, CHUNKS, JOIN) > 0:
+            k = over_parts(row_k, PART, columns(j, joined(j, CHUNKS, JOIN), BLOCK_K, PER_WORD), SPLIT)
+            w_mask = (unit < H) & (k % H_PAD < H)
+            w_at = (k // H_PAD * H + k % H_PAD).to(tl.int64) * H + unit
+            w = w + (tl.load(w_ptr + w_at, mask=w_mask, other=0.0),)
+        k = over_parts(row_k, PART, j * BLOCK_K + tl.arange(0, CHUNK_WORDS) * PER_WORD, SPLIT)
+        d_words = d_words + (load_words(d_next + (k // H_PAD * H + k % H_PAD), d_mask, k % H_PAD, H, PER_WORD),)
+    d_chunks = as_operands(d_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
 
     carried = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
     mask_direct = mask
@@ -184,18 +231,26 @@ def persistent_backward_kernel(
         dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, t, dt, t_first, has_first, offs_b, offs_h, mask, batch,
         H, SAVED, CARRIES_C, HAS_DY,
     )  # fmt: skip
+    # a product before the loop and one in it, and the weights that both take stay in registers; all others are read from shared
+    # memory in each step
+    none = nothing(ROWS, BLOCK_B, SPLIT)
+    d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     for step in range(steps):
         row = t * batch + offs_b
         row_x = t_x * batch + offs_b
         # the last step needs nothing of one before it, and waits for nobody
         mask_more = offs_b < tl.where(step + 1 < steps, B, 0)
-        # in flight until the next iteration, that is through the product and the poll
+        # in flight until the next iteration, that is through the poll and a product
         dy_before, saved_before, states_before = _load_step(
             dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, t + dt, dt, t_first, has_first, offs_b, offs_h,
             mask & mask_more[:, None], batch, H, SAVED, CARRIES_C, HAS_DY,
         )  # fmt: skip
 
-        d_h = product(w, d_chunks, BLOCK_H, BLOCK_B, CHUNKS, SPLIT, PRECISION, EMULATE_BF16) + d_h_direct
+        d_sums = add_product(d_sums, w, d_chunks, IN_REGISTERS, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+        d_h = whole(d_sums, ROWS, BLOCK_B, SPLIT)
+        if PARTS > 1:
+            d_h = _exchange_sums(d_h, sums_ptr, step, offs_b, batch, mask_b, H_PAD, BLOCK_H, ROWS)
+        d_h += d_h_direct
         if HAS_DY:
             d_h += dy[0].to(tl.float32)
         saved_tiles = ()
@@ -218,14 +273,16 @@ def persistent_backward_kernel(
             d_pointers = d_gates_ptr + row[:, None] * (D * H) + d * H + offs_h[None, :]
             tl.store(d_pointers, round_to(d_gates[d], DTYPE, EMULATE_BF16), mask=mask)
         d_chunks = poll(
-            words_ptr + over_parts(row_x * (X_ROW // PER_WORD), PART // PER_WORD, CHUNK_WORDS, SPLIT),
+            own_ptr + over_parts(row_x * (X_ROW // PER_WORD), PART // PER_WORD, tl.arange(0, CHUNK_WORDS), SPLIT),
             over_rows(mask_more, SPLIT),
             CHUNKS,
             CHUNK_WORDS,
+            JOIN,
             DTYPE,
             PER_WORD,
             SPLIT,
         )
+        d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
 
         if DIRECT:
             d_h_direct = d_h_through

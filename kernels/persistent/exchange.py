@@ -11,7 +11,9 @@ counter, no fence, and no address is ever used twice, so nothing is ordered but 
 - num_stages=1 at the launch: Triton's pipeliner ignores volatile and would move a polling load ahead of the poll before it.
 
 Legend: SPLIT is the number of parts that the summed axis K is cut into, so that each warp multiplies its own part, a
-leading axis of every tile that has K; with SPLIT = 1 there is no such axis. A part is walked in CHUNKS of BLOCK_K.
+leading axis of every tile that has K; with SPLIT = 1 there is no such axis. A part is loaded in CHUNKS of BLOCK_K, all of one
+shape, so that one check of all is cheap, and multiplied in OPERANDS of up to JOIN chunks: each takes a pass through shared
+memory with a barrier before and after.
 """
 
 import triton
@@ -30,10 +32,37 @@ def clear_kernel(exchange_ptr, words, BLOCK: tl.constexpr):
     tl.store(exchange_ptr.to(tl.pointer_type(tl.int32)) + offs, tl.full((BLOCK,), EMPTY, tl.int32), mask=offs < words)
 
 
+@triton.constexpr_function
+def joined(chunk, CHUNKS, JOIN):
+    """How many chunks are one operand from number `chunk` on: the largest power of two left, up to JOIN; 0 within an operand."""
+    first = 0
+    while first <= chunk:
+        tiles = min(JOIN, 1 << ((CHUNKS - first).bit_length() - 1))
+        if first == chunk:
+            return tiles
+        first += tiles
+    return 0
+
+
+@triton.constexpr_function
+def operands(CHUNKS, JOIN):
+    return CHUNKS // JOIN + (CHUNKS % JOIN).bit_count()
+
+
 @triton.jit
-def over_parts(rows, PART: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr):
-    """Offsets of the first WIDTH columns of each part, PART columns apart: ([SPLIT,] ROWS, WIDTH) from row offsets."""
-    columns = tl.arange(0, WIDTH)
+def columns(FIRST: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, PER_WORD: tl.constexpr):
+    """Where the columns of an operand lie along its part of K: TILES chunks from number FIRST on, taken word by word in turn."""
+    k = tl.arange(0, TILES * BLOCK_K)
+    if TILES == 1:
+        return FIRST * BLOCK_K + k
+    else:
+        word = k // PER_WORD
+        return (FIRST + word % TILES) * BLOCK_K + (word // TILES * PER_WORD + k % PER_WORD)
+
+
+@triton.jit
+def over_parts(rows, PART: tl.constexpr, columns, SPLIT: tl.constexpr):
+    """Offsets of some columns of each part, PART columns apart: ([SPLIT,] ROWS, columns) from row offsets."""
     if SPLIT == 1:
         return rows[:, None] + columns[None, :]
     else:
@@ -68,6 +97,34 @@ def _any_empty(words, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def _in_turn(a, b, SPLIT: tl.constexpr):
+    """Two tiles as one, column by column in turn."""
+    if SPLIT == 1:
+        ROWS: tl.constexpr = a.shape[0]
+        WIDTH: tl.constexpr = a.shape[1] * 2
+        return tl.reshape(tl.join(a, b), (ROWS, WIDTH))
+    else:
+        ROWS: tl.constexpr = a.shape[1]
+        WIDTH: tl.constexpr = a.shape[2] * 2
+        return tl.reshape(tl.join(a, b), (SPLIT, ROWS, WIDTH))
+
+
+@triton.jit
+def _join(words, FIRST: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr):
+    """TILES tiles of words from number FIRST on as one, in the order of `columns`: in registers, where joining costs nothing."""
+    tiles = ()
+    for i in tl.static_range(TILES):
+        tiles = tiles + (words[FIRST + i],)
+    for level in tl.static_range(1, 6):
+        if TILES >> level > 0:
+            halves = ()
+            for i in tl.static_range(TILES >> level):
+                halves = halves + (_in_turn(tiles[i], tiles[i + (TILES >> level)], SPLIT),)
+            tiles = halves
+    return tiles[0]
+
+
+@triton.jit
 def _elements(words, DTYPE: tl.constexpr, PER_WORD: tl.constexpr, SPLIT: tl.constexpr):
     """The elements of a tile of words, in the order of the summed axis."""
     if PER_WORD == 1:
@@ -75,31 +132,60 @@ def _elements(words, DTYPE: tl.constexpr, PER_WORD: tl.constexpr, SPLIT: tl.cons
     else:
         even = (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
         odd = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-        if SPLIT == 1:
-            BLOCK_B: tl.constexpr = words.shape[0]
-            BLOCK_K: tl.constexpr = words.shape[1] * 2
-            return tl.reshape(tl.join(even, odd), (BLOCK_B, BLOCK_K))
-        else:
-            BLOCK_B: tl.constexpr = words.shape[1]
-            BLOCK_K: tl.constexpr = words.shape[2] * 2
-            return tl.reshape(tl.join(even, odd), (SPLIT, BLOCK_B, BLOCK_K))
+        return _in_turn(even, odd, SPLIT)
+
+
+@triton.jit
+def as_operands(
+    words, CHUNKS: tl.constexpr, JOIN: tl.constexpr, DTYPE: tl.constexpr, PER_WORD: tl.constexpr, SPLIT: tl.constexpr
+):
+    """CHUNKS tiles of words as the operands of `product`."""
+    chunks = ()
+    for j in tl.static_range(CHUNKS):
+        if joined(j, CHUNKS, JOIN) > 0:
+            chunks = chunks + (_elements(_join(words, j, joined(j, CHUNKS, JOIN), SPLIT), DTYPE, PER_WORD, SPLIT),)
+    return chunks
+
+
+@triton.jit
+def load_words(pointers, mask, unit, H: tl.constexpr, PER_WORD: tl.constexpr):
+    """Words made of the elements at `pointers`, where they begin with `unit`: zeros from unit H on.
+
+    For what was not exchanged: Triton lays an operand out by how it came about, and two products share weights in registers
+    only if their operands are laid out alike.
+    """
+    even = tl.load(pointers, mask=mask & (unit < H), other=0.0)
+    if PER_WORD == 1:
+        return even.to(tl.int32, bitcast=True)
+    else:
+        odd = tl.load(pointers + 1, mask=mask & (unit + 1 < H), other=0.0)
+        return _pack(even, odd)
+
+
+@triton.jit
+def _pack(even, odd):
+    return (even.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (odd.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
 def poll(
-    pointers, mask, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, PER_WORD: tl.constexpr, SPLIT: tl.constexpr
+    pointers,
+    mask,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    JOIN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PER_WORD: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """The elements of CHUNKS tiles of words, WIDTH apart, once all are there.
+    """CHUNKS tiles of words, WIDTH apart, as operands, once all words are there.
 
     All loads go out before the one check, so that a try is one round trip to L2.
     """
     words = _load_words(pointers, mask, CHUNKS, WIDTH)
     while _any_empty(words, CHUNKS):
         words = _load_words(pointers, mask, CHUNKS, WIDTH)
-    chunks = ()
-    for j in tl.static_range(CHUNKS):
-        chunks = chunks + (_elements(words[j], DTYPE, PER_WORD, SPLIT),)
-    return chunks
+    return as_operands(words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
 
 
 @triton.jit
@@ -110,8 +196,8 @@ def publish(pointers, tile, mask, PER_WORD: tl.constexpr):
     else:
         BLOCK_B: tl.constexpr = tile.shape[0]
         PAIRS: tl.constexpr = tile.shape[1] // 2
-        even, odd = tl.split(tl.reshape(tile.to(tl.int16, bitcast=True), (BLOCK_B, PAIRS, 2)))
-        words = (even.to(tl.int32) & 0xFFFF) | (odd.to(tl.int32) << 16)
+        even, odd = tl.split(tl.reshape(tile, (BLOCK_B, PAIRS, 2)))
+        words = _pack(even, odd)
     words = tl.where(words == EMPTY, NOT_A_NUMBER, words)
     tl.store(pointers, words, mask=mask, cache_modifier=".cg")
 
@@ -120,8 +206,11 @@ def publish(pointers, tile, mask, PER_WORD: tl.constexpr):
 def _sum_parts(partial, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
     """(SPLIT, ROWS, BLOCK_B) to (BLOCK_B, ROWS), by halves: tl.sum would leave all warps with all of the tile."""
     total = tl.permute(partial, (2, 1, 0))
-    tl.static_assert(SPLIT == 2 or SPLIT == 4 or SPLIT == 8)
-    if SPLIT == 8:
+    tl.static_assert(SPLIT == 2 or SPLIT == 4 or SPLIT == 8 or SPLIT == 16)
+    if SPLIT == 16:
+        even, odd = tl.split(tl.reshape(total, (BLOCK_B, ROWS, 8, 2)))
+        total = even + odd
+    if SPLIT >= 8:
         even, odd = tl.split(tl.reshape(total, (BLOCK_B, ROWS, 4, 2)))
         total = even + odd
     if SPLIT >= 4:
@@ -132,28 +221,43 @@ def _sum_parts(partial, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.con
 
 
 @triton.jit
-def product(
+def nothing(ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+    """Sums to add products to: ([SPLIT,] ROWS, BLOCK_B)."""
+    if SPLIT == 1:
+        return tl.zeros((ROWS, BLOCK_B), tl.float32)
+    else:
+        return tl.zeros((SPLIT, ROWS, BLOCK_B), tl.float32)
+
+
+@triton.jit
+def add_product(
+    sums,
     w,
     chunks,
-    ROWS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
-    """The resident w, CHUNKS tiles ([SPLIT,] ROWS, BLOCK_K), times the chunks ([SPLIT,] BLOCK_B, BLOCK_K): (BLOCK_B, ROWS).
+    """To `sums` the operands FIRST to LAST of the resident w, tiles ([SPLIT,] ROWS, columns), times those of the chunks,
+    ([SPLIT,] BLOCK_B, columns).
 
     The weights' rows are the rows of the product, because the tensor cores of sm_90 and later want 64 of those and take few
     columns: the batch.
     """
+    for j in tl.static_range(FIRST, LAST):
+        if SPLIT == 1:
+            sums = dot(w[j], tl.trans(chunks[j]), sums, PRECISION, EMULATE_BF16)
+        else:
+            sums = dot(w[j], tl.permute(chunks[j], (0, 2, 1)), sums, PRECISION, EMULATE_BF16)
+    return sums
+
+
+@triton.jit
+def whole(sums, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+    """The sums over all parts, (BLOCK_B, ROWS)."""
     if SPLIT == 1:
-        total = tl.zeros((ROWS, BLOCK_B), tl.float32)
-        for j in tl.static_range(CHUNKS):
-            total = dot(w[j], tl.trans(chunks[j]), total, PRECISION, EMULATE_BF16)
-        return tl.trans(total)
+        return tl.trans(sums)
     else:
-        partial = tl.zeros((SPLIT, ROWS, BLOCK_B), tl.float32)
-        for j in tl.static_range(CHUNKS):
-            partial = dot(w[j], tl.permute(chunks[j], (0, 2, 1)), partial, PRECISION, EMULATE_BF16)
-        return _sum_parts(partial, ROWS, BLOCK_B, SPLIT)
+        return _sum_parts(sums, ROWS, BLOCK_B, SPLIT)

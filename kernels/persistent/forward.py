@@ -13,7 +13,20 @@ import triton
 import triton.language as tl
 
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.persistent.exchange import over_parts, over_rows, poll, product, publish
+from rnnfast.kernels.persistent.exchange import (
+    add_product,
+    as_operands,
+    columns,
+    joined,
+    load_words,
+    nothing,
+    operands,
+    over_parts,
+    over_rows,
+    poll,
+    publish,
+    whole,
+)
 
 
 @triton.jit
@@ -81,11 +94,14 @@ def persistent_forward_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    JOIN: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     PADDED: tl.constexpr = H_PAD != H
     PART: tl.constexpr = H_PAD // SPLIT
     CHUNKS: tl.constexpr = PART // BLOCK_K
     WORDS: tl.constexpr = H_PAD // PER_WORD
+    OPERANDS: tl.constexpr = operands(CHUNKS, JOIN)
     CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
     ROWS: tl.constexpr = BLOCK_H * GATES
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
@@ -108,21 +124,22 @@ def persistent_forward_kernel(
     offs_row = tl.arange(0, ROWS)
     unit = tl.program_id(0) * BLOCK_H + offs_row // GATES
     gate = offs_row % GATES
-    w_pointers = w_ptr + over_parts((gate * H + unit).to(tl.int64) * H, PART, BLOCK_K, SPLIT)
+    w_rows = (gate * H + unit).to(tl.int64) * H
     w_mask = over_rows((gate < G) & (unit < H), SPLIT)
-    h_pointers = h_prev_ptr + over_parts(row_prev * H, PART, BLOCK_K, SPLIT)
     h_mask = over_rows(mask_prev, SPLIT)
+    no_row = tl.zeros((1,), tl.int32)
     w = ()
-    h_chunks = ()
+    h_words = ()
     for j in tl.static_range(CHUNKS):
-        w_chunk_mask = w_mask
-        h_chunk_mask = h_mask
-        if PADDED:
-            within = over_parts(tl.full((1,), j * BLOCK_K, tl.int32), PART, BLOCK_K, SPLIT) < H
-            w_chunk_mask = w_mask & within
-            h_chunk_mask = h_mask & within
-        w = w + (tl.load(w_pointers + j * BLOCK_K, mask=w_chunk_mask, other=0.0),)
-        h_chunks = h_chunks + (tl.load(h_pointers + j * BLOCK_K, mask=h_chunk_mask, other=0.0),)
+        if joined(j, CHUNKS, JOIN) > 0:
+            k = columns(j, joined(j, CHUNKS, JOIN), BLOCK_K, PER_WORD)
+            w_chunk_mask = w_mask
+            if PADDED:
+                w_chunk_mask = w_mask & (over_parts(no_row, PART, k, SPLIT) < H)
+            w = w + (tl.load(w_ptr + over_parts(w_rows, PART, k, SPLIT), mask=w_chunk_mask, other=0.0),)
+        k = over_parts(no_row, PART, j * BLOCK_K + tl.arange(0, CHUNK_WORDS) * PER_WORD, SPLIT)
+        h_words = h_words + (load_words(h_prev_ptr + over_rows(row_prev * H, SPLIT) + k, h_mask, k, H, PER_WORD),)
+    h_chunks = as_operands(h_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
 
     bias_x = ()
     bias_h = ()
@@ -139,16 +156,21 @@ def persistent_forward_kernel(
         states = states + (tl.load(c_prev_ptr + row_c_prev[:, None] * H + offs_h[None, :], mask=mask_state, other=0.0),)
 
     x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask, H, G)
+    # a product before the loop and one in it, and the weights that both take stay in registers; all others are read from shared
+    # memory in each step
+    none = nothing(ROWS, BLOCK_B, SPLIT)
+    h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     for step in range(steps):
         row = t * batch + offs_b
         row_x = t_x * batch + offs_b
         row_x_next = row_x + dt * batch
         # the last step needs nothing of a next one, and waits for nobody
         mask_next = offs_b < tl.where(step + 1 < steps, B, 0)
-        # in flight until the next iteration, that is through the product and the poll
+        # in flight until the next iteration, that is through the poll and a product
         x_gates_next = _load_gates(x_ptr + row_x_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
 
-        h_rows = product(w, h_chunks, ROWS, BLOCK_B, CHUNKS, SPLIT, PRECISION, EMULATE_BF16)
+        h_sums = add_product(h_sums, w, h_chunks, IN_REGISTERS, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+        h_rows = whole(h_sums, ROWS, BLOCK_B, SPLIT)
         h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
         x_sides = ()
         h_sides = ()
@@ -177,14 +199,16 @@ def persistent_forward_kernel(
             saved_pointers = saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :]
             tl.store(saved_pointers, round_to(saved[s], saved_ptr.dtype.element_ty, EMULATE_BF16), mask=mask)
         h_chunks = poll(
-            words_ptr + over_parts(row_x * WORDS, PART // PER_WORD, CHUNK_WORDS, SPLIT),
+            words_ptr + over_parts(row_x * WORDS, PART // PER_WORD, tl.arange(0, CHUNK_WORDS), SPLIT),
             over_rows(mask_next, SPLIT),
             CHUNKS,
             CHUNK_WORDS,
+            JOIN,
             DTYPE,
             PER_WORD,
             SPLIT,
         )
+        h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
         x_gates = x_gates_next
         t += dt
         t_x += dt

@@ -13,6 +13,7 @@ __all__ = ["StepTime", "hmma_clocks", "instructions_estimate", "plain_clocks", "
 HOP = 1100
 L2_BYTES = 24
 PORT_BYTES = 64
+MEMORY_BYTES = 14
 SHARED_BYTES = 128
 BARRIER = 35
 ISSUE = 2
@@ -34,6 +35,7 @@ class StepTime:
         issue: the instructions that a warp issues one after another on the critical path.
         second_hop: `hop` of the exchange of partial sums, where several programs share the summed axis.
         second_gather: `gather` of that exchange.
+        clear: filling a step's exchange buffers with EMPTY, before the launch.
     """
 
     hop: float
@@ -44,6 +46,7 @@ class StepTime:
     issue: float
     second_hop: float = 0.0
     second_gather: float = 0.0
+    clear: float = 0.0
 
     def __add__(self, other: StepTime) -> StepTime:
         """Of two launches one after another, each for a part of the batch."""
@@ -73,6 +76,7 @@ def step_time(
     barriers: float,
     instructions: float,
     second_bytes: float = 0.0,
+    cleared_bytes: float = 0.0,
 ) -> StepTime:
     """A step's time by the model.
 
@@ -82,7 +86,9 @@ def step_time(
       an H100 (about 270 clocks for a hit, more from the far half) with as much again for a poll that just missed the word.
     - L2_BYTES, 24 a clock and SM: 5.5 TB/s over 132 SMs at 1.755 GHz, what all SMs together get out of an H100's L2.
     - PORT_BYTES, 64 a clock: what one SM takes in from L2.
-    - SHARED_BYTES, 128 a clock: the bandwidth of an SM's shared memory. All weights are read from there in each step.
+    - MEMORY_BYTES, 14 a clock and SM: 3.35 TB/s, at which an H100 fills memory.
+    - SHARED_BYTES, 128 a clock: the bandwidth of an SM's shared memory. Weights that are not in registers are read from there in
+      each step.
     - BARRIER, 35 clocks: a barrier of 4 to 8 warps that arrive together, with the wait for shared memory behind it.
     - ISSUE, 2 clocks an instruction: with one or two warps on a scheduler nothing hides that an instruction waits 4 to 6 clocks
       for the result before it, and about half of them do not wait.
@@ -91,13 +97,14 @@ def step_time(
         sms: of the GPU.
         programs: that run at once, and so share L2.
         gathered_bytes: of the exchange, by one program.
-        weight_bytes: read from shared memory by one program.
+        weight_bytes: read from shared memory by one program; 0 where they stay in registers.
         arithmetic: clocks of the product: `wgmma_clocks`, `hmma_clocks` or `plain_clocks`.
         partial_bytes: partial sums written to and read from shared memory.
         barriers: of a step.
         instructions: of one warp on the critical path: `instructions_estimate`, or counted without the loop that polls again
             and without what runs beside the tensor cores.
-        second_bytes: partial sums that one program gathers from others; 0 where no other shares its units.
+        second_bytes: partial sums that one program gathers; 0 where no other shares its units.
+        cleared_bytes: of the exchange buffers of a step, of all programs.
     """
 
     def gather(amount: float) -> float:
@@ -112,6 +119,7 @@ def step_time(
         issue=ISSUE * instructions,
         second_hop=HOP if second_bytes else 0.0,
         second_gather=gather(second_bytes),
+        clear=cleared_bytes / (MEMORY_BYTES * sms),
     )
 
 
@@ -131,16 +139,25 @@ def plain_clocks(multiplies: float) -> float:
     return multiplies / FMAS
 
 
-def instructions_estimate(backward: bool, gates: int, split: bool, words: float, cells: float) -> float:
-    """Instructions of a warp on the critical path, fitted to machine code (Triton 3.9, sm_90, float16, H = 768).
+def instructions_estimate(
+    backward: bool, gates: int, split: bool, second: bool, words: float, sums: float, cells: float, multiplying: float
+) -> float:
+    """Instructions of a warp on the critical path, fitted to machine code (Triton 3.9, sm_90, float16, H of 512 to 1024).
 
     Args:
         backward: the kernel.
         gates: of the cell.
         split: whether the warps share the summed axis.
+        second: whether there is an exchange of partial sums.
         words: 32-bit words that a thread gathers.
+        sums: accumulators of a thread, partial sums if `split`.
         cells: pairs of unit and batch row that a thread computes.
+        multiplying: tensor core instructions of a warp, and loads of weights for them; without `split` (wgmma) these run
+            beside everything else.
     """
-    of_a_word = 7 if backward and split else 1.6
-    of_a_gate = 20 if backward else 40
-    return 120 + of_a_word * words + of_a_gate * gates * max(1.0, cells)
+    cells = max(1.0, cells)
+    if not split:
+        return 45 + 1.6 * words + 30 * gates * cells
+    if backward:
+        return 73 + 2.9 * words + 2.75 * sums + 23 * gates * cells + multiplying + (45 if second else 0)
+    return 72 + words + 2 * sums + 35 * gates * cells + multiplying

@@ -5,8 +5,10 @@ Pure functions: nothing here asks a device, so tests need none.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import isqrt
 
 from rnnfast.kernels.persistent.model import (
     StepTime,
@@ -17,7 +19,7 @@ from rnnfast.kernels.persistent.model import (
     wgmma_clocks,
 )
 
-__all__ = ["GPUS", "GpuLimits", "NoPlan", "PersistentPlan", "persistent_plan", "persistent_plans"]
+__all__ = ["GPUS", "GpuLimits", "NoPlan", "PersistentPlan", "largest_hidden", "persistent_plan", "persistent_plans"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,12 @@ GPUS = {
 class PersistentPlan:
     """The whole launch of a persistent kernel, for one direction (forward or backward).
 
-    A program keeps BLOCK_H units of BLOCK_B batch rows. The hidden size is padded to H_PAD, a multiple of BLOCK_H. The summed
-    axis is cut into SPLIT parts, a multiple of BLOCK_K each. At most `steps` time steps a launch, so that none lasts for
-    seconds and no buffer grows with T, and at most `programs` programs, so that all are resident.
+    A program keeps BLOCK_H units of BLOCK_B batch rows. The hidden size is padded to H_PAD, a multiple of BLOCK_H * PARTS. In
+    backward PARTS programs share their units' sums: each takes a part of the summed axis. What a program sums over is cut again
+    into SPLIT parts, for the warps to share, a multiple of BLOCK_K each; up to JOIN chunks are one operand of a product. The
+    weights of IN_REGISTERS operands are kept there, if Triton does that (3.9 does, 3.6 does not), the others in shared memory.
+    At most `steps` time steps a launch, so that none lasts for seconds and no buffer grows with T, and at most `programs`
+    programs, so that all are resident.
     """
 
     BLOCK_B: int
@@ -71,6 +76,9 @@ class PersistentPlan:
     num_warps: int
     steps: int
     programs: int
+    JOIN: int = 1
+    IN_REGISTERS: int = 0
+    PARTS: int = 1
 
     def launches(self, B: int) -> Iterator[tuple[tuple[int, int, int], int]]:
         """Grid and first batch row of each launch: as many batch tiles at a time as `programs` allows."""
@@ -83,7 +91,9 @@ class PersistentPlan:
     def words(self, B: int) -> str:
         """The plan in words, for a batch of `B` rows."""
         grids = " then ".join(f"{units} x {tiles} programs" for (units, tiles, _), _ in self.launches(B))
-        parts = f"the sum cut into {self.SPLIT} parts, " if self.SPLIT > 1 else ""
+        parts = f"{self.PARTS} programs share their units' sums, " if self.PARTS > 1 else ""
+        parts += f"weights of {self.IN_REGISTERS} operands in registers, " if self.IN_REGISTERS else ""
+        parts += f"the sum cut into {self.SPLIT} parts, " if self.SPLIT > 1 else ""
         return (
             f"{grids} of {self.BLOCK_H} units and {self.BLOCK_B} rows, {self.num_warps} warps, {parts}chunks of "
             f"{self.BLOCK_K}, hidden size padded to {self.H_PAD}"
@@ -98,13 +108,18 @@ class NoPlan:
 
 
 ROWS = 8192  # time steps x batch rows of a launch whose input side or exchange is a buffer of its own
+SUM_BYTES = 64 << 20  # of a launch's buffer of partial sums
 SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
 SLOW_CLOCK = 1e9  # hertz, for that: below what any of these GPUs runs at
 MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step kernels spread it over the GPU at once
 
 # The words of a step's exchange that a thread can hold without spilling, for (backward, on tensor cores): seen in the machine
-# code of many sizes, with Triton 3.6 and 3.9.
+# code of many sizes, with Triton 3.6 and 3.9. With the sum in parts its accumulators count too.
 WORDS_PER_THREAD = {(False, True): 48, (True, True): 128, (False, False): 16, (True, False): 64}
+WORDS_AND_SUMS = 112
+# words, accumulators and weights of a thread, beside which the rest has room, for (backward, the weights of all operands)
+REGISTERS_WITH_WEIGHTS = {(False, True): 200, (False, False): 150, (True, True): 200, (True, False): 200}
+OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ class _Candidate:
 
     plan: PersistentPlan
     rows: int  # of weights, in a program
-    columns: int  # of weights: the summed axis
+    columns: int  # of weights: what a program sums over
     itemsize: int
 
     @property
@@ -127,15 +142,52 @@ class _Candidate:
 
     @property
     def shared_bytes(self) -> int:
-        """The weights, and beside them one chunk of the exchange or the partial sums, whichever is larger."""
+        """The weights, and beside them one operand of the exchange or the partial sums, whichever is larger."""
         plan = self.plan
-        chunk = plan.SPLIT * plan.BLOCK_B * plan.BLOCK_K * self.itemsize
+        operand = plan.SPLIT * plan.BLOCK_B * plan.JOIN * plan.BLOCK_K * self.itemsize
         partial = plan.SPLIT * self.rows * plan.BLOCK_B * 4
-        return self.weight_bytes + max(chunk, partial) + 1024
+        return self.weight_bytes + max(operand, partial) + 1024
 
     @property
     def words_per_thread(self) -> int:
         return self.gathered_bytes // 4 // (32 * self.plan.num_warps)
+
+    @property
+    def sums_per_thread(self) -> int:
+        plan = self.plan
+        return plan.SPLIT * self.rows * plan.BLOCK_B // (32 * plan.num_warps)
+
+    @property
+    def operands(self) -> list[int]:
+        """Chunks in each operand, as `exchange.joined` has it."""
+        chunks = self.columns // self.plan.SPLIT // self.plan.BLOCK_K
+        rest = chunks % self.plan.JOIN
+        return [self.plan.JOIN] * (chunks // self.plan.JOIN) + [1 << bit for bit in reversed(range(5)) if rest >> bit & 1]
+
+    @property
+    def reread_bytes(self) -> int:
+        """Weights that are read from shared memory in each step."""
+        operands = self.operands
+        return self.weight_bytes * sum(operands[self.plan.IN_REGISTERS :]) // sum(operands)
+
+    def tuned(self, backward: bool, tensor_cores: bool) -> _Candidate:
+        """With chunks joined and weights in registers where that is of use and fits."""
+        plan = self.plan
+        if plan.SPLIT == 1 or not tensor_cores:
+            return self
+        chunks = sum(self.operands)
+        most = OPERAND_BYTES // (plan.SPLIT * plan.BLOCK_B * plan.BLOCK_K * self.itemsize)
+        # of two or three chunks the barriers saved are not worth the instructions that joined ones take
+        join = 1 << (min(chunks, most, 16).bit_length() - 1) if chunks > 3 and most else 1
+        joined = replace(self, plan=replace(plan, JOIN=join))
+        kept = 0
+        for number in range(1, len(joined.operands) + 1):
+            with_more = replace(joined, plan=replace(joined.plan, IN_REGISTERS=number))
+            weights = (self.weight_bytes - with_more.reread_bytes) // 4 // (32 * plan.num_warps)
+            most = REGISTERS_WITH_WEIGHTS[backward, number == len(joined.operands)]
+            if weights + self.words_per_thread + self.sums_per_thread <= most:
+                kept = number
+        return replace(joined, plan=replace(joined.plan, IN_REGISTERS=kept))
 
     def refusals(self, B: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> Iterator[tuple[str, float, str]]:
         """Why it does not fit, for each limit that it passes: its name, the amount, and words. Nothing if it fits."""
@@ -150,8 +202,10 @@ class _Candidate:
             yield "sms", units, f"{plan.BLOCK_H} units a program make {units} programs, where there are {limits.sms} SMs"
             return
         words, most = self.words_per_thread, WORDS_PER_THREAD[backward, tensor_cores]
+        if tensor_cores and plan.SPLIT > 1:
+            most = WORDS_AND_SUMS - self.sums_per_thread
         if words > most:
-            reason = f"{plan.BLOCK_B} batch rows a program are {words} words a thread to gather, where {most} fit in registers"
+            reason = f"{plan.BLOCK_B} batch rows a program are {words} words a thread to gather, where {max(0, most)} fit in registers"
             yield "registers", words, reason
         registers = 32 * plan.num_warps * 255
         if registers > limits.registers:
@@ -161,34 +215,49 @@ class _Candidate:
         if launches > MOST_LAUNCHES:
             reason = f"{B} batch rows by {plan.BLOCK_B} take {launches} launches in turn, where {MOST_LAUNCHES} is the most"
             yield "launches", launches, reason
-        exchange = B * self.columns * self.itemsize
+        exchange = B * self.columns * plan.PARTS * self.itemsize
         if exchange > limits.l2_bytes:
             yield "l2", exchange, f"a step's exchange is {exchange >> 20} MiB, where L2 has {limits.l2_bytes >> 20} MiB"
 
     def step_time(self, B: int, gates: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> StepTime:
-        """By the model, from estimates: 7 barriers and 2 a chunk were counted in the machine code."""
+        """By the model, from estimates: 6 barriers, 2 an operand and 2 more in backward were counted in the machine code."""
         plan = self.plan
+        threads = 32 * plan.num_warps
         deep = self.columns / plan.SPLIT / (32 // self.itemsize)  # tensor core instructions in a row on one accumulator
+        tiles = -(-self.rows // 16) * -(-plan.BLOCK_B // 8) * max(1, plan.SPLIT // plan.num_warps)  # accumulators of a warp
+        if plan.SPLIT == 1:
+            tiles = max(1, tiles // plan.num_warps)
         if not tensor_cores:
             arithmetic = plain_clocks(self.rows * plan.BLOCK_B * self.columns)
         elif plan.SPLIT == 1 and self.rows >= 64 and plan.BLOCK_B >= 16 and limits.capability >= 90:
             arithmetic = wgmma_clocks(deep)
         else:
-            tiles = -(-self.rows // 16) * -(-plan.BLOCK_B // 8)  # accumulators, of a warp's own or, with SPLIT = 1, of all
-            arithmetic = hmma_clocks(deep, max(1, tiles // plan.num_warps) if plan.SPLIT == 1 else tiles, plan.num_warps)
-        cells = plan.BLOCK_B * plan.BLOCK_H / (32 * plan.num_warps)
+            arithmetic = hmma_clocks(deep, tiles, plan.num_warps)
+        exchanged = B * self.columns * plan.PARTS * self.itemsize
+        sums = B * plan.PARTS * plan.H_PAD * 4 if plan.PARTS > 1 else 0
         launches = [
             step_time(
                 sms=limits.sms,
                 programs=units * tiles,
                 gathered_bytes=self.gathered_bytes,
-                weight_bytes=self.weight_bytes,
+                weight_bytes=self.reread_bytes,
                 arithmetic=arithmetic,
                 partial_bytes=0 if plan.SPLIT == 1 else 2 * plan.SPLIT * self.rows * plan.BLOCK_B * 4,
-                barriers=7 + 2 * (self.columns // plan.SPLIT // plan.BLOCK_K),
-                instructions=instructions_estimate(backward, gates, plan.SPLIT > 1, self.words_per_thread, cells),
+                barriers=6 + 2 * len(self.operands) + 2 * backward,
+                instructions=instructions_estimate(
+                    backward,
+                    gates,
+                    plan.SPLIT > 1,
+                    plan.PARTS > 1,
+                    self.words_per_thread,
+                    self.sums_per_thread,
+                    plan.BLOCK_B * plan.BLOCK_H / threads,
+                    deep * tiles + self.reread_bytes / (16 * threads),  # 16 bytes a load
+                ),
+                second_bytes=plan.PARTS * plan.BLOCK_B * plan.BLOCK_H * 4 if plan.PARTS > 1 else 0,
+                cleared_bytes=exchanged + sums if number == 0 else 0,
             )
-            for (units, tiles, _), _ in plan.launches(B)
+            for number, ((units, tiles, _), _) in enumerate(plan.launches(B))
         ]
         return sum(launches[1:], launches[0])
 
@@ -201,31 +270,39 @@ def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward:
     if not tensor_cores:
         shapes = ((8, 8, 8),)
     elif backward or gates == 1:
-        shapes = ((16, 8, 8), (16, 4, 4), (16, 1, 4), (8, 8, 8))
+        shapes = ((16, 8, 8), (16, 16, 8), (32, 8, 8), (16, 4, 4), (16, 1, 4), (8, 8, 8))
     else:
         shapes = ((64 // gate_rows, 1, 4), (16, 8, 8), (8, 8, 8))
-    for block_h, split, warps in shapes:
+    for (block_h, split, warps), parts in itertools.product(shapes, (1, 2, 4)):
+        # programs share sums only where that was seen to compile well: their product has 32 or 64 rows
+        if parts > 1 and not (backward and tensor_cores and split == 8 and block_h < 32):
+            continue
+        unit = block_h * parts
         for block_b in (8, 16, 32):
-            if backward and block_b == 32:
+            if backward and block_b == 32 and parts == 1:
                 continue  # spills, with 128 words a thread
-            least = -(-H // block_h) * block_h
-            for h_pad in range(least, H + H // 4 + 16 * split, block_h):
+            least = -(-H // unit) * unit
+            for h_pad in range(least, H + H // 4 + 16 * split * parts, unit):
                 if h_pad > least and h_pad // block_h > sms:
                     break  # padding alone is no reason to run out of SMs
-                part, remainder = divmod(summed_gates * h_pad, split)
+                part, remainder = divmod(summed_gates * h_pad, split * parts)
                 block_k = min(part & -part, 256 if tensor_cores else 32)
                 if remainder or block_k < 16:
                     continue
-                plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms)
-                rows = block_h if backward else block_h * gate_rows
-                yield _Candidate(plan, rows, summed_gates * h_pad, itemsize)
+                plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms, PARTS=parts)
+                rows = unit if backward else block_h * gate_rows
+                yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize).tuned(backward, tensor_cores)
 
 
 def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, clocks: float) -> int:
-    """Time steps of a launch: as many as take `SECONDS`, and `ROWS` rows where they need a buffer (forward the input side; a
-    padded exchange), which so does not grow with T."""
+    """Time steps of a launch: as many as take `SECONDS`, and as keep a buffer that they need from growing with T: `ROWS` rows
+    of the input side or of a padded exchange, `SUM_BYTES` of partial sums."""
     steps = int(SECONDS * SLOW_CLOCK / clocks)
-    return max(1, min(steps, ROWS // B) if not backward or plan.H_PAD != H else steps)
+    if not backward or plan.H_PAD != H:
+        steps = min(steps, ROWS // B)
+    if plan.PARTS > 1:
+        steps = min(steps, SUM_BYTES // (B * plan.PARTS * plan.H_PAD * 4))
+    return max(1, steps)
 
 
 def _rank(
@@ -245,7 +322,7 @@ def _rank(
             continue
         plan = candidate.plan
         clocks = candidate.step_time(B, gates, backward, tensor_cores, limits).total
-        tile = (plan.BLOCK_B, plan.BLOCK_H, plan.SPLIT, plan.num_warps)
+        tile = (plan.BLOCK_B, plan.BLOCK_H, plan.SPLIT, plan.num_warps, plan.PARTS)
         if tile not in fastest or clocks < fastest[tile][0]:
             fastest[tile] = clocks, replace(plan, steps=_steps(plan, B, H, backward, clocks))
     ranked = sorted(fastest.values(), key=lambda entry: entry[0])
@@ -275,3 +352,15 @@ def persistent_plan(
     """The first of `persistent_plans`, or why there is none. Arguments as there."""
     plans, reason = _rank(gates, B, H, itemsize, precision, backward, limits)
     return plans[0] if plans else NoPlan(reason)
+
+
+def largest_hidden(gates: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits) -> int:
+    """The most hidden units with a plan for up to 8 batch rows, one tile of them; 0 if there are none. Arguments as above.
+
+    All SMs together have to hold the gates * H * H weights.
+    """
+    most = isqrt(limits.sms * limits.shared_bytes // (gates * itemsize))
+    for H in range(most, 0, -1):
+        if isinstance(persistent_plan(gates, 8, H, itemsize, precision, backward, limits), PersistentPlan):
+            return H
+    return 0
