@@ -15,7 +15,7 @@ import itertools
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 if __name__ == "__main__":
@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import quick_interpreter
 import torch
 from side_by_side import together
+from triton.runtime import interpreter
 
 import rnnfast
 from rnnfast import check, families
@@ -125,8 +126,9 @@ def run(cell: str, dtype: str, seeds: range) -> Outcome:
 
 
 def prepare() -> None:
-    """A process of this program, as tests/conftest.py prepares pytest's."""
+    """A process of this program, as tests/conftest.py prepares pytest's; integer overflow is looked for there."""
     quick_interpreter.install()
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
 
 

@@ -12,10 +12,10 @@ Memory between the programs is as weak as a GPU's may be where nothing orders on
   or else when the launch has ended.
 - A volatile load reads a random part of its words now and the rest later, with others in between.
 
-A program that polls, that is repeats a load of the exchange, goes on only after some word has become visible. When nobody can
-go on, that is a hang, noticed at once and without a clock. Programs that poll or spin for ever without waiting are noticed by
-their accesses (`MOST_TURNS`, `MOST_LOADS`), and one that does not even load by a clock (`PATIENCE`). Each is raised as `Hang` with
-the programs and their steps.
+A program that polls, that is repeats a load of the exchange, goes on only after some word that it polls has come. When nobody
+can go on, that is a hang, noticed at once and without a clock. Programs that go on for ever are noticed by their accesses
+(`MOST_TURNS`, `MOST_LOADS`), and one that does not even load by a clock (`PATIENCE`). Each is raised as `Hang` with the
+programs and their steps.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class _Stop(BaseException):
 class Fault:
     """A mistake to plant in one program, which the tests must catch.
 
-    kind: "missing", the program never runs. The others at step `step`: "skipped store", it publishes nothing; "skipped word", all
-    but one word; "torn store", each word in two halves, one before the other; "misplaced store", `back` bytes before the right
-    place; "weak store", without ".cg"; "empty value", EMPTY where a result has the bits of EMPTY. "stale read", it reads the words
-    `back` bytes before those that it should; "unchecked", it does not wait, and reads EMPTY as zero.
+    kind: "missing", the program never runs. The others at step `step`. "skipped store": it publishes nothing; "skipped word":
+    all but one word; "torn store": each word in two halves, one before the other; "misplaced store": `back` bytes before the
+    right place; "weak store": without ".cg"; "empty value": EMPTY where a result has the bits of EMPTY. "stale read": it reads
+    the words `back` bytes before those that it should; "unchecked": it does not wait, and reads EMPTY as zero.
     """
 
     kind: str
@@ -112,19 +112,23 @@ class _Schedule:
         self.error: BaseException | None = None
         self.done = threading.Event()
 
-    def write(self, addresses: np.ndarray, values: np.ndarray) -> None:
-        """These words become visible."""
-        interpreter._interpreter.store(addresses, values, np.ones(len(addresses), bool))
+    def announce(self, addresses: np.ndarray) -> None:
+        """What lies there has changed."""
         first, last = int(addresses.min()), int(addresses.max())
         for index, (begin, end) in self.span.items():
             self.news[index] += first <= end and begin <= last
 
+    def write(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        """These words become visible."""
+        interpreter._interpreter.store(addresses, values, np.ones(len(addresses), bool))
+        self.announce(addresses)
+
     def show(self, index: Index) -> None:
-        """Some words that the program has stored become visible, at least one."""
-        share, kept = self.random.random(), []
-        for addresses, values in self.words[index]:
-            now = self.numpy.random(len(addresses)) < share
-            now[0] |= not kept
+        """Some words that the program has stored become visible, at least one: of each store all, none or a part."""
+        kept, sure = [], self.random.randrange(len(self.words[index]))
+        for i, (addresses, values) in enumerate(self.words[index]):
+            now = self.numpy.random(len(addresses)) < self.random.choice((0, self.random.random(), 1))
+            now[self.random.randrange(len(now))] |= i == sure
             if now.any():
                 self.write(addresses[now], values[now])
             if not now.all():
@@ -151,7 +155,8 @@ class _Schedule:
             return news > self.waiting[index][0]
         if self.looked.get(index, (-1, False))[0] != news:
             missing = np.concatenate(self.missing[index])
-            words = interpreter._interpreter.load(missing, np.ones(len(missing), bool), missing.astype(np.int32), np.dtype(np.int32))
+            everywhere, other = np.ones(len(missing), bool), np.zeros(len(missing), np.int32)
+            words = interpreter._interpreter.load(missing, everywhere, other, other.dtype)
             self.looked[index] = news, not (words == EMPTY).any() or self.random.random() < 0.02
         return self.looked[index][1]
 
@@ -240,9 +245,9 @@ class _Schedule:
 
     def load(self, ptrs, mask, other, policies):
         """A volatile load."""
+        self.wait_for_news(ptrs.data)
         if self.hits("stale read"):
             ptrs = interpreter.TensorHandle(ptrs.data - np.uint64(self.fault.back % 2**64), ptrs.dtype)
-        self.wait_for_news(ptrs.data)
         loaded = _plain_load(interpreter.interpreter_builder, ptrs, mask, other, *policies)
         early = self.with_own(ptrs.data, loaded.data)
         self.switch()
@@ -303,6 +308,11 @@ def _store(self, ptrs, value, mask, *policies):
         schedule.plain[_program.index].append((ptrs.data, value.data, mask.data))
 
 
+def _store_all(self, ptr, value, *policies):
+    """Triton 3.6 forgets the policies of a store without a mask."""
+    self.create_masked_store(ptr, value, interpreter.TensorHandle(np.ones_like(ptr.data, bool), tl.int1), *policies)
+
+
 def _is_release(sem) -> bool:
     return sem in (tl.core.ir.MEM_SEMANTIC.RELEASE, tl.core.ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 
@@ -320,6 +330,7 @@ def _atomic_rmw(self, operation, ptr, value, mask, sem, scope):
     if _is_release(sem):
         schedule.switch()
         schedule.release(_program.index)
+        schedule.announce(ptr.data)
     else:
         schedule.wait_for_news(ptr.data)
     return _plain_rmw(self, operation, ptr, value, mask, sem, scope)
@@ -402,6 +413,7 @@ def together(seed: int, fault: Fault | None = None) -> Iterator[Run]:
         (_builder, "grid_idx", index),
         (_builder, "create_masked_load", _load),
         (_builder, "create_masked_store", _store),
+        (_builder, "create_store", _store_all),
         (_builder, "create_atomic_store", _atomic_store),
         (_builder, "create_atomic_rmw", _atomic_rmw),
         # Triton 3.9 asks for both policies of an access in one, and its own interpreter forgets them
