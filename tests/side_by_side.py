@@ -226,7 +226,7 @@ class _Schedule:
         self.polled[load] = self.news[own], self.learnt[own]
         begin, end = self.span.get(own, (first, first))
         self.span[own] = min(begin, first), max(end, int(addresses.max()))
-        self.missing.setdefault(own, [])
+        self.missing.setdefault(own, [np.empty(0, np.uint64)])
 
     def hits(self, *kinds: str) -> str | None:
         """The kind of the planted fault, if it is one of `kinds` and its time has come."""
@@ -285,9 +285,10 @@ _builder = interpreter.InterpreterBuilder
 _plain_load, _plain_store, _plain_rmw = _builder.create_masked_load, _builder.create_masked_store, _builder.create_atomic_rmw
 
 
-def _load(self, ptrs, mask, other, *policies):
+def _load(self, ptrs, mask, other, *policies, **named):
+    """The last policy says whether it is volatile; policies by name come from TMA descriptors, which are not."""
     schedule = getattr(_program, "schedule", None)
-    if schedule is not None and policies[-1] and mask.data.any():
+    if schedule is not None and policies and policies[-1] and mask.data.any():
         return schedule.load(ptrs, mask, other, policies)
     if schedule is not None:
         schedule.loads += 1
@@ -295,7 +296,7 @@ def _load(self, ptrs, mask, other, *policies):
             step = _step(sys._getframe())
             schedule.fail(Hang(f"program {_program.index} at step {step} loads for ever and lets no other run"))
             raise _Stop
-    return _plain_load(self, ptrs, mask, other, *policies)
+    return _plain_load(self, ptrs, mask, other, *policies, **named)
 
 
 def _store(self, ptrs, value, mask, *policies):
