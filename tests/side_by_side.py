@@ -69,10 +69,10 @@ class Fault:
 
 @dataclass
 class Run:
-    """What happened inside `together`: the grid of each launch, how often another program went on, and how many words of the
-    exchange became visible after the program that stored them had gone on."""
+    """What happened inside `together`: the kernel and grid of each launch, how often another program went on, and how many
+    words of the exchange became visible only after the program that stored them had gone on."""
 
-    grids: list[Index] = field(default_factory=list)
+    grids: list[tuple[str, Index]] = field(default_factory=list)
     switches: int = 0
     late_words: int = 0
 
@@ -344,7 +344,7 @@ def _launch(executor, args, kwargs, seed: str, fault: Fault | None, run: Run) ->
     bound = inspect.getcallargs(executor.fn, *args, **kwargs)
     bound = {n: v if n in executor.constexprs else interpreter._implicit_cvt(v) for n, v in bound.items()}
     grid = (*executor.grid, 1, 1)[:3]
-    run.grids.append(grid)
+    run.grids.append((executor.fn.__name__, grid))
     interpreter.interpreter_builder.set_grid_dim(*grid)
     indices = [index for index in np.ndindex(*grid) if fault is None or (fault.kind, fault.program) != ("missing", index)]
     schedule = _Schedule(indices, seed, fault, run)

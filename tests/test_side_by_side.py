@@ -70,7 +70,7 @@ def test_a_seed_is_a_schedule():
         count, out = torch.zeros(1, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
         with together(seed) as happened:
             order_kernel[(6,)](count, out)
-        assert sorted(out.tolist()) == list(range(6)) and happened.grids == [(6, 1, 1)]
+        assert sorted(out.tolist()) == list(range(6)) and happened.grids == [("order_kernel", (6, 1, 1))]
         return tuple(out.tolist()), happened.switches
 
     assert [order(seed) for seed in range(5)] == [order(seed) for seed in range(5)]
