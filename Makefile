@@ -16,7 +16,7 @@ CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test sweep static lint bench-check gpu-check checkout clean FORCE
+.PHONY: help demo test sweep schedules static lint bench-check gpu-check checkout clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ test: $(VENV)/test.done ## all tests, on a CPU
 
 sweep: $(VENV)/test.done ## the large sweeps under Triton's interpreter, which `make test` leaves out
 	@$(RUN) -m pytest -n 2 -m sweep $(ARGS)
+
+schedules: $(VENV)/test.done ## the persistent kernels under 200 random schedules of each cell and dtype, on a CPU
+	@$(RUN) tests/schedules.py $(ARGS)
 
 static: $(VENV)/test.done ## compile every kernel for three GPUs that are not here, count, predict (docs/static.md)
 	@$(RUN) -m benchmarks.static $(ARGS)

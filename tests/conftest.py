@@ -11,6 +11,11 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import settings
 
+if os.environ.get("TRITON_INTERPRET"):
+    import quick_interpreter
+
+    quick_interpreter.install()
+
 torch.set_num_threads(1)  # the cores are shared among pytest's workers
 settings.register_profile("rnnfast", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("rnnfast")

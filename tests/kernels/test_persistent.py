@@ -1,125 +1,29 @@
-"""The persistent kernels, their programs side by side: against the step kernels, from schedule to schedule, and with faults.
+"""The persistent kernels, their programs side by side, against the step kernels.
 
 The step kernels are held to the float64 reference elsewhere; `test_matches_reference` holds the persistent ones to it directly.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl  # noqa: F401 - the interpreter wants it in sight of every jit function
-from side_by_side import Fault, Hang, together
+from recurrence import TOLERANCE, Layer, assert_close, steps_of, tiles
+from side_by_side import together
 
 from rnnfast import reference
-from rnnfast.kernels import persistent, plan, step
+from rnnfast.kernels import persistent, step
 from rnnfast.kernels.cells import CELLS, Cell
 from rnnfast.kernels.maths import sigmoid, tanh
-from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan, persistent_plan
+from rnnfast.kernels.persistent.plan import GPUS, persistent_plan
 
 pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
-SCHEDULES = int(os.environ.get("RNNFAST_SCHEDULES", "8"))  # of a sweep
-# a rounding or two of the type: the products add in another order than the step kernels'
-TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def tiles(H: int, block_h: int = 8, block_k: int = 32, split: int = 1, steps: int = 1 << 16):
-    """A small plan, so that a small layer makes many programs."""
-    return PersistentPlan(8, block_h, block_k // split, split, -(-H // 32) * 32, 4, steps, 1 << 20)
-
-
-class Layer:
-    """Inputs of one layer, and a run of either family on them."""
-
-    def __init__(
-        self, cell: str | Cell, dtype: torch.dtype, T: int, B: int, H: int, *, h0=True, bias=True, dy=True, reverse=False
-    ):
-        generator = torch.Generator().manual_seed(T * 1000 + B * 100 + H)
-
-        def normal(*shape, scale=1.0):
-            return (torch.randn(*shape, generator=generator) * scale).to(dtype)
-
-        self.cell, self.reverse = CELLS[cell] if isinstance(cell, str) else cell, reverse
-        self.x = normal(T, B, self.cell.gates * H).float()
-        self.w = normal(self.cell.gates * H, H, scale=H**-0.5)
-        self.bias_x, self.bias_h = (normal(self.cell.gates * H) if bias else None for _ in range(2))
-        self.h0 = normal(B, H) if h0 else None
-        self.c0 = normal(B, H).float() if h0 and self.cell.carries_c else None
-        self.dy = normal(T, B, H) if dy else None
-        self.d_h = normal(B, H).float()
-        self.d_c = normal(B, H).float() if self.cell.carries_c else None
-        self.shape = T, B, H
-
-    def forward(self, family, tiles, training=True, chunk=None):
-        """h, c and what is saved, the input side given in chunks of steps; whatever is not written stays NaN."""
-        T, B, H = self.shape
-        h = torch.full((T, B, H), float("nan"), dtype=self.w.dtype)
-        c = torch.full((T if training else 1, B, H), float("nan")) if self.cell.carries_c else None
-        saved = torch.full((T, B, self.cell.saved * H), float("nan"), dtype=self.w.dtype) if training else None
-        n = chunk or T
-        for begin in reversed(range(0, T, n)) if self.reverse else range(0, T, n):
-            family.forward(
-                self.cell, self.x[begin : begin + n], begin, self.w, self.bias_x, self.bias_h, self.h0, self.c0, h, c, saved,
-                reverse=self.reverse, precision="ieee", plan=tiles,
-            )  # fmt: skip
-        return h, c, saved
-
-    def backward(self, family, tiles, h, c, saved):
-        """The gate gradients, and the gradients of the initial states as far as they do not pass through W_hh."""
-        T, B, H = self.shape
-        d_gates = torch.full((T, B, self.cell.grads * H), float("nan"), dtype=self.w.dtype)
-        d_h = self.d_h.clone()
-        d_c = None if self.d_c is None else self.d_c.clone()
-        family.backward(
-            self.cell, self.dy, saved, h, self.h0, c, self.c0, self.w, d_gates, d_h, d_c,
-            reverse=self.reverse, precision="ieee", plan=tiles,
-        )  # fmt: skip
-        return d_gates, d_h if self.cell.direct else None, d_c
-
-    def both(self, family, tiles, chunk=None):
-        forward = self.forward(family, tiles, chunk=chunk)
-        return [tensor for tensor in (*forward, *self.backward(family, tiles, *forward)) if tensor is not None]
-
-
-def steps_of(H: int, dtype: torch.dtype):
-    return plan.step_plan(H, dtype.itemsize, "ieee")
-
-
-def assert_close(ours, theirs, dtype):
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], check_dtype=True)
-
-
 SWEPT_DTYPES = [pytest.param(dtype, marks=pytest.mark.sweep) for dtype in (torch.float32, torch.bfloat16)]
 HALF_SWEPT = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.sweep)]
 SOME_SWEPT = ["lstm", "gru", *(pytest.param(cell, marks=pytest.mark.sweep) for cell in ("rnn_tanh", "rnn_relu"))]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-def test_sixteen_programs(cell, dtype):
-    """16 programs a launch, four batch tiles, the last with masked rows."""
-    layer = Layer(cell, dtype, 2, 27, 32)
-    with together(0):
-        ours = layer.both(persistent, tiles(32))
-    assert_close(ours, layer.both(step, steps_of(32, dtype)), dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.sweep
-def test_any_schedule(cell, dtype):
-    """Bitwise the same whatever the schedule."""
-    layer = Layer(cell, dtype, 3, 11, 64)
-    first = None
-    for seed in range(SCHEDULES):
-        with together(seed):
-            ours = layer.both(persistent, tiles(64))
-        first = first or ours
-        assert all(torch.equal(a, b) for a, b in zip(ours, first, strict=True))
 
 
 @pytest.mark.parametrize("dtype", HALF_SWEPT, ids=str)
@@ -294,40 +198,3 @@ def test_a_cell_of_ones_own():
     with together(11):
         ours = layer.both(persistent, tiles(40, block_h=16))
     assert_close(ours, layer.both(step, steps_of(40, torch.float16)), torch.float16)
-
-
-class TestPlantedFaults:
-    """Each is caught: as a hang that names the programs and the step, or as a wrong result."""
-
-    layer = Layer("lstm", torch.float16, 4, 2, 32) if step.mode() == "interpreted" else None
-
-    @pytest.mark.parametrize("run", ["forward", pytest.param("both", marks=pytest.mark.sweep)])
-    def test_missing_program(self, run):
-        with together(8, Fault("missing", (2, 0, 0))), pytest.raises(Hang, match=r"program \(0, 0, 0\) at step 0"):
-            getattr(self.layer, run)(persistent, tiles(32))
-
-    def test_skipped_store(self):
-        with (
-            together(9, Fault("skipped store", (1, 0, 0), step=1)),
-            pytest.raises(Hang, match=r"program \(3, 0, 0\) at step 1"),
-        ):
-            self.layer.forward(persistent, tiles(32))
-
-    def test_skipped_store_in_backward(self):
-        forward = self.layer.forward(step, steps_of(32, torch.float16))
-        with (
-            together(9, Fault("skipped store", (1, 0, 0), step=2)),
-            pytest.raises(Hang, match=r"program \(3, 0, 0\) at step 2"),
-        ):
-            self.layer.backward(persistent, tiles(32), *forward)
-
-    @pytest.mark.parametrize("fault", ["stale read", "unchecked"])
-    def test_wrong_read(self, fault):
-        expected = self.layer.forward(step, steps_of(32, torch.float16))[0]
-        _, B, H = self.layer.shape
-        wrong = 0
-        for seed in range(3):  # a read that does not wait is right if the others happen to have been faster
-            with together(seed, Fault(fault, (1, 0, 0), step=2, back=B * H * 2)):
-                h = self.layer.forward(persistent, tiles(32))[0]
-            wrong += not torch.allclose(h, expected, atol=4e-3)
-        assert wrong if fault == "unchecked" else wrong == 3

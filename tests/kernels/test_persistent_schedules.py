@@ -1,0 +1,93 @@
+"""The persistent kernels under random schedules: a few here, hundreds with `make schedules`, sizes and plans at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import schedules
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recurrence import Layer, assert_close, steps_of, tiles
+from side_by_side import together
+
+from rnnfast.kernels import persistent, step
+from rnnfast.kernels.cells import CELLS
+
+pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+
+
+@pytest.mark.parametrize("dtype", schedules.DTYPES)
+@pytest.mark.parametrize("cell", schedules.CELLS)
+def test_any_schedule(cell, dtype):
+    """Two grids of 16 programs: the same bits from schedule to schedule, and within the numerics contract."""
+    outcome = schedules.run(cell, dtype, range(2))
+    assert (8, 2, 1) in outcome.grids and outcome.switches > 500 and outcome.late_words > 1000
+    assert outcome.ok, outcome
+
+
+def test_outcomes_add_up():
+    """What `make schedules` concludes from: other bits, or one error too large, are not ok."""
+    one = schedules.run("RNN", "float32", range(1))
+    assert one.ok and (one + one).schedules == 2
+    other_bits = schedules.replace(one, digests=frozenset(["other"]))
+    assert not (one + other_bits).ok and "2 DIFFERENT RESULTS" in str(one + other_bits)
+    too_large = schedules.replace(one, worst=schedules.replace(one.worst, ours=2 * one.worst.allowed))
+    assert not (one + too_large).ok and "TOO LARGE" in str(one + too_large)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small layer, a plan, the time steps given at once, and a schedule."""
+
+    cell: str
+    dtype: torch.dtype
+    T: int
+    B: int
+    H: int
+    reverse: bool
+    optional: dict
+    block_h: int
+    split: int
+    steps: int
+    chunk: int
+    seed: int
+
+
+examples = st.builds(
+    Example,
+    cell=st.sampled_from(list(CELLS)),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    T=st.integers(1, 4),
+    B=st.integers(1, 10),
+    H=st.integers(1, 40),
+    reverse=st.booleans(),
+    optional=st.fixed_dictionaries({name: st.booleans() for name in ("h0", "bias", "dy")}),
+    block_h=st.sampled_from([8, 16]),
+    split=st.sampled_from([1, 2]),
+    steps=st.integers(1, 4),
+    chunk=st.integers(1, 4),
+    seed=st.integers(0, 2**32),
+)
+
+
+def check_example(example: Example):
+    layer = Layer(example.cell, example.dtype, example.T, example.B, example.H, reverse=example.reverse, **example.optional)
+    plan = tiles(example.H, block_h=example.block_h, split=example.split, steps=example.steps)
+    with together(example.seed):
+        ours = layer.both(persistent, plan, chunk=example.chunk)
+    assert_close(ours, layer.both(step, steps_of(example.H, example.dtype)), example.dtype)
+
+
+@settings(max_examples=6)
+@given(examples)
+def test_any_size_and_plan(example):
+    check_example(example)
+
+
+@pytest.mark.sweep
+@settings(max_examples=200)
+@given(examples)
+def test_many_sizes_and_plans(example):
+    check_example(example)

@@ -1,0 +1,79 @@
+"""What the tests of the persistent kernels share: small plans, and a layer of raw buffers that either family runs."""
+
+from __future__ import annotations
+
+import torch
+
+from rnnfast.kernels import plan
+from rnnfast.kernels.cells import CELLS, Cell
+from rnnfast.kernels.persistent.plan import PersistentPlan
+
+# a rounding or two of the type: the products add in another order than the step kernels'
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def tiles(H: int, block_h: int = 8, block_k: int = 32, split: int = 1, steps: int = 1 << 16):
+    """A small plan, so that a small layer makes many programs."""
+    return PersistentPlan(8, block_h, block_k // split, split, -(-H // 32) * 32, 4, steps, 1 << 20)
+
+
+class Layer:
+    """Inputs of one layer, and a run of either family on them."""
+
+    def __init__(
+        self, cell: str | Cell, dtype: torch.dtype, T: int, B: int, H: int, *, h0=True, bias=True, dy=True, reverse=False
+    ):
+        generator = torch.Generator().manual_seed(T * 1000 + B * 100 + H)
+
+        def normal(*shape, scale=1.0):
+            return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+        self.cell, self.reverse = CELLS[cell] if isinstance(cell, str) else cell, reverse
+        self.x = normal(T, B, self.cell.gates * H).float()
+        self.w = normal(self.cell.gates * H, H, scale=H**-0.5)
+        self.bias_x, self.bias_h = (normal(self.cell.gates * H) if bias else None for _ in range(2))
+        self.h0 = normal(B, H) if h0 else None
+        self.c0 = normal(B, H).float() if h0 and self.cell.carries_c else None
+        self.dy = normal(T, B, H) if dy else None
+        self.d_h = normal(B, H).float()
+        self.d_c = normal(B, H).float() if self.cell.carries_c else None
+        self.shape = T, B, H
+
+    def forward(self, family, tiles, training=True, chunk=None):
+        """h, c and what is saved, the input side given in chunks of steps; whatever is not written stays NaN."""
+        T, B, H = self.shape
+        h = torch.full((T, B, H), float("nan"), dtype=self.w.dtype)
+        c = torch.full((T if training else 1, B, H), float("nan")) if self.cell.carries_c else None
+        saved = torch.full((T, B, self.cell.saved * H), float("nan"), dtype=self.w.dtype) if training else None
+        n = chunk or T
+        for begin in reversed(range(0, T, n)) if self.reverse else range(0, T, n):
+            family.forward(
+                self.cell, self.x[begin : begin + n], begin, self.w, self.bias_x, self.bias_h, self.h0, self.c0, h, c, saved,
+                reverse=self.reverse, precision="ieee", plan=tiles,
+            )  # fmt: skip
+        return h, c, saved
+
+    def backward(self, family, tiles, h, c, saved):
+        """The gate gradients, and the gradients of the initial states as far as they do not pass through W_hh."""
+        T, B, H = self.shape
+        d_gates = torch.full((T, B, self.cell.grads * H), float("nan"), dtype=self.w.dtype)
+        d_h = self.d_h.clone()
+        d_c = None if self.d_c is None else self.d_c.clone()
+        family.backward(
+            self.cell, self.dy, saved, h, self.h0, c, self.c0, self.w, d_gates, d_h, d_c,
+            reverse=self.reverse, precision="ieee", plan=tiles,
+        )  # fmt: skip
+        return d_gates, d_h if self.cell.direct else None, d_c
+
+    def both(self, family, tiles, chunk=None):
+        forward = self.forward(family, tiles, chunk=chunk)
+        return [tensor for tensor in (*forward, *self.backward(family, tiles, *forward)) if tensor is not None]
+
+
+def steps_of(H: int, dtype: torch.dtype):
+    return plan.step_plan(H, dtype.itemsize, "ieee")
+
+
+def assert_close(ours, theirs, dtype):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], check_dtype=True)
