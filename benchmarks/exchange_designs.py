@@ -111,9 +111,9 @@ def exchange_kernel(
     w_rows = (offs_row % 4 * H + tl.program_id(0) * BLOCK_H + offs_row // 4).to(tl.int64) * H
     w = ()
     chunks = ()
-    nothing = tl.zeros_like(over_parts(offs_b, PART, BLOCK_K, SPLIT)).to(h_ptr.dtype.element_ty)
+    nothing = tl.zeros_like(over_parts(offs_b, PART, tl.arange(0, BLOCK_K), SPLIT)).to(h_ptr.dtype.element_ty)
     for j in tl.static_range(CHUNKS):
-        w = w + (tl.load(w_ptr + over_parts(w_rows, PART, BLOCK_K, SPLIT) + j * BLOCK_K),)
+        w = w + (tl.load(w_ptr + over_parts(w_rows, PART, tl.arange(0, BLOCK_K), SPLIT) + j * BLOCK_K),)
         chunks = chunks + (nothing,)
     h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
     c = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
@@ -135,8 +135,8 @@ def exchange_kernel(
             if DESIGN == "sentinel":
                 first_words = words_ptr + row_first * WORDS + producers * (BLOCK_H // 2)
                 _all_words_of(first_words, producers < tl.where(step + 1 < steps, UNITS, 0))
-            words = words_ptr + over_parts(row * WORDS, PART // 2, BLOCK_K // 2, SPLIT)
-            chunks = poll(words, over_rows(mask_next, SPLIT), CHUNKS, BLOCK_K // 2, h_ptr.dtype.element_ty, 2, SPLIT)
+            words = words_ptr + over_parts(row * WORDS, PART // 2, tl.arange(0, BLOCK_K // 2), SPLIT)
+            chunks = poll(words, over_rows(mask_next, SPLIT), CHUNKS, BLOCK_K // 2, 1, h_ptr.dtype.element_ty, 2, SPLIT)
         else:
             tl.store(h_ptr + row[:, None] * H + offs_h[None, :], rounded, mask=mask)
             _release(flags_ptr + tl.program_id(0), step + 1)
@@ -150,7 +150,7 @@ def exchange_kernel(
                     else:
                         tile = block.reshape(BLOCK_B, SPLIT, BLOCK_K).permute(1, 0, 2)
                 else:
-                    pointers = h_ptr + over_parts(row * H, PART, BLOCK_K, SPLIT) + j * BLOCK_K
+                    pointers = h_ptr + over_parts(row * H, PART, tl.arange(0, BLOCK_K), SPLIT) + j * BLOCK_K
                     tile = tl.load(pointers, mask=over_rows(mask_next, SPLIT), other=0.0)
                 chunks = chunks + (tile,)
         x_gates = x_gates_next

@@ -34,7 +34,7 @@ def clear_kernel(exchange_ptr, words, BLOCK: tl.constexpr):
 
 @triton.constexpr_function
 def joined(chunk, CHUNKS, JOIN):
-    """How many chunks are one operand from number `chunk` on: the largest power of two left, up to JOIN; 0 within an operand."""
+    """How many chunks are one operand from number `chunk` on: a power of two, as large as is left, up to JOIN; else 0."""
     first = 0
     while first <= chunk:
         tiles = min(JOIN, 1 << ((CHUNKS - first).bit_length() - 1))
@@ -51,7 +51,7 @@ def operands(CHUNKS, JOIN):
 
 @triton.jit
 def columns(FIRST: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, PER_WORD: tl.constexpr):
-    """Where the columns of an operand lie along its part of K: TILES chunks from number FIRST on, taken word by word in turn."""
+    """Where the columns of an operand lie along its part of K: TILES chunks from number FIRST on, word by word in turn."""
     k = tl.arange(0, TILES * BLOCK_K)
     if TILES == 1:
         return FIRST * BLOCK_K + k
@@ -111,7 +111,7 @@ def _in_turn(a, b, SPLIT: tl.constexpr):
 
 @triton.jit
 def _join(words, FIRST: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr):
-    """TILES tiles of words from number FIRST on as one, in the order of `columns`: in registers, where joining costs nothing."""
+    """TILES tiles of words from number FIRST on as one, in the order of `columns`: in registers, where it costs nothing."""
     tiles = ()
     for i in tl.static_range(TILES):
         tiles = tiles + (words[FIRST + i],)

@@ -87,8 +87,8 @@ def step_time(
     - L2_BYTES, 24 a clock and SM: 5.5 TB/s over 132 SMs at 1.755 GHz, what all SMs together get out of an H100's L2.
     - PORT_BYTES, 64 a clock: what one SM takes in from L2.
     - MEMORY_BYTES, 14 a clock and SM: 3.35 TB/s, at which an H100 fills memory.
-    - SHARED_BYTES, 128 a clock: the bandwidth of an SM's shared memory. Weights that are not in registers are read from there in
-      each step.
+    - SHARED_BYTES, 128 a clock: the bandwidth of an SM's shared memory. Weights that are not in registers are read from there
+      in each step.
     - BARRIER, 35 clocks: a barrier of 4 to 8 warps that arrive together, with the wait for shared memory behind it.
     - ISSUE, 2 clocks an instruction: with one or two warps on a scheduler nothing hides that an instruction waits 4 to 6 clocks
       for the result before it, and about half of them do not wait.

@@ -205,7 +205,8 @@ class _Candidate:
         if tensor_cores and plan.SPLIT > 1:
             most = WORDS_AND_SUMS - self.sums_per_thread
         if words > most:
-            reason = f"{plan.BLOCK_B} batch rows a program are {words} words a thread to gather, where {max(0, most)} fit in registers"
+            fit = max(0, most)
+            reason = f"{plan.BLOCK_B} batch rows a program are {words} words a thread to gather, where {fit} fit in registers"
             yield "registers", words, reason
         registers = 32 * plan.num_warps * 255
         if registers > limits.registers:

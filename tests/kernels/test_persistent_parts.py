@@ -38,7 +38,7 @@ CASES = [
 @pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize(("cell", "dtype", "H", "count", "B"), CASES)
 def test_parts(cell, dtype, H, count, B, reverse):
-    """Launches of two steps of three, weights of one operand in registers and of none, with the same bits in any order of the programs."""
+    """Launches of two steps of three; weights of one operand in registers and of none: the same bits in any order."""
     layer = Layer(cell, dtype, 3, B, H, reverse=reverse)
     forward = layer.forward(step, steps_of(H, dtype))
     theirs = [tensor for tensor in layer.backward(step, steps_of(H, dtype), *forward) if tensor is not None]
