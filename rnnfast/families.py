@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
     from rnnfast.kernels.plan import StepPlan
 
-__all__ = ["FAMILIES", "Choice", "asked", "assume", "choose", "limits", "pick", "run"]
+__all__ = ["FAMILIES", "Choice", "asked", "assume", "choose", "limits", "pick", "run", "step_only"]
 
 FAMILIES = ("step", "persistent")
 
@@ -120,6 +120,13 @@ def pick(gates: int, B: int, H: int, dtype: torch.dtype, precision: str, backwar
         return choice
     refusal = _refused.get((device, choice.persistent))
     return choice if refusal is None else Choice(choice.step, reason=refusal)
+
+
+def step_only(choice: Choice) -> Choice:
+    """For a call with what only the step kernels take: lengths, resets, or a gradient of all cell states."""
+    if choice.persistent is None:
+        return choice
+    return Choice(choice.step, reason="lengths, resets and gradients of all cell states run on the step kernels")
 
 
 def _is_refusal(error: Exception) -> bool:
