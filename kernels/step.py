@@ -63,6 +63,7 @@ def forward_step_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_MARKS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     # tiles
@@ -82,7 +83,7 @@ def forward_step_kernel(
         mask_b = mark != PADDED
         if tl.max(mask_b.to(tl.int32), 0) == 0:
             return
-        h_rows = entering(h_rows, starts_h_ptr, mark, offs_b, B, H)
+        h_rows = entering(h_rows, starts_h_ptr, mark, offs_b, B, H, ALIGNED)
         entered = mask_b
     mask = mask_b[:, None] & mask_h[None, :]
     mask_prev = entered[:, None] & mask_h[None, :]
@@ -116,7 +117,7 @@ def forward_step_kernel(
     if CARRIES_C:
         c_rows = c_prev_ptr + (t_c_prev.to(tl.int64) * B + offs_b) * H
         if HAS_MARKS:
-            c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, B, H)
+            c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, B, H, ALIGNED)
         states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_prev, other=0.0),)
 
     new_states, saved = CELL(x_gates, biased, states)
@@ -172,6 +173,7 @@ def backward_step_kernel(
     HAS_DCS: tl.constexpr,
     HAS_MARKS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr,
     NEEDS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -200,7 +202,7 @@ def backward_step_kernel(
         has_product = tl.max(multiplied.to(tl.int32), 0)
         if tl.max((mask_b | multiplied).to(tl.int32), 0) == 0:
             return
-        h_rows = entering(h_rows, starts_h_ptr, mark, offs_b, B, H)
+        h_rows = entering(h_rows, starts_h_ptr, mark, offs_b, B, H, ALIGNED)
         entered = mask_b
     mask = mask_b[:, None] & mask_h[None, :]
     mask_prev = entered[:, None] & mask_h[None, :]
@@ -241,7 +243,7 @@ def backward_step_kernel(
     if CARRIES_C:
         c_rows = c_prev_ptr + row_prev * H
         if HAS_MARKS:
-            c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, B, H)
+            c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, B, H, ALIGNED)
         states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_prev, other=0.0),)
         new_states = new_states + (tl.load(c_ptr + at, mask=mask, other=0.0),)
         d_c = tl.load(d_c_ptr + carried, mask=mask_carries, other=0.0)
@@ -344,6 +346,7 @@ def forward(
         "HAS_BIAS": bias_x is not None,
         "HAS_MARKS": marks is not None,
         "HAS_ORDER": order is not None,
+        "ALIGNED": H * h.element_size() % 16 == 0,
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
@@ -404,6 +407,7 @@ def backward(
         "HAS_DCS": dcs is not None,
         "HAS_MARKS": marks is not None,
         "HAS_ORDER": order is not None,
+        "ALIGNED": H * h.element_size() % 16 == 0,
         "NEEDS_STARTS": d_starts_h is not None,
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
