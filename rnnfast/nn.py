@@ -12,13 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnfast import backends, ops, reference
+from rnnfast import backends, ops, reference, sequences
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 _LAYERS = {"triton": ops.layer, "reference": reference.layer}
+_TRACES = {"triton": ops.trace, "reference": reference.trace}  # with the states and gates of every step
+
+
+def _joined(directions: Any) -> Tensor:
+    return directions[0] if len(directions) == 1 else torch.cat(directions, dim=-1)
+
+
+def _permuted(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
+    return states if order is None else tuple(state.index_select(1, order) for state in states)
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -31,7 +40,21 @@ class _Recurrent(torch.nn.RNNBase):
         backends.check_name(backend)
         self.backend = backend
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | list[int] | None = None,
+        resets: Tensor | None = None,
+        reset_to: Any = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
+    ) -> Any:
+        """torch.nn's ``forward``, and what torch.nn does not have: see the class."""
+        if not (lengths is None and resets is None and reset_to is None) or return_all_states or return_gates:
+            options = self._read(input, hx, lengths, resets, reset_to, return_all_states, return_gates)
+            return self._forward_with(options, input, hx)
         name, source = backends.asked(self.backend)
         if name != "torch":
             obstacles = self._obstacles(input, name)
@@ -41,37 +64,95 @@ class _Recurrent(torch.nn.RNNBase):
                 return self._run(name or "triton", input, hx)
         return super().forward(input, hx)
 
+    def _read(
+        self, input: Any, hx: Any, lengths: Any, resets: Any, reset_to: Any, all_states: bool, gates: bool
+    ) -> sequences.Sequences:
+        """The options, checked; a call that torch.nn would refuse without them gets its error."""
+        if not self._is_plain(input, hx):
+            super().forward(input, hx)
+            raise RuntimeError("lengths, resets, return_all_states and return_gates are for an input of a full shape")
+        packed = isinstance(input, PackedSequence)
+        if packed and (lengths is not None or resets is not None):
+            raise ValueError("a PackedSequence has its own lengths, and no place for resets: pad it, and give lengths")
+        x = input.data.unsqueeze(0) if packed else input
+        shapes = self._state_shapes(input)
+        return sequences.read(x, lengths, resets, reset_to, all_states, gates, shapes=shapes, batch_first=self.batch_first)
+
+    def _forward_with(self, options: sequences.Sequences, input: Any, hx: Any) -> Any:
+        name, source = backends.asked(self.backend)
+        backend = backends.settle(name, source, () if name == "torch" else self._obstacles(input, name))
+        if backend == "torch" and options.only_lengths:
+            return self._by_packing(options.lengths, input, hx)
+        return self._run("reference" if backend == "torch" else backend, input, hx, options)
+
+    def _by_packing(self, lengths: Any, input: Tensor, hx: Any) -> Any:
+        """torch.nn's own layer on rows of several lengths. It takes no empty row: those are run for a step of zeros, and then
+        given what they should have."""
+        empty = lengths == 0
+        row = empty[:, None, None] if self.batch_first else empty[None, :, None]
+        packed = pack_padded_sequence(
+            input.masked_fill(row, 0), lengths.clamp(min=1).cpu(), batch_first=self.batch_first, enforce_sorted=False
+        )
+        output, hidden = super().forward(packed, hx)
+        output, _ = pad_packed_sequence(
+            output, batch_first=self.batch_first, total_length=input.shape[1 if self.batch_first else 0]
+        )
+        states = self._states(hx)
+        hidden = tuple(
+            torch.where(empty[None, :, None], states[n] if states else 0, last) for n, last in enumerate(self._states(hidden))
+        )
+        return output.masked_fill(row, 0), hidden if self.mode == "LSTM" else hidden[0]
+
     def _states(self, hx: Any) -> tuple[Tensor, ...]:
         """hx as a tuple of states, empty if absent."""
         if hx is None:
             return ()
         return tuple(hx) if self.mode == "LSTM" and isinstance(hx, (tuple, list)) else (hx,)
 
+    def _state_shapes(self, input: Any) -> tuple[tuple[int, ...], ...]:
+        """Those of hx's states, for an input of the right rank."""
+        directions = 2 if self.bidirectional else 1
+        if isinstance(input, PackedSequence):
+            batch = (int(input.batch_sizes[0]),)
+        else:
+            batch = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.mode == "LSTM" else 1]
+        return tuple((self.num_layers * directions, *batch, width) for width in widths)
+
     def _is_plain(self, input: Any, hx: Any) -> bool:
         """Whether the tensors of this call all fit. If not it goes to torch.nn, to be served or refused there."""
-        if not isinstance(input, Tensor) or input.dim() not in (2, 3) or input.numel() == 0:
+        if isinstance(input, PackedSequence):
+            x = input.data
+            if not sequences.consistent(input):
+                return False
+        else:
+            x = input
+            if not isinstance(x, Tensor) or x.dim() not in (2, 3):
+                return False
+        if x.numel() == 0:
             return False
-        batch = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
         directions = 2 if self.bidirectional else 1
-        expected = (self.num_layers * directions, *batch, self.hidden_size)
-        states, weights = self._states(hx), self._weights()
-        rows = reference.GATES[self.mode.lower()] * self.hidden_size
-        autocast = backends.autocast(input.device.type)
+        expected, states, weights = self._state_shapes(input), self._states(hx), self._weights()
+        rows, width = reference.GATES[self.mode.lower()] * self.hidden_size, self.proj_size or self.hidden_size
+        autocast = backends.autocast(x.device.type)
         return (
-            input.shape[-1] == self.input_size
-            and (hx is None or len(states) == (2 if self.mode == "LSTM" else 1))
-            and input.layout is torch.strided
-            and all(isinstance(state, Tensor) and state.layout is torch.strided and state.shape == expected for state in states)
+            x.shape[-1] == self.input_size
+            and (hx is None or len(states) == len(expected))
+            and x.layout is torch.strided
+            and all(
+                isinstance(state, Tensor) and state.layout is torch.strided and state.shape == shape
+                for state, shape in zip(states, expected, strict=False)
+            )
             and all(
                 isinstance(tensor, Tensor)
-                and tensor.device == input.device
-                and (tensor.dtype == input.dtype or (autocast and tensor.is_floating_point()))
+                and tensor.device == x.device
+                and (tensor.dtype == x.dtype or (autocast and tensor.is_floating_point()))
                 for tensor in (*states, *(weight for group in weights for weight in group))
             )
             and all(
-                (w_ih.shape, w_hh.shape)
-                == ((rows, self.input_size if n < directions else directions * self.hidden_size), (rows, self.hidden_size))
+                (w_ih.shape, w_hh.shape) == ((rows, self.input_size if n < directions else directions * width), (rows, width))
                 and all(bias.shape == (rows,) for bias in rest[:2] if self.bias)
+                and (not self.proj_size or rest[-1].shape == (width, self.hidden_size))
                 for n, (w_ih, w_hh, *rest) in enumerate(weights)
             )
         )
@@ -82,44 +163,64 @@ class _Recurrent(torch.nn.RNNBase):
 
     def _obstacles(self, input: Any, name: str | None) -> tuple[str, ...]:
         """What keeps the backend `name`, or "triton" if None, from running a call that is plain; see `_is_plain`."""
-        packed = isinstance(input, PackedSequence)
-        tensor = input.data if packed else input
-        found = () if name == "reference" or not isinstance(tensor, Tensor) else backends.tensor_obstacles(tensor)
-        if self.proj_size:
-            found += ("proj_size is set, which the kernels do not know yet",)
-        if packed:
-            found += ("the input is a PackedSequence, which the kernels do not take yet",)
-        return found
+        tensor = input.data if isinstance(input, PackedSequence) else input
+        return () if name == "reference" or not isinstance(tensor, Tensor) else backends.tensor_obstacles(tensor)
 
-    def _run(self, backend: str, input: Any, hx: Any) -> Any:
-        layer, cell = _LAYERS[backend], self.mode.lower()
-        directions = 2 if self.bidirectional else 1
+    def _run(self, backend: str, input: Any, hx: Any, options: sequences.Sequences | None = None) -> Any:
+        cell, directions = self.mode.lower(), 2 if self.bidirectional else 1
         states, weights = self._states(hx), self._weights()
-        batched = input.dim() == 3
-        x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if self.batch_first else input
+        packed = input if isinstance(input, PackedSequence) else None
+        batched = packed is not None or input.dim() == 3
+        if packed is not None:
+            x, options = sequences.padded(packed, options)
+            states = _permuted(states, packed.sorted_indices)
+        else:
+            x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if self.batch_first else input
         if not batched:
             states = tuple(state.unsqueeze(1) for state in states)
+        wants_details = options is not None and options.details
+        layer = (_TRACES if wants_details else _LAYERS)[backend]
 
-        last_states = []
+        last_states, all_states, all_gates = [], [], []
         for index in range(self.num_layers):
-            outputs = []
+            outputs, seen = [], []
             for direction in range(directions):
                 n = index * directions + direction
-                w_ih, w_hh = weights[n][:2]
-                b_ih, b_hh = weights[n][2:4] if self.bias else (None, None)
+                w_ih, w_hh, *rest = weights[n]
+                b_ih, b_hh = rest[:2] if self.bias else (None, None)
+                w_hr = rest[-1] if self.proj_size else None
                 start = tuple(state[n] for state in states) or None
-                y, last = layer(cell, x, start, w_ih, w_hh, b_ih, b_hh, reverse=direction == 1)
+                given = {} if options is None else options.of_layer(n)
+                y, last, *details = layer(cell, x, start, w_ih, w_hh, b_ih, b_hh, w_hr, reverse=direction == 1, **given)
                 outputs.append(y)
                 last_states.append(last)
-            x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+                seen.append(details)
+            x = _joined(outputs)
+            if wants_details:
+                cells, gates = zip(*seen, strict=True)
+                all_states.append((x, *(_joined(c) for c in zip(*cells, strict=True))))
+                all_gates.append(torch.stack(gates, dim=2))
             if self.dropout and self.training and index < self.num_layers - 1:
                 x = torch.dropout(x, self.dropout, train=True)  # whose errors are torch.nn.LSTM's
 
-        output = x.squeeze(1) if not batched else x.transpose(0, 1) if self.batch_first else x
         hidden = tuple(torch.stack(state) for state in zip(*last_states, strict=True))
+
+        def laid_out(tensor: Tensor) -> Any:
+            """(T, B, ...) as the caller has the input."""
+            if packed is not None:
+                return sequences.packed_like(packed, tensor)
+            return tensor.squeeze(1) if not batched else tensor.transpose(0, 1) if self.batch_first else tensor
+
+        if packed is not None:
+            hidden = _permuted(hidden, packed.unsorted_indices)
         if not batched:
             hidden = tuple(state.squeeze(1) for state in hidden)
-        return output, hidden if self.mode == "LSTM" else hidden[0]
+        results = (laid_out(x), hidden if self.mode == "LSTM" else hidden[0])
+        if options is not None and options.all_states:
+            results += (tuple(tuple(laid_out(state) for state in layer_states) for layer_states in all_states),)
+        if options is not None and options.gates:
+            results += (tuple(laid_out(layer_gates) for layer_gates in all_gates),)
+        return results
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + (f", backend={self.backend!r}" if self.backend not in (None, "auto") else "")

@@ -325,12 +325,18 @@ torch.library.register_autograd("rnnfast::forward", _backward, setup_context=_se
 
 
 def layer(*args, **options) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`trace` without its details: ``y`` and the last states."""
-    y, states, _, _ = trace(*args, **options)
-    return y, states
+    """`rnnfast.reference.layer` on the Triton kernels; saves for backward only if there can be one."""
+    y, last, *_ = _unroll(*args, **options, details=False)
+    return y, last
 
 
-def trace(
+def trace(*args, **options) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """`rnnfast.reference.trace` on the Triton kernels, which keep the states and gates of all steps as they do for backward."""
+    y, last, saved, cs, marks = _unroll(*args, **options, details=True)
+    return y, last, *_details(args[0], y, saved, cs, marks)
+
+
+def _unroll(
     cell: str,
     x: Tensor,
     states: tuple[Tensor, ...] | None,
@@ -340,16 +346,12 @@ def trace(
     b_hh: Tensor | None = None,
     w_hr: Tensor | None = None,
     *,
+    details: bool,
     reverse: bool = False,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_to: tuple[Tensor, ...] | None = None,
-    details: bool = False,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-    """`rnnfast.reference.trace` on the Triton kernels; saves for backward only if there can be one.
-
-    Args besides: `details`, whether the cell states and the gates of all steps are wanted; else both are empty.
-    """
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor, Tensor | None]:
     h0, c0 = (*states, None)[:2] if states else (None, None)
     reset_h, reset_c = (*reset_to, None)[:2] if reset_to else (None, None)
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr)
@@ -364,7 +366,7 @@ def trace(
     run = _plain if w_hr is None else _projected
     y, h_n, c_n, saved, cs = run(cell, tensors, reverse, save, marks, lengths)
     last = (h_n, c_n) if cell == "lstm" else (h_n,)
-    return (y, last, *_details(cell, y, saved, cs, marks)) if details else (y, last, (), saved)
+    return y, last, saved, cs, marks
 
 
 def _plain(cell, tensors, reverse, save, marks, lengths):
@@ -376,18 +378,19 @@ def _projected(cell, tensors, reverse, save, marks, lengths):
     """An LSTM with projection as one without: m_t = o tanh(c_t) gives h_t = W_hr m_t and W_hh h_{t-1} = (W_hh W_hr) m_{t-1}, so
     the kernels run on m and that one matrix. An h that is given, not being W_hr m, comes in at its steps by the input."""
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr = tensors
+    T, B, _ = x.shape
+    P, H = w_hr.shape
     if h0 is not None or reset_h is not None:
-        T, B, _ = x.shape
-        zeros = x.new_zeros(B, w_hh.shape[1])
         codes = marks
         if codes is None:
             codes = reference.marks(T, torch.full((B,), T, device=x.device), None, reverse)
-        h0, reset_h = zeros if h0 is None else h0, zeros if reset_h is None else reset_h
-        codes = codes[..., None]
-        given = torch.where(codes == STARTS, h0, torch.where(codes == RESETS, reset_h, zeros))
+        zeros, codes = x.new_zeros(B, P), codes[..., None]
+        start, anew = zeros if h0 is None else h0, zeros if reset_h is None else reset_h
+        given = torch.where(codes == STARTS, start, torch.where(codes == RESETS, anew, zeros))
         x, w_ih = torch.cat([x, given], dim=2), torch.cat([w_ih, w_hh], dim=1)
+    m0 = None if c0 is None else x.new_zeros(B, H)  # a kernel takes both states or none
     m, m_n, c_n, saved, cs = forward(
-        cell, x, None, c0, w_ih, w_hh @ w_hr, b_ih, b_hh, reverse, save, marks, lengths, None, reset_c
+        cell, x, m0, c0, w_ih, w_hh @ w_hr, b_ih, b_hh, reverse, save, marks, lengths, None, reset_c
     )
     h_n = m_n @ w_hr.t()
     if h0 is not None and lengths is not None:
