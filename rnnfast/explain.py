@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import backends, families, ops, reference
+from rnnfast import backends, families, ops, reference, sequences
 from rnnfast.nn import _Recurrent
+from rnnfast.sequences import Sequences
 
 __all__ = ["Explanation", "explain"]
 
@@ -39,18 +40,19 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
-    """Say which backend will run ``module(input, hx)`` as things stand now, and why not another. Runs nothing.
+def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None, **options: Any) -> Explanation:
+    """Say which backend will run ``module(input, hx, **options)`` as things stand now, and why not another. Runs nothing.
 
     Args:
         module: an `rnnfast.LSTM`, `rnnfast.GRU` or `rnnfast.RNN`.
-        input, hx: as for the call.
+        input, hx, options: as for the call.
 
     Returns:
         An `Explanation`; its ``str`` is for people.
 
     Raises:
-        TypeError: if `module` is not a layer of rnnfast.
+        TypeError: if `module` is not a layer of rnnfast, or for an option that is none.
+        TypeError, RuntimeError, ValueError: for wrong options, as the call would.
 
     Example:
         >>> print(rnnfast.explain(rnnfast.LSTM(3, 4, backend="torch"), torch.zeros(5, 2, 3)))
@@ -63,47 +65,61 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         raise TypeError(f"module should be an rnnfast.LSTM, GRU or RNN, got {type(module).__name__}")
     packed = isinstance(input, PackedSequence)
     tensor = input.data if isinstance(input, PackedSequence) else input
+    given = None
     shape = f"{'packed ' if packed else ''}{tuple(tensor.shape)}"
     call = f"{module}, input {shape} {tensor.dtype} on {tensor.device}"
     name, source = backends.asked(module.backend)
     by = f"asked for by {source}" if name else "chosen for this call"
     obstacles = module._obstacles(input, None)
-    if not packed and not module._is_plain(input, hx):
+    if not module._is_plain(input, hx):
         obstacles += ("torch.nn itself serves or refuses a call of this form",)
         backend = "torch"
     else:
+        given = module._read(input, hx, **options) if options else sequences.Sequences()
         backend = "torch" if name == "torch" or module._obstacles(input, name) else name or "triton"
     if name not in (None, backend):
         by = f"{name!r} was {by}, but cannot run this call"
     if backends.strict() and name != "torch" and module._obstacles(input, name):
         by += "; RNNFAST_STRICT is set, so the call raises"
-    details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, tensor)
+    details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, input, given)
     return Explanation(backend, by, obstacles, call, details)
 
 
-def _torch(module: _Recurrent, tensor: Tensor) -> str:
+def _torch(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences | None) -> str:
+    if given and (given.resets is not None or given.details):
+        return "the equations in plain PyTorch, one time step after another: PyTorch's own layer has no resets, states or gates"
+    tensor = input.data if isinstance(input, PackedSequence) else input
     cudnn = tensor.is_cuda and torch.backends.cudnn.is_acceptable(tensor)
-    return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}"
+    lengths = ", on rows packed by their lengths, which are read on the CPU" if given and given.only_lengths else ""
+    return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}{lengths}"
 
 
-def _reference(module: _Recurrent, tensor: Tensor) -> str:
+def _reference(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences | None) -> str:
     return "the equations in plain PyTorch, one time step after another"
 
 
-def _triton(module: _Recurrent, tensor: Tensor) -> str:
+def _triton(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences) -> str:
     from rnnfast.kernels import step
 
     directions = 2 if module.bidirectional else 1
+    extras = "; the projection is one matrix with the recurrent weights" if module.proj_size else ""
+    if isinstance(input, PackedSequence):
+        tensor, given = sequences.padded(input, given)
+        extras += "; packed rows are padded inside" if given.marked else ""
+    else:
+        tensor = input
     kind = tensor.device.type
     dtype = torch.get_autocast_dtype(kind) if backends.autocast(kind) else tensor.dtype
     steps, rows = (tensor.shape[0], 1) if tensor.dim() == 2 else tensor.shape[:2]
-    if tensor.dim() == 3 and module.batch_first:
+    if not isinstance(input, PackedSequence) and tensor.dim() == 3 and module.batch_first:
         steps, rows = rows, steps
     gates = reference.GATES[module.mode.lower()]
     times = f"{module.num_layers} layers x {directions} directions x"
 
     def words(backward: bool) -> str:
         choice = families.pick(gates, rows, module.hidden_size, dtype, ops.precision(), backward, tensor.device)
+        if given.marked or (backward and given.all_states and module.mode == "LSTM"):
+            choice = families.step_only(choice)
         if choice.persistent is not None:
             launch = f"one launch for {min(choice.persistent.steps, steps)} time steps: {times} {steps} steps"
             return f"persistent kernels, {launch}; {choice.persistent.words(rows)}"
@@ -116,5 +132,5 @@ def _triton(module: _Recurrent, tensor: Tensor) -> str:
         )
 
     forward, backward = words(False), words(True)
-    text = forward if forward == backward else f"forward: {forward}\n       backward: {backward}"
+    text = (forward if forward == backward else f"forward: {forward}\n       backward: {backward}") + extras
     return text + (f"; products in {ops.precision()}" if dtype == torch.float32 else "")

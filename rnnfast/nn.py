@@ -52,7 +52,7 @@ class _Recurrent(torch.nn.RNNBase):
         return_gates: bool = False,
     ) -> Any:
         """torch.nn's ``forward``, and what torch.nn does not have: see the class."""
-        if not (lengths is None and resets is None and reset_to is None) or return_all_states or return_gates:
+        if sequences.given(lengths, resets, reset_to, return_all_states, return_gates):
             options = self._read(input, hx, lengths, resets, reset_to, return_all_states, return_gates)
             return self._forward_with(options, input, hx)
         name, source = backends.asked(self.backend)
@@ -65,7 +65,14 @@ class _Recurrent(torch.nn.RNNBase):
         return super().forward(input, hx)
 
     def _read(
-        self, input: Any, hx: Any, lengths: Any, resets: Any, reset_to: Any, all_states: bool, gates: bool
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Any = None,
+        resets: Any = None,
+        reset_to: Any = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
     ) -> sequences.Sequences:
         """The options, checked; a call that torch.nn would refuse without them gets its error."""
         if not self._is_plain(input, hx):
@@ -76,7 +83,8 @@ class _Recurrent(torch.nn.RNNBase):
             raise ValueError("a PackedSequence has its own lengths, and no place for resets: pad it, and give lengths")
         x = input.data.unsqueeze(0) if packed else input
         shapes = self._state_shapes(input)
-        return sequences.read(x, lengths, resets, reset_to, all_states, gates, shapes=shapes, batch_first=self.batch_first)
+        options = (lengths, resets, reset_to, return_all_states, return_gates)
+        return sequences.read(x, *options, shapes=shapes, batch_first=self.batch_first)
 
     def _forward_with(self, options: sequences.Sequences, input: Any, hx: Any) -> Any:
         name, source = backends.asked(self.backend)
@@ -94,9 +102,8 @@ class _Recurrent(torch.nn.RNNBase):
             input.masked_fill(row, 0), lengths.clamp(min=1).cpu(), batch_first=self.batch_first, enforce_sorted=False
         )
         output, hidden = super().forward(packed, hx)
-        output, _ = pad_packed_sequence(
-            output, batch_first=self.batch_first, total_length=input.shape[1 if self.batch_first else 0]
-        )
+        T = input.shape[1 if self.batch_first else 0]
+        output, _ = pad_packed_sequence(output, batch_first=self.batch_first, total_length=T)
         states = self._states(hx)
         hidden = tuple(
             torch.where(empty[None, :, None], states[n] if states else 0, last) for n, last in enumerate(self._states(hidden))

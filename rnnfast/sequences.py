@@ -13,7 +13,7 @@ import torch
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Sequences", "consistent", "packed_like", "padded", "read"]
+__all__ = ["Sequences", "consistent", "given", "packed_like", "padded", "read"]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -49,8 +49,18 @@ class Sequences:
         return self.all_states or self.gates
 
     @property
+    def marked(self) -> bool:
+        """Whether the kernels need marks: `rnnfast.reference.marks`."""
+        return self.lengths is not None or self.resets is not None
+
+    @property
     def only_lengths(self) -> bool:
         return self.lengths is not None and self.resets is None and not self.details
+
+
+def given(lengths: Any, resets: Any, reset_to: Any, all_states: bool, gates: bool) -> bool:
+    """Whether a call has any of these options."""
+    return not (lengths is None and resets is None and reset_to is None) or all_states or gates
 
 
 def read(
@@ -63,7 +73,7 @@ def read(
     *,
     shapes: tuple[tuple[int, ...], ...],
     batch_first: bool = False,
-) -> Sequences | None:
+) -> Sequences:
     """Check the options of a call whose tensors are right.
 
     Args:
@@ -71,16 +81,11 @@ def read(
         lengths, resets, reset_to, all_states, gates: as the user gave them.
         shapes: those of hx's states, for `x` as it is.
 
-    Returns:
-        None if there are none.
-
     Raises:
         TypeError: for what is no tensor (of integers, for `lengths`, a list will do).
         RuntimeError: for a wrong size or device, or a length out of range.
         ValueError: for a wrong dtype, or options that do not go together.
     """
-    if lengths is None and resets is None and reset_to is None and not all_states and not gates:
-        return None
     if reset_to is not None and resets is None:
         raise ValueError("reset_to says what resets restart from: give resets too")
     if x.dim() == 2:
