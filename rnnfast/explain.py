@@ -103,22 +103,25 @@ def _triton(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences
 
     directions = 2 if module.bidirectional else 1
     extras = "; the projection is one matrix with the recurrent weights" if module.proj_size else ""
+    marked = given.marked
     if isinstance(input, PackedSequence):
-        tensor, given = sequences.padded(input, given)
-        extras += "; packed rows are padded inside" if given.marked else ""
+        tensor, sizes = input.data, input.batch_sizes
+        steps, rows = sizes.numel(), int(sizes[0])
+        marked = int(sizes[-1]) < rows
+        extras += "; packed rows are padded inside" if marked else ""
     else:
         tensor = input
+        steps, rows = (tensor.shape[0], 1) if tensor.dim() == 2 else tensor.shape[:2]
+        if tensor.dim() == 3 and module.batch_first:
+            steps, rows = rows, steps
     kind = tensor.device.type
     dtype = torch.get_autocast_dtype(kind) if backends.autocast(kind) else tensor.dtype
-    steps, rows = (tensor.shape[0], 1) if tensor.dim() == 2 else tensor.shape[:2]
-    if not isinstance(input, PackedSequence) and tensor.dim() == 3 and module.batch_first:
-        steps, rows = rows, steps
     gates = reference.GATES[module.mode.lower()]
     times = f"{module.num_layers} layers x {directions} directions x"
 
     def words(backward: bool) -> str:
         choice = families.pick(gates, rows, module.hidden_size, dtype, ops.precision(), backward, tensor.device)
-        if given.marked or (backward and given.all_states and module.mode == "LSTM"):
+        if marked or (backward and given.all_states and module.mode == "LSTM"):
             choice = families.step_only(choice)
         if choice.persistent is not None:
             launch = f"one launch for {min(choice.persistent.steps, steps)} time steps: {times} {steps} steps"

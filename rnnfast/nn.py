@@ -62,7 +62,7 @@ class _Recurrent(torch.nn.RNNBase):
                 backends.settle(name, source, obstacles)
             elif self._is_plain(input, hx):
                 return self._run(name or "triton", input, hx)
-        return super().forward(input, hx)
+        return self._by_torch(input, hx)
 
     def _read(
         self,
@@ -76,7 +76,7 @@ class _Recurrent(torch.nn.RNNBase):
     ) -> sequences.Sequences:
         """The options, checked; a call that torch.nn would refuse without them gets its error."""
         if not self._is_plain(input, hx):
-            super().forward(input, hx)
+            self._by_torch(input, hx)
             raise RuntimeError("lengths, resets, return_all_states and return_gates are for an input of a full shape")
         packed = isinstance(input, PackedSequence)
         if packed and (lengths is not None or resets is not None):
@@ -93,6 +93,13 @@ class _Recurrent(torch.nn.RNNBase):
             return self._by_packing(options.lengths, input, hx)
         return self._run("reference" if backend == "torch" else backend, input, hx, options)
 
+    def _by_torch(self, input: Any, hx: Any) -> Any:
+        """torch.nn's own layer. Of a packed call, torch.nn.LSTM does not check the sizes of the states, and crashes."""
+        states = self._states(hx)
+        if isinstance(input, PackedSequence) and len(states) == 2 and all(isinstance(state, Tensor) for state in states):
+            self.check_forward_args(input.data, hx, input.batch_sizes)
+        return super().forward(input, hx)
+
     def _by_packing(self, lengths: Any, input: Tensor, hx: Any) -> Any:
         """torch.nn's own layer on rows of several lengths. It takes no empty row: those are run for a step of zeros, and then
         given what they should have."""
@@ -101,7 +108,7 @@ class _Recurrent(torch.nn.RNNBase):
         packed = pack_padded_sequence(
             input.masked_fill(row, 0), lengths.clamp(min=1).cpu(), batch_first=self.batch_first, enforce_sorted=False
         )
-        output, hidden = super().forward(packed, hx)
+        output, hidden = self._by_torch(packed, hx)
         T = input.shape[1 if self.batch_first else 0]
         output, _ = pad_packed_sequence(output, batch_first=self.batch_first, total_length=T)
         states = self._states(hx)

@@ -1,7 +1,10 @@
 """What lengths and resets mean, as a person would write it: one batch row after another, one time step after another."""
 
+import copy
+
 import torch
 
+from rnnfast.check import allowed, error
 from rnnfast.reference import STEPS
 
 
@@ -67,3 +70,85 @@ def module(module, x, hx, lengths=None, resets=None, reset_to=None):
         states.append((x, *(torch.cat(c, -1) for c in zip(*(c for *_, c, _ in found), strict=True))))
         gates.append(torch.stack([g.detach() for *_, g in found], 2))
     return x, tuple(torch.stack(state) for state in zip(*last, strict=True)), states, gates
+
+
+def everything(call, tensors, dtype):
+    """The outputs of `call`, which takes named tensors in `dtype` and gives a list of outputs, and the gradients of all those
+    tensors, each under its name. Upstream gradients are the same whatever the call and the dtype."""
+    copies = {name: tensor.detach().to(dtype).clone().requires_grad_() for name, tensor in tensors.items()}
+    outputs = call(copies)
+    generator = torch.Generator().manual_seed(5)
+    upstream = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+    loss = sum((out * grad).sum() for out, grad in zip(outputs, upstream, strict=True) if out.requires_grad)
+    grads = torch.autograd.grad(loss, list(copies.values()), allow_unused=True)
+    grads = [torch.zeros_like(copies[name]) if grad is None else grad for name, grad in zip(copies, grads, strict=True)]
+    return {f"output {n}": out for n, out in enumerate(outputs)} | dict(zip(copies, grads, strict=True))
+
+
+def by_module(layer, options):
+    """A call for `everything`: the module `layer` on the tensors x, hx0, hx1, reset_to0, reset_to1, the rest its parameters."""
+
+    def call(tensors):
+        x, hx, reset_to, weights = _arguments(layer, tensors)
+        given = options if reset_to is None else options | {"reset_to": reset_to}
+        output, last, *details = torch.func.functional_call(layer, weights, (x, hx), given)
+        return [output, *(last if layer.mode == "LSTM" else [last]), *_flat(details)]
+
+    return call
+
+
+def by_loop(layer, options):
+    """The same by the loop, time first."""
+
+    def call(tensors):
+        x, hx, reset_to, weights = _arguments(layer, tensors)
+        hx, reset_to = (state if state is None or layer.mode == "LSTM" else (state,) for state in (hx, reset_to))
+        loop = copy.copy(layer)
+        loop._parameters = weights
+        output, last, states, gates = module(loop, x, hx, options.get("lengths"), options.get("resets"), reset_to)
+        details = [
+            *([states] if options.get("return_all_states") else []),
+            *([gates] if options.get("return_gates") else []),
+        ]
+        return [output, *last, *_flat(details)]
+
+    return call
+
+
+def _arguments(layer, tensors):
+    weights = dict(tensors)
+    x = weights.pop("x")
+    hx, reset_to = (
+        tuple(weights.pop(f"{name}{n}") for n in range(2) if f"{name}{n}" in weights) for name in ("hx", "reset_to")
+    )
+    form = lambda states: None if not states else states if layer.mode == "LSTM" else states[0]  # noqa: E731
+    return x, form(hx), form(reset_to), weights
+
+
+def _flat(nested):
+    for part in nested:
+        if isinstance(part, torch.Tensor):
+            yield part
+        else:
+            yield from _flat(part)
+
+
+def arguments(layer, T, B, hx=True, reset_to=False):
+    """Random tensors for `everything`: input, states and the parameters of `layer`, in its dtype."""
+    tensors = {"x": torch.randn(T, B, layer.input_size)}
+    D = 2 if layer.bidirectional else 1
+    widths = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if layer.mode == "LSTM" else 1]
+    for name, given in (("hx", hx), ("reset_to", reset_to)):
+        for n, width in enumerate(widths if given else ()):
+            tensors[f"{name}{n}"] = torch.randn(layer.num_layers * D, B, width)
+    weight = layer.weight_ih_l0
+    return {name: tensor.to(weight) for name, tensor in tensors.items()} | dict(layer.named_parameters())
+
+
+def outside(ours, theirs, exact, dtype):
+    """Names of the tensors of `ours` that are not within the contract of numerics, for an exact and a common result."""
+    assert ours.keys() == theirs.keys() == exact.keys()
+    assert all(ours[name].shape == exact[name].shape for name in exact)
+    return [
+        name for name in exact if error(ours[name], exact[name]) > allowed(error(theirs[name], exact[name]), exact[name], dtype)
+    ]
