@@ -1,7 +1,7 @@
 """Compiles the kernels for GPUs that are not there, through the very functions that launch them, and counts the result.
 
     python -m benchmarks.offline [--family step persistent] [--arch 80 90 100] [--cells lstm gru] [--dtypes float16 tf32]
-                                 [--hidden 50 512] [--batch 16] [--json FILE]
+                                 [--hidden 50 512] [--batch 16] [--marked] [--json FILE]
 
 A stand-in takes the place of Triton's GPU driver: it names the target, accepts the finished machine code, and counts each
 launch without running it. So argument types, alignment specialisation, tile minimums and options are those of a real launch.
@@ -245,8 +245,8 @@ def settings(family: str, tf32: bool) -> Iterator[None]:
         del os.environ["RNNFAST_KERNELS"]
 
 
-def run_layer(cell: str, dtype: torch.dtype, hidden: int, T: int, B: int) -> None:
-    """Forward and backward in training, forward in inference."""
+def run_layer(cell: str, dtype: torch.dtype, hidden: int, T: int, B: int, marked: bool = False) -> None:
+    """Forward and backward in training, forward in inference. `marked`: with lengths, resets and the gradient of all states."""
     from rnnfast import ops
     from rnnfast.reference import GATES
 
@@ -254,14 +254,20 @@ def run_layer(cell: str, dtype: torch.dtype, hidden: int, T: int, B: int) -> Non
     weights = [torch.zeros(*shape, dtype=dtype) for shape in ((rows, 8), (rows, hidden), (rows,), (rows,))]
     x = torch.zeros(T, B, 8, dtype=dtype, requires_grad=True)
     states = tuple(torch.zeros(B, hidden, dtype=dtype) for _ in range(2 if cell == "lstm" else 1))
+    if marked:
+        states = tuple(state.requires_grad_() for state in states)
+        lengths, resets = torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool)
+        y, last, cells, _ = ops.trace(cell, x, states, *weights, lengths=lengths, resets=resets)
+        sum(out.sum() for out in (y, *last, *cells)).backward()
+        return
     y, last = ops.layer(cell, x, states, *weights)
     sum(out.sum() for out in (y, *last)).backward()
     with torch.no_grad():
         ops.layer(cell, x, None, *weights)
 
 
-def compile_layer(arch: int, cell: str, dtype: str, hidden: int) -> tuple[list[Built], int]:
-    """Run a layer of the step kernels on the stand-in, for several T and B.
+def compile_layer(arch: int, cell: str, dtype: str, hidden: int, marked: bool = False) -> tuple[list[Built], int]:
+    """Run a layer of the step kernels on the stand-in, for several T and B; `marked`: see `run_layer`.
 
     Returns:
         The counts of every variant that was compiled, and the number of launches.
@@ -271,7 +277,7 @@ def compile_layer(arch: int, cell: str, dtype: str, hidden: int) -> tuple[list[B
     element, tf32 = DTYPES[dtype]
     with settings("step", tf32), pretend_gpu(arch) as driver:
         for T, B in SHAPES:
-            run_layer(cell, element, hidden, T, B)
+            run_layer(cell, element, hidden, T, B, marked)
         built = [
             Built(kernel.__name__, arch, cell, dtype, hidden, **count(variant))
             for kernel in (step.forward_step_kernel, step.backward_step_kernel)
@@ -333,13 +339,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--hidden", type=int, nargs="+", default=SIZES)
     parser.add_argument("--batch", type=int, default=16, help="of the persistent kernels")
+    parser.add_argument("--marked", action="store_true", help="the step kernels with lengths, resets and all states instead")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)
+    if args.marked and "persistent" in args.family:
+        parser.error("the persistent kernels know no marks")
     print(f"triton {triton.__version__}, torch {torch.__version__}")
     print(f"{'kernel':26} {'arch':>5} {'cell':9} {'dtype':9} {'H':>5} {'regs':>5} {'stack':>6} {'shared':>7}  counts")
     built, launches = [], 0
     for family, *case in itertools.product(args.family, args.arch, args.cells, args.dtypes, args.hidden):
-        rows, launched = compile_layer(*case) if family == "step" else compile_persistent(*case, args.batch)
+        rows, launched = compile_layer(*case, args.marked) if family == "step" else compile_persistent(*case, args.batch)
         launches += launched
         for row in rows:
             built.append(row)

@@ -30,7 +30,7 @@ def batch_rows(order_ptr, B, HAS_ORDER: tl.constexpr, BLOCK_B: tl.constexpr):
 @triton.jit
 def entering(prev_rows, starts_ptr, mark, offs_b, B, H, ALIGNED: tl.constexpr):
     """Pointers to each batch row of the state that enters a step: in prev_rows, or in starts (2, B, H), initial and reset.
-    ALIGNED: whether each is a multiple of 16 bytes, which Triton 3.9 forgets when it selects, and then loads single elements."""
+    ALIGNED: whether each is a multiple of 16 bytes, which Triton 3.9 forgets at a select, and then loads single elements."""
     start_rows = starts_ptr + ((mark.to(tl.int64) - STARTS) * B + offs_b) * H
     rows = tl.where(mark == CONTINUES, prev_rows, start_rows)
     if ALIGNED:

@@ -183,12 +183,13 @@ class _Recurrent(torch.nn.RNNBase):
     def _run(self, backend: str, input: Any, hx: Any, options: sequences.Sequences | None = None) -> Any:
         cell, directions = self.mode.lower(), 2 if self.bidirectional else 1
         states, weights = self._states(hx), self._weights()
-        packed = input if isinstance(input, PackedSequence) else None
-        batched = packed is not None or input.dim() == 3
-        if packed is not None:
+        packed, batched = None, True
+        if isinstance(input, PackedSequence):
+            packed = input
             x, options = sequences.padded(packed, options)
             states = _permuted(states, packed.sorted_indices)
         else:
+            batched = input.dim() == 3
             x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if self.batch_first else input
         if not batched:
             states = tuple(state.unsqueeze(1) for state in states)
@@ -256,10 +257,22 @@ _DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels.
         backend: "triton", "torch" or "reference" to have it run there; None, the default, or "auto" for the choice per call
             that `rnnfast.explain` explains. A `ValueError` for another name.
 
+    Called with ``input`` and ``hx`` as torch.nn.{name} is, and by keyword with what that does not have (docs/sequences.md):
+        lengths: integers (B,), the steps of each row that count, 0 to T, in any order; a list, or a tensor on the CPU or the
+            input's device. ``output`` is zero in padding, the last states are those of each row's last step.
+        resets: bool (T, B), laid out as ``input``: a boundary before a step, at which the state begins anew.
+        reset_to: the states that resets begin from, in the form of ``hx``; zeros if not given.
+        return_all_states: also return, after the last states, a tuple of an entry a layer, {entry}, each laid out
+            as ``output``.
+        return_gates: also return, last, a tuple of an entry a layer: the gate activations (T, B, directions, {gates}, H), in
+            gate order, without gradient.
+    Errors: `RuntimeError` for a wrong size or device or a length out of range, `ValueError` for a wrong dtype or options that
+    do not go together, `TypeError` for what is no tensor.
+
     Shapes and dtypes: ``input`` (T, B, I), (B, T, I) with ``batch_first``, or (T, I); each state of ``hx``
     (layers * directions, B, H) or, unbatched, (layers * directions, H); ``output`` (T, B, directions * H). float16, bfloat16
-    and float32 on the kernels, which accumulate in float32{carried}; float64 on PyTorch's own layer, as for
-    now a `PackedSequence`{proj}. All outputs are differentiable with respect to input, states and parameters.
+    and float32 on the kernels, which accumulate in float32{carried}; float64 on PyTorch's own layer.
+    A `PackedSequence` comes out as one. All outputs are differentiable with respect to input, states and parameters.
 
     Source: {source}.
 
@@ -278,7 +291,8 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         equations="i, f, o = sigmoid(W_i x + b_i + R_i h + p_i), ...; g = tanh(W_g x + b_g + R_g h + p_g)\n"
         "    c' = f c + i g; h' = o tanh(c')        gate order i, f, g, o",
         carried=" and carry the cell\n    state in it",
-        proj=" and ``proj_size``",
+        entry="``(h, c)`` of every step",
+        gates=4,
         source="Hochreiter and Schmidhuber, 1997, with the forget gate of Gers, Schmidhuber and Cummins, 2000",
         result="(h_n, c_n)",
     )
@@ -291,7 +305,8 @@ class GRU(_Recurrent, torch.nn.GRU):
         equations="r, z = sigmoid(W_r x + b_r + R_r h + p_r), ...; n = tanh(W_n x + b_n + r (R_n h + p_n))\n"
         "    h' = (1 - z) n + z h        gate order r, z, n",
         carried="",
-        proj="",
+        entry="``(h,)`` of every step",
+        gates=3,
         source="Cho et al., 2014, with the reset gate after the product, as cuDNN has it",
         result="h_n",
     )
@@ -303,7 +318,8 @@ class RNN(_Recurrent, torch.nn.RNN):
         name="RNN",
         equations="h' = tanh(W x + b + R h + p), or relu with nonlinearity='relu'",
         carried="",
-        proj="",
+        entry="``(h,)`` of every step",
+        gates=1,
         source="Elman, 1990",
         result="h_n",
     )

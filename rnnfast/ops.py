@@ -242,7 +242,8 @@ def backward(
             grads = [None if first is None else first @ w, d_c if spec.carries_c else None, None, None]
             if grads[0] is not None and direct is not None:
                 grads[0] = grads[0] + direct
-    return d_gates, *(y.new_empty(0) if grad is None else grad.to(y.dtype, copy=True) for grad in grads)
+    dh0, dc0, d_reset_h, d_reset_c = (y.new_empty(0) if grad is None else grad.to(y.dtype, copy=True) for grad in grads)
+    return d_gates, dh0, dc0, d_reset_h, d_reset_c
 
 
 @backward.register_fake
@@ -361,7 +362,7 @@ def _unroll(
         tensors = tuple(None if tensor is None else tensor.to(low) for tensor in tensors)
     marks = None
     if lengths is not None or resets is not None:
-        marks = reference.marks(x.shape[0], lengths, resets, reverse)
+        marks = reference.marks(x, lengths, resets, reverse)
     save = details or (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
     run = _plain if w_hr is None else _projected
     y, h_n, c_n, saved, cs = run(cell, tensors, reverse, save, marks, lengths)
@@ -378,12 +379,9 @@ def _projected(cell, tensors, reverse, save, marks, lengths):
     """An LSTM with projection as one without: m_t = o tanh(c_t) gives h_t = W_hr m_t and W_hh h_{t-1} = (W_hh W_hr) m_{t-1}, so
     the kernels run on m and that one matrix. An h that is given, not being W_hr m, comes in at its steps by the input."""
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr = tensors
-    T, B, _ = x.shape
-    P, H = w_hr.shape
+    B, (P, H) = x.shape[1], w_hr.shape
     if h0 is not None or reset_h is not None:
-        codes = marks
-        if codes is None:
-            codes = reference.marks(T, torch.full((B,), T, device=x.device), None, reverse)
+        codes = reference.marks(x, None, None, reverse) if marks is None else marks
         zeros, codes = x.new_zeros(B, P), codes[..., None]
         start, anew = zeros if h0 is None else h0, zeros if reset_h is None else reset_h
         given = torch.where(codes == STARTS, start, torch.where(codes == RESETS, anew, zeros))

@@ -67,7 +67,7 @@ SAVED = {"lstm": 4, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
 GRADS = {"lstm": 4, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
 
 
-def marks(T: int, lengths: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
+def marks(x: Tensor, lengths: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
     """What state enters each step of each batch row, in the terms of the direction that runs.
 
     CONTINUES, that of the step before; STARTS, the initial state; RESETS, the reset state; PADDED, none: the step is padding.
@@ -75,18 +75,18 @@ def marks(T: int, lengths: Tensor | None, resets: Tensor | None, reverse: bool) 
     enters the step before it in time.
 
     Args:
-        T: time steps.
+        x: (T, B, I), for its shape and device.
         lengths: (B,) integers in 0..T, the steps of each row that count, the first ones; or None for all.
-        resets: (T, B) bool, whether a boundary lies before a step; or None for no resets. One of the two is given.
+        resets: (T, B) bool, whether a boundary lies before a step; or None for no resets.
         reverse: from the last step to the first.
 
     Returns:
         (T, B) int8.
     """
-    device = resets.device if lengths is None else lengths.device
-    steps = torch.arange(T, device=device)[:, None]
+    T, B, _ = x.shape
+    steps = torch.arange(T, device=x.device)[:, None]
     if lengths is None:
-        lengths = steps.new_full((resets.shape[1],), T)
+        lengths = steps.new_full((B,), T)
     begins = steps == (lengths - 1 if reverse else 0)
     if resets is None:
         found = torch.where(begins, STARTS, CONTINUES)
@@ -141,7 +141,7 @@ def trace(
     start, reset = states or zeros, reset_to or zeros
     marked = lengths is not None or resets is not None
     if marked:
-        codes = marks(T, lengths, resets, reverse)[..., None]
+        codes = marks(x, lengths, resets, reverse)[..., None]
         x = x.masked_fill(codes == PADDED, 0)  # a NaN in padding would reach gradients as 0 * NaN
     states, steps = start, [()] * T
     for t in reversed(range(T)) if reverse else range(T):

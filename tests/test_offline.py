@@ -50,6 +50,21 @@ def test_compiles(arch, tmp_path):
     check(build(tmp_path, *some, "--cells", "rnn_tanh", "rnn_relu", "--dtypes", "float16", "--hidden", "512"), 2, forward=1)
 
 
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_compiles_with_marks(arch, tmp_path):
+    """With lengths and resets: no spill, and the states are loaded as wide, and so as asynchronously, as without."""
+    some = ["--arch", arch, "--cells", "lstm", "gru", "--dtypes", "float16", "--hidden", "512"]
+    plain, marked = ({}, {})
+    for found, options in ((plain, []), (marked, ["--marked"])):
+        for row in build(tmp_path, *some, *options)["built"]:
+            found[row["kernel"], row["cell"]] = row
+    assert plain.keys() == marked.keys()
+    for key, row in marked.items():
+        assert row["stack_bytes"] == 0 and not {"LDL", "STL"} & set(row["instructions"]), row
+        for name in ("HMMA", "HGMMA", "LDGSTS"):
+            assert row["instructions"].get(name) == plain[key]["instructions"].get(name), (row, plain[key])
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "tf32"])
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
