@@ -8,6 +8,9 @@ Backward, for each step from the last to the first (W_hh^T by columns of W):
 Legend: T steps, B batch, H hidden units, G gates, K the summed axis. A step's row is t * B + b. The step before is t_prev
 and the one after t_next, in the order of processing: for a reverse direction t_prev = t + 1. Where there is none the flag
 has_prev or has_next is 0, the product is skipped and the state is zero.
+
+With marks (`rnnfast.kernels.marks`), has_prev and has_next are a matter of each batch row instead; without, HAS_MARKS is off
+and the arguments that go with them are None.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import triton
 import triton.language as tl
 
 from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.marks import CONTINUES, PADDED, batch_rows, entering, hand_over
 from rnnfast.kernels.maths import dot, round_to
 from rnnfast.kernels.plan import StepPlan
 
@@ -34,6 +38,10 @@ def forward_step_kernel(
     bias_h_ptr,  # (G * H,) b_hh
     h_prev_ptr,  # (*, B, H) h_{t-1} at index t_prev
     c_prev_ptr,  # (*, B, H) float32, c_{t-1} at index t_c_prev
+    marks_ptr,  # (T, B) int8
+    order_ptr,  # (B,) int32, the batch rows in the order in which programs take them
+    starts_h_ptr,  # (2, B, H) initial and reset h
+    starts_c_ptr,  # (2, B, H) float32, initial and reset c
     # outputs
     h_ptr,  # (T, B, H) h_t at index t
     c_ptr,  # (*, B, H) float32, c_t at index t_c
@@ -53,6 +61,9 @@ def forward_step_kernel(
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_MARKS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     # tiles
@@ -60,15 +71,22 @@ def forward_step_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_b, mask_b = batch_rows(order_ptr, B, HAS_ORDER, BLOCK_B)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask_b = offs_b < B
     mask_h = offs_h < H
-    mask = mask_b[:, None] & mask_h[None, :]
-    mask_prev = (offs_b < B * has_prev)[:, None] & mask_h[None, :]
     row = t.to(tl.int64) * B + offs_b
     row_x = t_x.to(tl.int64) * B + offs_b
-    row_prev = t_prev.to(tl.int64) * B + offs_b
+    h_rows = h_prev_ptr + (t_prev.to(tl.int64) * B + offs_b) * H
+    entered = offs_b < B * has_prev
+    if HAS_MARKS:
+        mark = tl.load(marks_ptr + row, mask=mask_b, other=PADDED)
+        mask_b = mark != PADDED
+        if tl.max(mask_b.to(tl.int32), 0) == 0:
+            return
+        h_rows = entering(h_rows, starts_h_ptr, mark, offs_b, B, H, ALIGNED)
+        entered = mask_b
+    mask = mask_b[:, None] & mask_h[None, :]
+    mask_prev = entered[:, None] & mask_h[None, :]
 
     h_gates = ()
     for _ in tl.static_range(G):
@@ -76,9 +94,7 @@ def forward_step_kernel(
     for k in range(0, H * has_prev, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < H
-        h_chunk = tl.load(
-            h_prev_ptr + row_prev[:, None] * H + offs_k[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0
-        )
+        h_chunk = tl.load(h_rows[:, None] + offs_k[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0)
         sums = ()
         for g in tl.static_range(G):
             w_rows = (g * H + offs_h).to(tl.int64)
@@ -97,12 +113,12 @@ def forward_step_kernel(
         x_gates = x_gates + (x_gate,)
         biased = biased + (h_gate,)
 
-    h_prev = tl.load(h_prev_ptr + row_prev[:, None] * H + offs_h[None, :], mask=mask_prev, other=0.0)
-    states = (h_prev.to(tl.float32),)
+    states = (tl.load(h_rows[:, None] + offs_h[None, :], mask=mask_prev, other=0.0).to(tl.float32),)
     if CARRIES_C:
-        row_c_prev = t_c_prev.to(tl.int64) * B + offs_b
-        c_tile = tl.load(c_prev_ptr + row_c_prev[:, None] * H + offs_h[None, :], mask=mask_prev, other=0.0)
-        states = states + (c_tile,)
+        c_rows = c_prev_ptr + (t_c_prev.to(tl.int64) * B + offs_b) * H
+        if HAS_MARKS:
+            c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, B, H, ALIGNED)
+        states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_prev, other=0.0),)
 
     new_states, saved = CELL(x_gates, biased, states)
 
@@ -127,10 +143,17 @@ def backward_step_kernel(
     c_ptr,  # (T, B, H) float32, c_t
     c_prev_ptr,  # (*, B, H) float32, c_{t-1} at index t_prev
     w_ptr,  # (G * H, H) W_hh
+    dcs_ptr,  # (T, B, H) float32, gradient of c_t from outside, besides the last one's
+    marks_ptr,  # (T, B) int8
+    order_ptr,  # (B,) int32, the batch rows in the order in which programs take them
+    starts_h_ptr,  # (2, B, H) initial and reset h
+    starts_c_ptr,  # (2, B, H) float32, initial and reset c
     # outputs
     d_gates_ptr,  # (T * B, D * H) gate gradients; row t_next * B + b is read, row t * B + b written
     d_h_ptr,  # (B, H) float32, carried: gradient of h_t that comes neither from dy nor through W_hh
     d_c_ptr,  # (B, H) float32, carried: gradient of c_t
+    d_starts_h_ptr,  # (2, B, H) float32, added to: gradient of the initial and the reset h
+    d_starts_c_ptr,  # (2, B, H) float32, added to: gradient of the initial and the reset c
     # sizes
     t,
     t_prev,
@@ -147,6 +170,11 @@ def backward_step_kernel(
     CARRIES_C: tl.constexpr,
     DIRECT: tl.constexpr,
     HAS_DY: tl.constexpr,
+    HAS_DCS: tl.constexpr,
+    HAS_MARKS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NEEDS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     # tiles
@@ -154,49 +182,74 @@ def backward_step_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_b, mask_b = batch_rows(order_ptr, B, HAS_ORDER, BLOCK_B)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask_b = offs_b < B
     mask_h = offs_h < H
-    mask = mask_b[:, None] & mask_h[None, :]
-    mask_prev = (offs_b < B * has_prev)[:, None] & mask_h[None, :]
-    mask_last = (offs_b < B * (1 - has_next))[:, None] & mask_h[None, :]
     row = t.to(tl.int64) * B + offs_b
     row_prev = t_prev.to(tl.int64) * B + offs_b
     row_next = t_next.to(tl.int64) * B + offs_b
+    h_rows = h_prev_ptr + row_prev * H
+    entered = offs_b < B * has_prev
+    # rows that need the product with the next step's gate gradients; that take a carried gradient; whose last step this is
+    has_product, multiplied, carries, ends = has_next, mask_b, mask_b, offs_b < B * (1 - has_next)
+    if HAS_MARKS:
+        mark = tl.load(marks_ptr + row, mask=mask_b, other=PADDED)
+        next_mark = tl.load(marks_ptr + row_next, mask=mask_b & (offs_b < B * has_next), other=PADDED)
+        mask_b = mark != PADDED
+        ends = mask_b & (next_mark == PADDED)
+        carries = ends | (next_mark == CONTINUES)
+        multiplied = (next_mark != PADDED) if NEEDS_STARTS else (next_mark == CONTINUES)
+        has_product = tl.max(multiplied.to(tl.int32), 0)
+        if tl.max((mask_b | multiplied).to(tl.int32), 0) == 0:
+            return
+        h_rows = entering(h_rows, starts_h_ptr, mark, offs_b, B, H, ALIGNED)
+        entered = mask_b
+    mask = mask_b[:, None] & mask_h[None, :]
+    mask_prev = entered[:, None] & mask_h[None, :]
+    mask_carries = carries[:, None] & mask_h[None, :]
 
     d_h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
     d_next = d_gates_ptr + row_next[:, None] * (D * H) + (D - G) * H  # the hidden side is the last G blocks
-    for k in range(0, G * H * has_next, BLOCK_K):
+    for k in range(0, G * H * has_product, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < G * H
-        d_chunk = tl.load(d_next + offs_k[None, :], mask=mask_b[:, None] & mask_k[None, :], other=0.0)
+        d_chunk = tl.load(d_next + offs_k[None, :], mask=multiplied[:, None] & mask_k[None, :], other=0.0)
         w_chunk = tl.load(
             w_ptr + offs_k.to(tl.int64)[:, None] * H + offs_h[None, :], mask=mask_k[:, None] & mask_h[None, :], other=0.0
         )
         d_h = dot(d_chunk, w_chunk, d_h, PRECISION, EMULATE_BF16)
 
     at = row[:, None] * H + offs_h[None, :]
-    at_prev = row_prev[:, None] * H + offs_h[None, :]
     carried = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
+    d_h_carried = tl.load(
+        d_h_ptr + carried, mask=((multiplied | ends) if DIRECT else ends)[:, None] & mask_h[None, :], other=0.0
+    )
+    if NEEDS_STARTS:
+        hand_over(d_starts_h_ptr, d_h + d_h_carried, next_mark, offs_b, offs_h, mask_h, B, H)
+    if HAS_MARKS:
+        d_h = tl.where((next_mark == CONTINUES)[:, None], d_h, 0.0)
+        d_h_carried = tl.where(carries[:, None], d_h_carried, 0.0)
     if HAS_DY:
         d_h += tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if DIRECT:
-        d_h += tl.load(d_h_ptr + carried, mask=mask, other=0.0)
-    else:
-        d_h += tl.load(d_h_ptr + carried, mask=mask_last, other=0.0)
+    d_h += d_h_carried
 
     saved = ()
     for s in tl.static_range(SAVED):
         tile = tl.load(saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
         saved = saved + (tile.to(tl.float32),)
-    states = (tl.load(h_prev_ptr + at_prev, mask=mask_prev, other=0.0).to(tl.float32),)
+    states = (tl.load(h_rows[:, None] + offs_h[None, :], mask=mask_prev, other=0.0).to(tl.float32),)
     new_states = (tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32),)
     d_states = (d_h,)
     if CARRIES_C:
-        states = states + (tl.load(c_prev_ptr + at_prev, mask=mask_prev, other=0.0),)
+        c_rows = c_prev_ptr + row_prev * H
+        if HAS_MARKS:
+            c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, B, H, ALIGNED)
+        states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_prev, other=0.0),)
         new_states = new_states + (tl.load(c_ptr + at, mask=mask, other=0.0),)
-        d_states = d_states + (tl.load(d_c_ptr + carried, mask=mask, other=0.0),)
+        d_c = tl.load(d_c_ptr + carried, mask=mask_carries, other=0.0)
+        if HAS_DCS:
+            d_c += tl.load(dcs_ptr + at, mask=mask, other=0.0)
+        d_states = d_states + (d_c,)
 
     d_gates, d_h_direct, d_c = CELL(saved, states, new_states, d_states)
 
@@ -207,6 +260,8 @@ def backward_step_kernel(
         tl.store(d_h_ptr + carried, d_h_direct, mask=mask)
     if CARRIES_C:
         tl.store(d_c_ptr + carried, d_c, mask=mask)
+        if NEEDS_STARTS:
+            hand_over(d_starts_c_ptr, d_c, mark, offs_b, offs_h, mask_h, B, H)
 
 
 def mode() -> str:
@@ -257,8 +312,9 @@ class _Launcher:
 
 @as_a_gpu()
 def forward(
-    cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: StepPlan
-) -> None:
+    cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: StepPlan,
+    marks=None, order=None, starts_h=None, starts_c=None,
+) -> None:  # fmt: skip
     """Run the recurrence over the time steps of a chunk, one launch each. All tensors contiguous and on one device.
 
     Args:
@@ -275,6 +331,9 @@ def forward(
         reverse: from the last step to the first.
         precision: of a float32 product, "ieee" or "tf32".
         plan: the tiles.
+        marks: (T, B) int8, see above, or None. Of padded steps nothing is written, but `c` for one step keeps a row's last.
+        order: (B,) int32, a permutation: the batch rows as programs take them; or None.
+        starts_h, starts_c: with marks, instead of h0 and c0: (2, B, H), the initial states and those of a reset, c in float32.
     """
     T, B, H = h.shape
     n = x.shape[0]
@@ -285,6 +344,9 @@ def forward(
         "SAVED": cell.saved if training else 0,
         "CARRIES_C": cell.carries_c,
         "HAS_BIAS": bias_x is not None,
+        "HAS_MARKS": marks is not None,
+        "HAS_ORDER": order is not None,
+        "ALIGNED": H * h.element_size() % 16 == 0,
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
@@ -295,22 +357,27 @@ def forward(
     saved = saved if training and cell.saved else h
     for at in reversed(range(n)) if reverse else range(n):
         t = begin + at
-        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0)
+        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
         t_c, t_c_prev = (t, t_prev) if training else (0, 0)
-        launch(x, w, bias_x, bias_h, h_prev, c_prev, h, c, saved, t, at, t_prev, has_prev, t_c, t_c_prev, B, H)
+        launch(
+            x, w, bias_x, bias_h, h_prev, c_prev, marks, order, starts_h, starts_c, h, c, saved,
+            t, at, t_prev, has_prev, t_c, t_c_prev, B, H,
+        )  # fmt: skip
 
 
-def before(t: int, T: int, reverse: bool, h, h0, c, c0):
-    """The step processed before t: its index, the tensors that hold its h and c, and whether there is any state."""
-    if t != (T - 1 if reverse else 0):
+def before(t: int, T: int, reverse: bool, h, h0, c, c0, marks=None):
+    """The step processed before t: its index, the tensors that hold its h and c, and whether there is any state. With marks
+    there always is: those of the first step point to where it is."""
+    if marks is not None or t != (T - 1 if reverse else 0):
         return t + 1 if reverse else t - 1, h, c, 1
     return 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
 
 
 @as_a_gpu()
 def backward(
-    cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: StepPlan
-) -> None:
+    cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: StepPlan,
+    dcs=None, marks=None, order=None, starts_h=None, starts_c=None, d_starts_h=None, d_starts_c=None,
+) -> None:  # fmt: skip
     """Run the recurrence backward, one launch a time step. All tensors contiguous and on one device.
 
     Args:
@@ -323,6 +390,10 @@ def backward(
             gradient that does not pass through W_hh.
         d_c: (B, H) float32; on entry the gradient of the last cell state, on return that of c0; None without one.
         reverse, precision, plan: as in `forward`.
+        dcs: (T, B, H) float32, gradient of all cell states, besides d_c; or None.
+        marks, order, starts_h, starts_c: as in `forward`. Of padded steps nothing is read or written.
+        d_starts_h, d_starts_c: with marks, (2, B, H) float32, added to: gradients of starts_c, and of starts_h but for the step
+            processed first, for which `d_h` is as without marks. None if not needed. `d_c` is then scratch, but for empty rows.
     """
     T, B, H = h.shape
     constants = {
@@ -333,6 +404,11 @@ def backward(
         "CARRIES_C": cell.carries_c,
         "DIRECT": cell.direct,
         "HAS_DY": dy is not None,
+        "HAS_DCS": dcs is not None,
+        "HAS_MARKS": marks is not None,
+        "HAS_ORDER": order is not None,
+        "ALIGNED": H * h.element_size() % 16 == 0,
+        "NEEDS_STARTS": d_starts_h is not None,
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
@@ -343,6 +419,9 @@ def backward(
     d_c = d_h if d_c is None else d_c
     t_next, has_next = 0, 0
     for t in range(T) if reverse else reversed(range(T)):
-        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0)
-        launch(dy, saved, h, h_prev, c, c_prev, w, d_gates, d_h, d_c, t, t_prev, t_next, has_prev, has_next, B, H)
+        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
+        launch(
+            dy, saved, h, h_prev, c, c_prev, w, dcs, marks, order, starts_h, starts_c,
+            d_gates, d_h, d_c, d_starts_h, d_starts_c, t, t_prev, t_next, has_prev, has_next, B, H,
+        )  # fmt: skip
         t_next, has_next = t, 1

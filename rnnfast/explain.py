@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import backends, families, tuning
+from rnnfast import backends, families, sequences, tuning
 from rnnfast.nn import _Recurrent
+from rnnfast.sequences import Sequences
 
 __all__ = ["Explanation", "explain"]
 
@@ -42,18 +43,19 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
-    """Say which backend will run ``module(input, hx)`` as things stand now, and why not another. Runs nothing.
+def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None, **options: Any) -> Explanation:
+    """Say which backend will run ``module(input, hx, **options)`` as things stand now, and why not another. Runs nothing.
 
     Args:
         module: an `rnnfast.LSTM`, `rnnfast.GRU` or `rnnfast.RNN`.
-        input, hx: as for the call.
+        input, hx, options: as for the call.
 
     Returns:
         An `Explanation`; its ``str`` is for people.
 
     Raises:
-        TypeError: if `module` is not a layer of rnnfast.
+        TypeError: if `module` is not a layer of rnnfast, or for an option that is none.
+        TypeError, RuntimeError, ValueError: for wrong options, as the call would.
 
     Example:
         >>> print(rnnfast.explain(rnnfast.LSTM(3, 4, backend="torch"), torch.zeros(5, 2, 3)))
@@ -66,25 +68,29 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         raise TypeError(f"module should be an rnnfast.LSTM, GRU or RNN, got {type(module).__name__}")
     packed = isinstance(input, PackedSequence)
     tensor = input.data if isinstance(input, PackedSequence) else input
+    given = None
     shape = f"{'packed ' if packed else ''}{tuple(tensor.shape)}"
     call = f"{module}, input {shape} {tensor.dtype} on {tensor.device}"
     name, source = backends.asked(module.backend)
     by = f"asked for by {source}" if name else "chosen for this call"
     obstacles = module._obstacles(input, None)
-    if not packed and not module._is_plain(input, hx):
+    if not module._is_plain(input, hx):
         obstacles += ("torch.nn itself serves or refuses a call of this form",)
         backend = "torch"
     else:
+        given = module._read(input, hx, **options) if options else sequences.Sequences()
         backend = "torch" if name == "torch" or module._obstacles(input, name) else name or "triton"
-        if name is None and backend == "triton" and module._torch_wins(tensor, hx):
+        if name is None and backend == "triton" and not options and module._torch_wins(input, hx):
             backend, by = "torch", "measured as the fastest for this call by rnnfast tune"
     if name not in (None, backend):
         by = f"{name!r} was {by}, but cannot run this call"
     if backends.strict() and name != "torch" and module._obstacles(input, name):
         by += "; RNNFAST_STRICT is set, so the call raises"
-    shape = module._shape(tensor, hx) if not obstacles and name in (None, "triton") else None
-    details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, tensor, shape)
-    return Explanation(backend, by, obstacles, call, details, _tuning(shape, tensor.device) if shape else "")
+    plain = isinstance(input, Tensor) and not options and not module.proj_size
+    tuned = module._shape(input, hx) if plain and not obstacles and name in (None, "triton") else None
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (tensor, *module.parameters()))
+    details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, input, given, training)
+    return Explanation(backend, by, obstacles, call, details, _tuning(tuned, tensor.device) if tuned else "")
 
 
 def _tuning(shape: tuning.Shape, device: torch.device) -> str:
@@ -103,26 +109,47 @@ def _tuning(shape: tuning.Shape, device: torch.device) -> str:
     return f"by {table.path}, measured at {entry.shape}"
 
 
-def _torch(module: _Recurrent, tensor: Tensor, shape: tuning.Shape | None) -> str:
+def _torch(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences | None, training: bool) -> str:
+    if given and (given.resets is not None or given.details):
+        return "the equations in plain PyTorch, one time step after another: PyTorch's own layer has no resets, states or gates"
+    tensor = input.data if isinstance(input, PackedSequence) else input
     cudnn = tensor.is_cuda and torch.backends.cudnn.is_acceptable(tensor)
-    return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}"
+    lengths = ", on rows packed by their lengths, which are read on the CPU" if given and given.only_lengths else ""
+    return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}{lengths}"
 
 
-def _reference(module: _Recurrent, tensor: Tensor, shape: tuning.Shape | None) -> str:
+def _reference(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences | None, training: bool) -> str:
     return "the equations in plain PyTorch, one time step after another"
 
 
-def _triton(module: _Recurrent, tensor: Tensor, shape: tuning.Shape | None) -> str:
+def _triton(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences, training: bool) -> str:
     from rnnfast.kernels import step
 
-    assert shape is not None
-    dtype = getattr(torch, shape.dtype)
-    steps, rows = shape.T, shape.B
-    times = f"{shape.layers} layers x {shape.directions} directions x"
+    directions = 2 if module.bidirectional else 1
+    extras = "; the projection is one matrix with the recurrent weights" if module.proj_size else ""
+    marked = given.marked
+    if isinstance(input, PackedSequence):
+        tensor, sizes = input.data, input.batch_sizes
+        steps, rows = sizes.numel(), int(sizes[0])
+        marked = int(sizes[-1]) < rows
+        extras += "; packed rows are padded inside" if marked else ""
+    else:
+        tensor = input
+        steps, rows = (tensor.shape[0], 1) if tensor.dim() == 2 else tensor.shape[:2]
+        if tensor.dim() == 3 and module.batch_first:
+            steps, rows = rows, steps
+    kind = tensor.device.type
+    dtype = torch.get_autocast_dtype(kind) if backends.autocast(kind) else tensor.dtype
+    cell = module.mode.lower()
+    times = f"{module.num_layers} layers x {directions} directions x"
 
     def words(backward: bool) -> str:
-        training = backward or shape.training
-        choice = families.pick(shape.cell, steps, rows, shape.H, dtype, families.precision(), backward, training, tensor.device)
+        keeps = backward or training
+        choice = families.pick(
+            cell, steps, rows, module.hidden_size, dtype, families.precision(), backward, keeps, tensor.device
+        )
+        if marked or (backward and given.all_states and module.mode == "LSTM"):
+            choice = families.step_only(choice)
         if choice.persistent is not None:
             launch = f"one launch for {min(choice.persistent.steps, steps)} time steps: {times} {steps} steps"
             return f"persistent kernels, {launch}; {choice.persistent.words(rows)}"
@@ -135,5 +162,5 @@ def _triton(module: _Recurrent, tensor: Tensor, shape: tuning.Shape | None) -> s
         )
 
     forward, backward = words(False), words(True)
-    text = forward if forward == backward else f"forward: {forward}\n       backward: {backward}"
+    text = (forward if forward == backward else f"forward: {forward}\n       backward: {backward}") + extras
     return text + (f"; products in {families.precision()}" if dtype == torch.float32 else "")

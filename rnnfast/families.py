@@ -41,6 +41,7 @@ __all__ = [
     "precision",
     "run",
     "shape",
+    "step_only",
     "torch_wins",
 ]
 
@@ -146,6 +147,13 @@ def shape(
 def precision() -> str:
     """The precision of a float32 recurrent product: "tf32" or "ieee", as PyTorch is set for cuDNN's recurrent layers."""
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+
+
+def step_only(choice: Choice) -> Choice:
+    """For a call with what only the step kernels take: lengths, resets, or a gradient of all cell states."""
+    if choice.persistent is None:
+        return choice
+    return Choice(choice.step, reason="lengths, resets and gradients of all cell states run on the step kernels")
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -7,18 +7,23 @@
 G gates in PyTorch's order; the equations are in `rnnfast.reference`. Every function returns ``(y, states)``: y (T, B, H), the
 hidden state of each step, and the state or states after the last step taken, (B, H). All outputs are differentiable with
 respect to every tensor given. ``reverse`` runs from the last step to the first; ``y[t]`` belongs to ``x[t]`` all the same.
-``backend`` is as on the modules. Errors, of the types torch.nn raises: `RuntimeError` for a wrong rank or size, `ValueError`
-for a wrong dtype or an unknown backend.
+``backend`` is as on the modules. So are ``lengths`` (B,), ``resets`` (T, B), ``reset_to`` like hx, ``return_all_states`` and
+``return_gates``; what the last two ask for follows: a tuple of the states of every step, (T, B, H) each, and the gate
+activations (T, B, G, H), without gradient. On "torch" a call with any of these runs on the equations.
+
+Errors, of the types torch.nn raises: `RuntimeError` for a wrong rank or size, `ValueError` for a wrong dtype or an unknown
+backend.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnnfast import backends, families, ops, reference
+from rnnfast import backends, families, ops, reference, sequences
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -35,7 +40,12 @@ def lstm(
     *,
     reverse: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    lengths: Tensor | list[int] | None = None,
+    resets: Tensor | None = None,
+    reset_to: tuple[Tensor, Tensor] | None = None,
+    return_all_states: bool = False,
+    return_gates: bool = False,
+) -> Any:
     """LSTM layer: i, f, o = sigmoid(.), g = tanh(.); c' = f c + i g; h' = o tanh(c'). Gate order i, f, g, o.
 
     Args, shapes, dtypes and errors: as the module says. ``hx`` is (h_0, c_0); returns ``y, (h_n, c_n)``.
@@ -46,8 +56,9 @@ def lstm(
         >>> y.shape, torch.equal(y[-1], h_n)
         (torch.Size([7, 2, 5]), True)
     """
-    y, states = _layer("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, reverse, backend)
-    return y, (states[0], states[1])
+    options = (lengths, resets, reset_to, return_all_states, return_gates)
+    y, states, *details = _layer("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, reverse, backend, options)
+    return y, (states[0], states[1]), *details
 
 
 def gru(
@@ -60,7 +71,12 @@ def gru(
     *,
     reverse: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    lengths: Tensor | list[int] | None = None,
+    resets: Tensor | None = None,
+    reset_to: Tensor | None = None,
+    return_all_states: bool = False,
+    return_gates: bool = False,
+) -> Any:
     """GRU layer: r, z = sigmoid(.); n = tanh(x_n + r h_n); h' = (1 - z) n + z h. Gate order r, z, n.
 
     Args, shapes, dtypes and errors: as the module says. ``hx`` is h_0; returns ``y, h_n``.
@@ -70,8 +86,9 @@ def gru(
         >>> y.shape
         torch.Size([7, 2, 5])
     """
-    y, states = _layer("gru", x, None if hx is None else (hx,), w_ih, w_hh, b_ih, b_hh, reverse, backend)
-    return y, states[0]
+    options = (lengths, resets, reset_to, return_all_states, return_gates)
+    y, states, *details = _layer("gru", x, None if hx is None else (hx,), w_ih, w_hh, b_ih, b_hh, reverse, backend, options)
+    return y, states[0], *details
 
 
 def rnn(
@@ -85,7 +102,12 @@ def rnn(
     nonlinearity: str = "tanh",
     reverse: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    lengths: Tensor | list[int] | None = None,
+    resets: Tensor | None = None,
+    reset_to: Tensor | None = None,
+    return_all_states: bool = False,
+    return_gates: bool = False,
+) -> Any:
     """Elman layer: h' = f(W_ih x + b_ih + W_hh h + b_hh), f the ``nonlinearity``, "tanh" or "relu" (else `ValueError`).
 
     Args, shapes, dtypes and errors: as the module says. ``hx`` is h_0; returns ``y, h_n``.
@@ -97,9 +119,9 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    states = None if hx is None else (hx,)
-    y, states = _layer(f"rnn_{nonlinearity}", x, states, w_ih, w_hh, b_ih, b_hh, reverse, backend)
-    return y, states[0]
+    start, options = None if hx is None else (hx,), (lengths, resets, reset_to, return_all_states, return_gates)
+    y, states, *details = _layer(f"rnn_{nonlinearity}", x, start, w_ih, w_hh, b_ih, b_hh, reverse, backend, options)
+    return y, states[0], *details
 
 
 def _layer(
@@ -112,16 +134,28 @@ def _layer(
     b_hh: Tensor | None,
     reverse: bool,
     backend: str | None,
-) -> tuple[Tensor, _States]:
+    options: tuple[Any, ...],
+) -> tuple[Any, ...]:
     _check(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
     backends.check_name(backend)
+    given: dict[str, Any] = {}
+    wanted = sequences.Sequences()
+    if sequences.given(*options):
+        shapes = ((x.shape[1], w_hh.shape[1]),) * (2 if cell == "lstm" else 1)
+        wanted = sequences.read(x, *options, shapes=shapes)
+        given = {"lengths": wanted.lengths, "resets": wanted.resets, "reset_to": wanted.reset_to or None}
     name, source = backends.asked(backend)
     obstacles = () if name in ("torch", "reference") else backends.tensor_obstacles(x)
-    chosen = backends.settle(name, source, obstacles)
-    if name is None and chosen == "triton" and _torch_wins(cell, x, hx, w_ih, w_hh, b_ih, b_hh):
-        chosen = "torch"
-    run = {"triton": ops.layer, "reference": reference.layer, "torch": _torch_layer}[chosen]
-    return run(cell, x, hx, w_ih, w_hh, b_ih, b_hh, reverse=reverse)
+    settled = backends.settle(name, source, obstacles)
+    arguments = (cell, x, hx, w_ih, w_hh, b_ih, b_hh)
+    if not wanted.details:
+        if not given and name is None and settled == "triton" and _torch_wins(*arguments):
+            settled = "torch"
+        run = {"triton": ops.layer, "reference": reference.layer, "torch": reference.layer if given else _torch_layer}[settled]
+        return run(*arguments, reverse=reverse, **given)
+    run = ops.trace if settled == "triton" else reference.trace
+    y, last, cells, gates = run(*arguments, reverse=reverse, **given)
+    return y, last, *([(y, *cells)] if wanted.all_states else []), *([gates] if wanted.gates else [])
 
 
 def _torch_wins(cell: str, x: Tensor, hx: _States | None, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> bool:

@@ -12,13 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnfast import backends, families, ops, reference, tuning
+from rnnfast import backends, families, ops, reference, sequences, tuning
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 _LAYERS = {"triton": ops.layer, "reference": reference.layer}
+_TRACES = {"triton": ops.trace, "reference": reference.trace}  # with the states and gates of every step
+
+
+def _joined(directions: Any) -> Tensor:
+    return directions[0] if len(directions) == 1 else torch.cat(directions, dim=-1)
+
+
+def _permuted(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
+    return states if order is None else tuple(state.index_select(1, order) for state in states)
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -31,7 +40,21 @@ class _Recurrent(torch.nn.RNNBase):
         backends.check_name(backend)
         self.backend = backend
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | list[int] | None = None,
+        resets: Tensor | None = None,
+        reset_to: Any = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
+    ) -> Any:
+        """torch.nn's ``forward``, and what torch.nn does not have: see the class."""
+        if sequences.given(lengths, resets, reset_to, return_all_states, return_gates):
+            options = self._read(input, hx, lengths, resets, reset_to, return_all_states, return_gates)
+            return self._forward_with(options, input, hx)
         if isinstance(input, Tensor) and input.is_cpu and backends.cpu_is_torchs(self.backend):
             return super().forward(input, hx)
         name, source = backends.asked(self.backend)
@@ -44,10 +67,63 @@ class _Recurrent(torch.nn.RNNBase):
         if isinstance(input, torch.fx.Proxy):  # torch.fx takes modules of torch.nn as they are: so it shall ours
             tracer: Any = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
-        return super().forward(input, hx)
+        return self._by_torch(input, hx)
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError("torch.jit.script does not know rnnfast's layers: script rnnfast.restore(model, every=True)")
+
+    def _read(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Any = None,
+        resets: Any = None,
+        reset_to: Any = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
+    ) -> sequences.Sequences:
+        """The options, checked; a call that torch.nn would refuse without them gets its error."""
+        if not self._is_plain(input, hx):
+            self._by_torch(input, hx)
+            raise RuntimeError("lengths, resets, return_all_states and return_gates are for an input of a full shape")
+        packed = isinstance(input, PackedSequence)
+        if packed and (lengths is not None or resets is not None):
+            raise ValueError("a PackedSequence has its own lengths, and no place for resets: pad it, and give lengths")
+        x = input.data.unsqueeze(0) if packed else input
+        shapes = self._state_shapes(input)
+        options = (lengths, resets, reset_to, return_all_states, return_gates)
+        return sequences.read(x, *options, shapes=shapes, batch_first=self.batch_first)
+
+    def _forward_with(self, options: sequences.Sequences, input: Any, hx: Any) -> Any:
+        name, source = backends.asked(self.backend)
+        backend = backends.settle(name, source, () if name == "torch" else self._obstacles(input, name))
+        if backend == "torch" and options.only_lengths:
+            return self._by_packing(options.lengths, input, hx)
+        return self._run("reference" if backend == "torch" else backend, input, hx, options)
+
+    def _by_torch(self, input: Any, hx: Any) -> Any:
+        """torch.nn's own layer. Of a packed call, torch.nn.LSTM does not check the sizes of the states, and crashes."""
+        states = self._states(hx)
+        if isinstance(input, PackedSequence) and len(states) == 2 and all(isinstance(state, Tensor) for state in states):
+            self.check_forward_args(input.data, hx, input.batch_sizes)
+        return super().forward(input, hx)
+
+    def _by_packing(self, lengths: Any, input: Tensor, hx: Any) -> Any:
+        """torch.nn's own layer on rows of several lengths. It takes no empty row: those are run for a step of zeros, and then
+        given what they should have."""
+        empty = lengths == 0
+        row = empty[:, None, None] if self.batch_first else empty[None, :, None]
+        packed = pack_padded_sequence(
+            input.masked_fill(row, 0), lengths.clamp(min=1).cpu(), batch_first=self.batch_first, enforce_sorted=False
+        )
+        output, hidden = self._by_torch(packed, hx)
+        T = input.shape[1 if self.batch_first else 0]
+        output, _ = pad_packed_sequence(output, batch_first=self.batch_first, total_length=T)
+        states = self._states(hx)
+        hidden = tuple(
+            torch.where(empty[None, :, None], states[n] if states else 0, last) for n, last in enumerate(self._states(hidden))
+        )
+        return output.masked_fill(row, 0), hidden if self.mode == "LSTM" else hidden[0]
 
     def _states(self, hx: Any) -> tuple[Tensor, ...]:
         """hx as a tuple of states, empty if absent."""
@@ -55,31 +131,50 @@ class _Recurrent(torch.nn.RNNBase):
             return ()
         return tuple(hx) if self.mode == "LSTM" and isinstance(hx, (tuple, list)) else (hx,)
 
+    def _state_shapes(self, input: Any) -> tuple[tuple[int, ...], ...]:
+        """Those of hx's states, for an input of the right rank."""
+        directions = 2 if self.bidirectional else 1
+        if isinstance(input, PackedSequence):
+            batch = (int(input.batch_sizes[0]),)
+        else:
+            batch = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.mode == "LSTM" else 1]
+        return tuple((self.num_layers * directions, *batch, width) for width in widths)
+
     def _is_plain(self, input: Any, hx: Any) -> bool:
         """Whether the tensors of this call all fit. If not it goes to torch.nn, to be served or refused there."""
-        if not isinstance(input, Tensor) or input.dim() not in (2, 3) or input.numel() == 0:
+        if isinstance(input, PackedSequence):
+            x = input.data
+            if not sequences.consistent(input):
+                return False
+        else:
+            x = input
+            if not isinstance(x, Tensor) or x.dim() not in (2, 3):
+                return False
+        if x.numel() == 0:
             return False
-        batch = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
         directions = 2 if self.bidirectional else 1
-        expected = (self.num_layers * directions, *batch, self.hidden_size)
-        states, weights = self._states(hx), self._weights()
-        rows = reference.GATES[self.mode.lower()] * self.hidden_size
-        autocast = backends.autocast(input.device.type)
+        expected, states, weights = self._state_shapes(input), self._states(hx), self._weights()
+        rows, width = reference.GATES[self.mode.lower()] * self.hidden_size, self.proj_size or self.hidden_size
+        autocast = backends.autocast(x.device.type)
         return (
-            input.shape[-1] == self.input_size
-            and (hx is None or len(states) == (2 if self.mode == "LSTM" else 1))
-            and input.layout is torch.strided
-            and all(isinstance(state, Tensor) and state.layout is torch.strided and state.shape == expected for state in states)
+            x.shape[-1] == self.input_size
+            and (hx is None or len(states) == len(expected))
+            and x.layout is torch.strided
+            and all(
+                isinstance(state, Tensor) and state.layout is torch.strided and state.shape == shape
+                for state, shape in zip(states, expected, strict=False)
+            )
             and all(
                 isinstance(tensor, Tensor)
-                and tensor.device == input.device
-                and (tensor.dtype == input.dtype or (autocast and tensor.is_floating_point()))
+                and tensor.device == x.device
+                and (tensor.dtype == x.dtype or (autocast and tensor.is_floating_point()))
                 for tensor in (*states, *(weight for group in weights for weight in group))
             )
             and all(
-                (w_ih.shape, w_hh.shape)
-                == ((rows, self.input_size if n < directions else directions * self.hidden_size), (rows, self.hidden_size))
+                (w_ih.shape, w_hh.shape) == ((rows, self.input_size if n < directions else directions * width), (rows, width))
                 and all(bias.shape == (rows,) for bias in rest[:2] if self.bias)
+                and (not self.proj_size or rest[-1].shape == (width, self.hidden_size))
                 for n, (w_ih, w_hh, *rest) in enumerate(weights)
             )
         )
@@ -90,19 +185,15 @@ class _Recurrent(torch.nn.RNNBase):
 
     def _obstacles(self, input: Any, name: str | None) -> tuple[str, ...]:
         """What keeps the backend `name`, or "triton" if None, from running a call that is plain; see `_is_plain`."""
-        packed = isinstance(input, PackedSequence)
-        tensor = input.data if packed else input
-        found = () if name == "reference" or not isinstance(tensor, Tensor) else backends.tensor_obstacles(tensor)
-        if self.proj_size:
-            found += ("proj_size is set, which the kernels do not know yet",)
-        if packed:
-            found += ("the input is a PackedSequence, which the kernels do not take yet",)
-        return found
+        tensor = input.data if isinstance(input, PackedSequence) else input
+        return () if name == "reference" or not isinstance(tensor, Tensor) else backends.tensor_obstacles(tensor)
 
     def _torch_wins(self, input: Any, hx: Any) -> bool:
         """Whether PyTorch's own layer was measured as the fastest for this plain call. Not in compiled code, where PyTorch
         unrolls it."""
-        if torch.compiler.is_compiling() or not families.measured(input.device):
+        if torch.compiler.is_compiling() or not isinstance(input, Tensor) or self.proj_size:
+            return False
+        if not families.measured(input.device):
             return False
         return families.torch_wins(self._shape(input, hx), input.device)
 
@@ -116,35 +207,62 @@ class _Recurrent(torch.nn.RNNBase):
             self.mode.lower(), T, B, self.input_size, self.hidden_size, self.num_layers, 1 + self.bidirectional, tensors
         )
 
-    def _run(self, backend: str, input: Any, hx: Any) -> Any:
-        layer, cell = _LAYERS[backend], self.mode.lower()
-        directions = 2 if self.bidirectional else 1
+    def _run(self, backend: str, input: Any, hx: Any, options: sequences.Sequences | None = None) -> Any:
+        cell, directions = self.mode.lower(), 2 if self.bidirectional else 1
         states, weights = self._states(hx), self._weights()
-        batched = input.dim() == 3
-        x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if self.batch_first else input
+        packed, batched = None, True
+        if isinstance(input, PackedSequence):
+            packed = input
+            x, options = sequences.padded(packed, options)
+            states = _permuted(states, packed.sorted_indices)
+        else:
+            batched = input.dim() == 3
+            x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if self.batch_first else input
         if not batched:
             states = tuple(state.unsqueeze(1) for state in states)
+        wants_details = options is not None and options.details
+        layer = (_TRACES if wants_details else _LAYERS)[backend]
 
-        last_states = []
+        last_states, all_states, all_gates = [], [], []
         for index in range(self.num_layers):
-            outputs = []
+            outputs, seen = [], []
             for direction in range(directions):
                 n = index * directions + direction
-                w_ih, w_hh = weights[n][:2]
-                b_ih, b_hh = weights[n][2:4] if self.bias else (None, None)
+                w_ih, w_hh, *rest = weights[n]
+                b_ih, b_hh = rest[:2] if self.bias else (None, None)
+                w_hr = rest[-1] if self.proj_size else None
                 start = tuple(state[n] for state in states) or None
-                y, last = layer(cell, x, start, w_ih, w_hh, b_ih, b_hh, reverse=direction == 1)
+                given = {} if options is None else options.of_layer(n)
+                y, last, *details = layer(cell, x, start, w_ih, w_hh, b_ih, b_hh, w_hr, reverse=direction == 1, **given)
                 outputs.append(y)
                 last_states.append(last)
-            x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+                seen.append(details)
+            x = _joined(outputs)
+            if wants_details:
+                cells, gates = zip(*seen, strict=True)
+                all_states.append((x, *(_joined(c) for c in zip(*cells, strict=True))))
+                all_gates.append(torch.stack(gates, dim=2))
             if self.dropout and self.training and index < self.num_layers - 1:
                 x = torch.dropout(x, self.dropout, train=True)  # whose errors are torch.nn.LSTM's
 
-        output = x.squeeze(1) if not batched else x.transpose(0, 1) if self.batch_first else x
         hidden = tuple(torch.stack(state) for state in zip(*last_states, strict=True))
+
+        def laid_out(tensor: Tensor) -> Any:
+            """(T, B, ...) as the caller has the input."""
+            if packed is not None:
+                return sequences.packed_like(packed, tensor)
+            return tensor.squeeze(1) if not batched else tensor.transpose(0, 1) if self.batch_first else tensor
+
+        if packed is not None:
+            hidden = _permuted(hidden, packed.unsorted_indices)
         if not batched:
             hidden = tuple(state.squeeze(1) for state in hidden)
-        return output, hidden if self.mode == "LSTM" else hidden[0]
+        results = (laid_out(x), hidden if self.mode == "LSTM" else hidden[0])
+        if options is not None and options.all_states:
+            results += (tuple(tuple(laid_out(state) for state in layer_states) for layer_states in all_states),)
+        if options is not None and options.gates:
+            results += (tuple(laid_out(layer_gates) for layer_gates in all_gates),)
+        return results
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + (f", backend={self.backend!r}" if self.backend not in (None, "auto") else "")
@@ -166,10 +284,22 @@ _DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels.
         backend: "triton", "torch" or "reference" to have it run there; None, the default, or "auto" for the choice per call
             that `rnnfast.explain` explains. A `ValueError` for another name.
 
+    Called with ``input`` and ``hx`` as torch.nn.{name} is, and by keyword with what that does not have (docs/sequences.md):
+        lengths: integers (B,), the steps of each row that count, 0 to T, in any order; a list, or a tensor on the CPU or the
+            input's device. ``output`` is zero in padding, the last states are those of each row's last step.
+        resets: bool (T, B), laid out as ``input``: a boundary before a step, at which the state begins anew.
+        reset_to: the states that resets begin from, in the form of ``hx``; zeros if not given.
+        return_all_states: also return, after the last states, a tuple of an entry a layer, {entry}, each laid out
+            as ``output``.
+        return_gates: also return, last, a tuple of an entry a layer: the gate activations (T, B, directions, {gates}, H), in
+            gate order, without gradient.
+    Errors: `RuntimeError` for a wrong size or device or a length out of range, `ValueError` for a wrong dtype or options that
+    do not go together, `TypeError` for what is no tensor.
+
     Shapes and dtypes: ``input`` (T, B, I), (B, T, I) with ``batch_first``, or (T, I); each state of ``hx``
     (layers * directions, B, H) or, unbatched, (layers * directions, H); ``output`` (T, B, directions * H). float16, bfloat16
-    and float32 on the kernels, which accumulate in float32{carried}; float64 on PyTorch's own layer, as for
-    now a `PackedSequence`{proj}. All outputs are differentiable with respect to input, states and parameters.
+    and float32 on the kernels, which accumulate in float32{carried}; float64 on PyTorch's own layer.
+    A `PackedSequence` comes out as one. All outputs are differentiable with respect to input, states and parameters.
 
     Source: {source}.
 
@@ -188,7 +318,8 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         equations="i, f, o = sigmoid(W_i x + b_i + R_i h + p_i), ...; g = tanh(W_g x + b_g + R_g h + p_g)\n"
         "    c' = f c + i g; h' = o tanh(c')        gate order i, f, g, o",
         carried=" and carry the cell\n    state in it",
-        proj=" and ``proj_size``",
+        entry="``(h, c)`` of every step",
+        gates=4,
         source="Hochreiter and Schmidhuber, 1997, with the forget gate of Gers, Schmidhuber and Cummins, 2000",
         result="(h_n, c_n)",
     )
@@ -201,7 +332,8 @@ class GRU(_Recurrent, torch.nn.GRU):
         equations="r, z = sigmoid(W_r x + b_r + R_r h + p_r), ...; n = tanh(W_n x + b_n + r (R_n h + p_n))\n"
         "    h' = (1 - z) n + z h        gate order r, z, n",
         carried="",
-        proj="",
+        entry="``(h,)`` of every step",
+        gates=3,
         source="Cho et al., 2014, with the reset gate after the product, as cuDNN has it",
         result="h_n",
     )
@@ -213,7 +345,8 @@ class RNN(_Recurrent, torch.nn.RNN):
         name="RNN",
         equations="h' = tanh(W x + b + R h + p), or relu with nonlinearity='relu'",
         carried="",
-        proj="",
+        entry="``(h,)`` of every step",
+        gates=1,
         source="Elman, 1990",
         result="h_n",
     )

@@ -9,6 +9,8 @@
 Inside, everything is time-major and contiguous. Kept for backward, in bytes per unit and step, e being the size of an
 element: LSTM 4 e + 4 (gates and the float32 cell state), GRU 4 e, RNN nothing; besides the layer's input and its output, which
 mostly live anyway (two directions are joined in a copy, and dropout makes one).
+
+Lengths and resets reach the operators as marks (`rnnfast.reference.marks`); see `rnnfast.ops_marks`.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import contextlib
 import torch
 from torch import Tensor
 
-from rnnfast import families
+from rnnfast import families, ops_marks, reference
 from rnnfast.families import precision
-from rnnfast.reference import GATES, GRADS, SAVED
+from rnnfast.reference import GATES, GRADS, PADDED, RESETS, SAVED, STARTS
 
 __all__ = ["backward", "forward", "precision"]
 
@@ -70,6 +72,10 @@ def forward(
     b_hh: Tensor | None,
     reverse: bool,
     save: bool,
+    marks: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer, one direction, on the Triton kernels.
 
@@ -81,10 +87,14 @@ def forward(
         b_ih, b_hh: (G*H,), or both None.
         reverse: from the last step to the first.
         save: whether to keep what `backward` needs.
+        marks: (T, B) of `rnnfast.reference.marks` for this direction, or None.
+        lengths: (B,) those that `marks` was made of, in 0..T; None if it has no padding.
+        reset_h, reset_c: (B, H), the states that resets begin from, or None for zeros.
 
     Returns:
-        y (T, B, H), h_n (B, H), c_n (B, H) or empty, and for backward the saved activations
-        (T, B, `Cell.saved` * H) and all cell states (T, B, H) in float32, each empty where nothing is kept.
+        y (T, B, H), zero in padding; h_n (B, H), c_n (B, H) or empty; and for backward the saved activations
+        (T, B, `Cell.saved` * H) and all cell states (T, B, H) in float32, each empty where nothing is kept, and with
+        anything in padding.
     """
     from rnnfast.kernels import cells, plan
 
@@ -92,12 +102,17 @@ def forward(
     T, B, _ = x.shape
     H = w_hh.shape[1]
     with _on_device(x):
-        y = x.new_empty(T, B, H)
+        y = (x.new_empty if lengths is None else x.new_zeros)(T, B, H)  # the kernels leave padding alone
         c = x.new_empty(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
         saved = x.new_empty((T, B, spec.saved * H) if save and spec.saved else (0,))
         w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
         bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
         choice = families.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device)
+        options = {}
+        if marks is not None:
+            choice = families.step_only(choice)
+            starts_c = (start_c, reset_c) if spec.carries_c else None
+            options = ops_marks.for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.step.BLOCK_B)
         n = plan.chunk_steps(T, B) if choice.persistent is None else choice.persistent.steps
         for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
             choice = families.run(
@@ -117,16 +132,16 @@ def forward(
                 saved if save else None,
                 reverse=reverse,
                 precision=precision(),
+                **options,
             )
-        last = 0 if reverse else -1
-        h_n = y[last].clone()
-        c_n = x.new_empty(0) if c is None else c[last].to(x.dtype, copy=True)
+        h_n = ops_marks.last_states(y, h0, lengths, reverse)
+        c_n = x.new_empty(0) if c is None else ops_marks.last_states(c, c0, lengths, reverse).to(x.dtype)
         cs = c if save and c is not None else x.new_empty(0, dtype=torch.float32)
     return y, h_n, c_n, saved, cs
 
 
 @forward.register_fake
-def _(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save):
+def _(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save, marks=None, lengths=None, reset_h=None, reset_c=None):
     T, B, _ = x.shape
     H = w_hh.shape[1]
     kept = SAVED[cell] if save else 0
@@ -153,84 +168,115 @@ def backward(
     c0: Tensor | None,
     w_hh: Tensor,
     reverse: bool,
-    need_h0: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_starts: bool,
+    dcs: Tensor | None = None,
+    marks: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The recurrence of `forward` in reverse.
 
     Args:
         dy, dh_n, dc_n: gradients of y, h_n and c_n, None for zeros.
         y, saved, c: what `forward` returned.
-        need_h0: whether h0's gradient is wanted, which takes one more product.
+        need_starts: whether h0's gradient is wanted (one more product); with marks, that of any initial or reset state.
+        dcs: gradient of all cell states (T, B, H) in float32, or None.
+        marks, lengths, reset_h, reset_c: as in `forward`.
 
     Returns:
-        The gate gradients (T, B, `Cell.grads` * H), the gradient of h0 (B, H) or empty, and that of c0 (B, H) or empty.
+        The gate gradients (T, B, `Cell.grads` * H), zero in padding, and the gradients of h0, c0, reset_h and reset_c, each
+        (B, H), or empty where there is none or it is not wanted.
     """
     from rnnfast.kernels import cells
 
     spec = cells.CELLS[cell]
     T, B, H = y.shape
     with _on_device(y):
-        d_gates = y.new_empty(T, B, spec.grads * H)
+        d_gates = (y.new_empty if lengths is None else y.new_zeros)(T, B, spec.grads * H)
         d_h, d_c = (
             torch.zeros(B, H, dtype=torch.float32, device=y.device)
             if grad is None
             else grad.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             for grad in (dh_n, dc_n)
         )
-        w = _dense(w_hh)
+        w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
+        choice = families.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device)
+        options: dict[str, Tensor | None] = {}
+        if marks is not None:
+            starts_c = (start_c, reset_c) if spec.carries_c else None
+            options = ops_marks.for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.step.BLOCK_B)
+            for name in ("starts_h", "starts_c") if need_starts else ():
+                starts = options[name]
+                options[f"d_{name}"] = None if starts is None else torch.zeros_like(starts, dtype=torch.float32)
+        if dcs is not None:
+            options["dcs"] = _dense(dcs)
         families.run(
             "backward",
-            families.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device),
+            families.step_only(choice) if options else choice,
             y.device,
             spec,
             _dense_or_none(dy),
             saved,
             y,
-            _dense_or_none(h0),
+            start_h,
             c if spec.carries_c else None,
-            _dense_float_or_none(c0),
+            start_c,
             w,
             d_gates,
             d_h,
             d_c if spec.carries_c else None,
             reverse=reverse,
             precision=precision(),
+            **options,
         )
-        dh0 = y.new_empty(0)
-        if need_h0:
-            first = d_gates[-1 if reverse else 0, :, (spec.grads - spec.gates) * H :]
-            dh0 = first @ w
-            if spec.direct:
-                dh0 = (dh0 + d_h).to(y.dtype)
-        dc0 = d_c.to(y.dtype, copy=True) if spec.carries_c else y.new_empty(0)
-    return d_gates, dh0, dc0
+        first = d_gates[-1 if reverse else 0, :, (spec.grads - spec.gates) * H :] if need_starts else None
+        direct = d_h if spec.direct else None
+        if marks is not None:
+            grads = ops_marks.start_grads(first, w, direct, d_h, d_c, marks[-1 if reverse else 0], lengths, options)
+        else:
+            grads = [None if first is None else first @ w, d_c if spec.carries_c else None, None, None]
+            if grads[0] is not None and direct is not None:
+                grads[0] = grads[0] + direct
+    dh0, dc0, d_reset_h, d_reset_c = (y.new_empty(0) if grad is None else grad.to(y.dtype, copy=True) for grad in grads)
+    return d_gates, dh0, dc0, d_reset_h, d_reset_c
 
 
 @backward.register_fake
-def _(cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, reverse, need_h0):
+def _(
+    cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, reverse, need_starts,
+    dcs=None, marks=None, lengths=None, reset_h=None, reset_c=None,
+):  # fmt: skip
     T, B, H = y.shape
+    has_c, marked = cell == "lstm", marks is not None
     return (
         y.new_empty(T, B, GRADS[cell] * H),
-        y.new_empty(B, H) if need_h0 else y.new_empty(0),
-        y.new_empty(B, H) if cell == "lstm" else y.new_empty(0),
+        y.new_empty(B, H) if need_starts else y.new_empty(0),
+        y.new_empty(B, H) if has_c and (need_starts or not marked) else y.new_empty(0),
+        y.new_empty(B, H) if need_starts and marked else y.new_empty(0),
+        y.new_empty(B, H) if need_starts and marked and has_c else y.new_empty(0),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    cell, x, h0, c0, w_ih, w_hh, _, _, reverse, save = inputs
+    cell, x, h0, c0, w_ih, w_hh, _, _, reverse, save, marks, lengths, reset_h, reset_c = inputs
     if not save:
         raise RuntimeError("rnnfast::forward was called with save=False on inputs that require gradients")
     y, _, _, saved, c = output
     ctx.cell, ctx.reverse = cell, reverse
-    ctx.mark_non_differentiable(saved, c)
+    ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, saved, c)
+    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, saved, c, marks, lengths, reset_h, reset_c)
 
 
-def _backward(ctx, dy, dh_n, dc_n, _d_saved, _d_c):
-    x, h0, c0, w_ih, w_hh, y, saved, c = ctx.saved_tensors
-    _, need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, _, _ = ctx.needs_input_grad
-    d_gates, dh0, dc0 = backward(ctx.cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, ctx.reverse, need_h0)
+def _backward(ctx, dy, dh_n, dc_n, _d_saved, dcs):
+    x, h0, c0, w_ih, w_hh, y, saved, c, marks, lengths, reset_h, reset_c = ctx.saved_tensors
+    needs = (*ctx.needs_input_grad, *[False] * 4)[:14]  # PyTorch leaves out trailing inputs that are their default
+    _, need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, *_, need_reset_h, need_reset_c = needs
+    need_starts = need_h0 if marks is None else need_h0 or need_c0 or need_reset_h or need_reset_c
+    d_gates, dh0, dc0, d_reset_h, d_reset_c = backward(
+        ctx.cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, ctx.reverse, need_starts, dcs, marks, lengths, reset_h, reset_c
+    )
 
     T, B, H = y.shape
     sides = GATES[ctx.cell] * H
@@ -241,20 +287,27 @@ def _backward(ctx, dy, dh_n, dc_n, _d_saved, _d_c):
     if need_x:
         dx = (d_input @ (w_ih.roll(H, 0) if kept_apart else w_ih)).view(T, B, -1)
     if need_w_ih:
+        if lengths is not None:
+            x = x.masked_fill((marks == PADDED)[..., None], 0)  # a NaN in padding times a gradient of 0 would be one
         dw_ih = d_input.t() @ x.reshape(T * B, -1)
         dw_ih = dw_ih.roll(-H, 0) if kept_apart else dw_ih
     if need_w_hh:
         # step t met y[t - 1], or y[t + 1] in reverse; the first step met h0
         first, met, by = (rows[-B:], y[1:], d_hidden[:-B]) if ctx.reverse else (rows[:B], y[:-1], d_hidden[B:])
-        dw_hh = by.t() @ met.reshape((T - 1) * B, H)
-        if h0 is not None:
-            dw_hh = torch.addmm(dw_hh, first[:, -sides:].t(), h0)
+        if marks is not None:
+            dw_hh = d_hidden.t() @ ops_marks.entered(y, h0, reset_h, marks, ctx.reverse).view(T * B, H)
+        else:
+            dw_hh = by.t() @ met.reshape((T - 1) * B, H)
+            if h0 is not None:
+                dw_hh = torch.addmm(dw_hh, first[:, -sides:].t(), h0)
     if need_b_ih:
         db_ih = d_input.sum(0)
         db_ih = db_ih.roll(-H, 0) if kept_apart else db_ih
     if need_b_hh:
         db_hh = d_hidden.sum(0)
-    return None, dx, dh0 if need_h0 else None, dc0 if need_c0 else None, dw_ih, dw_hh, db_ih, db_hh, None, None
+    grads = (dx, dh0 if need_h0 else None, dc0 if need_c0 else None, dw_ih, dw_hh, db_ih, db_hh)
+    resets = (d_reset_h if need_reset_h else None, d_reset_c if need_reset_c else None)
+    return None, *grads, None, None, None, None, *resets
 
 
 def _double_backward(ctx, *_):
@@ -268,7 +321,19 @@ torch.library.register_autograd("rnnfast::backward", _double_backward)
 torch.library.register_autograd("rnnfast::forward", _backward, setup_context=_setup_context)
 
 
-def layer(
+def layer(*args, **options) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`rnnfast.reference.layer` on the Triton kernels; saves for backward only if there can be one."""
+    y, last, *_ = _unroll(*args, **options, details=False)
+    return y, last
+
+
+def trace(*args, **options) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """`rnnfast.reference.trace` on the Triton kernels, which keep the states and gates of all steps as they do for backward."""
+    y, last, saved, cs, marks = _unroll(*args, **options, details=True)
+    return y, last, *_details(args[0], y, saved, cs, marks)
+
+
+def _unroll(
     cell: str,
     x: Tensor,
     states: tuple[Tensor, ...] | None,
@@ -276,16 +341,63 @@ def layer(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
     *,
+    details: bool,
     reverse: bool = False,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`rnnfast.reference.layer` on the Triton kernels; saves for backward only if there can be one. `states` may be None."""
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_to: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor, Tensor | None]:
     h0, c0 = (*states, None)[:2] if states else (None, None)
-    inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    reset_h, reset_c = (*reset_to, None)[:2] if reset_to else (None, None)
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):  # as cuDNN's layer: everything in the lower precision
         low = torch.get_autocast_dtype(kind)
-        inputs = tuple(None if tensor is None else tensor.to(low) for tensor in inputs)
-    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    y, h_n, c_n, _, _ = forward(cell, *inputs, reverse, save)
-    return y, (h_n, c_n) if cell == "lstm" else (h_n,)
+        tensors = tuple(None if tensor is None else tensor.to(low) for tensor in tensors)
+    marks = None
+    if lengths is not None or resets is not None:
+        marks = reference.marks(x, lengths, resets, reverse)
+    save = details or (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
+    run = _plain if w_hr is None else _projected
+    y, h_n, c_n, saved, cs = run(cell, tensors, reverse, save, marks, lengths)
+    last = (h_n, c_n) if cell == "lstm" else (h_n,)
+    return y, last, saved, cs, marks
+
+
+def _plain(cell, tensors, reverse, save, marks, lengths):
+    *layer, reset_h, reset_c, _ = tensors
+    return forward(cell, *layer, reverse, save, marks, lengths, reset_h, reset_c)
+
+
+def _projected(cell, tensors, reverse, save, marks, lengths):
+    """An LSTM with projection as one without: m_t = o tanh(c_t) gives h_t = W_hr m_t and W_hh h_{t-1} = (W_hh W_hr) m_{t-1}, so
+    the kernels run on m and that one matrix. An h that is given, not being W_hr m, comes in at its steps by the input."""
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr = tensors
+    B, (P, H) = x.shape[1], w_hr.shape
+    if h0 is not None or reset_h is not None:
+        codes = reference.marks(x, None, None, reverse) if marks is None else marks
+        zeros, codes = x.new_zeros(B, P), codes[..., None]
+        start, anew = zeros if h0 is None else h0, zeros if reset_h is None else reset_h
+        given = torch.where(codes == STARTS, start, torch.where(codes == RESETS, anew, zeros))
+        x, w_ih = torch.cat([x, given], dim=2), torch.cat([w_ih, w_hh], dim=1)
+    m0 = None if c0 is None else x.new_zeros(B, H)  # a kernel takes both states or none
+    m, m_n, c_n, saved, cs = forward(
+        cell, x, m0, c0, w_ih, w_hh @ w_hr, b_ih, b_hh, reverse, save, marks, lengths, None, reset_c
+    )
+    h_n = m_n @ w_hr.t()
+    if h0 is not None and lengths is not None:
+        h_n = torch.where((lengths > 0)[:, None], h_n, h0)
+    return m @ w_hr.t(), h_n, c_n, saved, cs
+
+
+def _details(cell: str, y: Tensor, saved: Tensor, cs: Tensor, marks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The cell states and the gates of all steps, as `rnnfast.reference.trace` gives them."""
+    T, B, _ = y.shape
+    gates = saved.view(T, B, SAVED[cell], -1)[:, :, : GATES[cell]] if SAVED[cell] else y.detach()[:, :, None]
+    cells = (cs,) if cell == "lstm" else ()
+    if marks is not None:
+        padded = (marks == PADDED)[..., None]
+        gates, cells = gates.masked_fill(padded[..., None], 0), tuple(c.masked_fill(padded, 0) for c in cells)
+    return tuple(c.to(y.dtype) for c in cells), gates

@@ -16,40 +16,47 @@ gate of Gers et al. 2000), r, z, n for the GRU (Cho et al. 2014, reset after the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, relu, sigmoid, stack, tanh
 from torch.nn.functional import linear
 
-__all__ = ["GATES", "gru_step", "layer", "lstm_step", "rnn_relu_step", "rnn_tanh_step"]
+__all__ = ["GATES", "gru_step", "layer", "lstm_step", "marks", "rnn_relu_step", "rnn_tanh_step", "trace"]
 
 States = tuple[Tensor, ...]
+Step = tuple[States, States]  # the new states, the gate activations in gate order
+
+CONTINUES, STARTS, RESETS, PADDED = range(4)  # the marks: see `marks`
 
 
-def lstm_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> States:
+def lstm_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Step:
     """i, f, o = sigmoid(.), g = tanh(.); c' = f c + i g; h' = o tanh(c')."""
     h, c = states
     i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, dim=-1)
-    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
-    return sigmoid(o) * tanh(c), c
+    i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
+    c = f * c + i * g
+    return (o * tanh(c), c), (i, f, g, o)
 
 
-def gru_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> States:
+def gru_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Step:
     """r, z = sigmoid(.); n = tanh(x_n + r h_n) with h_n = W_hn h + b_hn; h' = (1 - z) n + z h."""
     (h,) = states
     x_r, x_z, x_n = linear(x, w_ih, b_ih).chunk(3, dim=-1)
     h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, dim=-1)
     r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
     n = tanh(x_n + r * h_n)
-    return ((1 - z) * n + z * h,)
+    return ((1 - z) * n + z * h,), (r, z, n)
 
 
-def rnn_tanh_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> States:
+def rnn_tanh_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Step:
     """h' = tanh(W_ih x + b_ih + W_hh h + b_hh)."""
-    return (tanh(linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh)),)
+    h = tanh(linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh))
+    return (h,), (h,)
 
 
-def rnn_relu_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> States:
+def rnn_relu_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Step:
     """h' = relu(W_ih x + b_ih + W_hh h + b_hh)."""
-    return (relu(linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh)),)
+    h = relu(linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh))
+    return (h,), (h,)
 
 
 STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": rnn_tanh_step, "rnn_relu": rnn_relu_step}
@@ -60,7 +67,44 @@ SAVED = {"lstm": 4, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
 GRADS = {"lstm": 4, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
 
 
-def layer(
+def marks(x: Tensor, lengths: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
+    """What state enters each step of each batch row, in the terms of the direction that runs.
+
+    CONTINUES, that of the step before; STARTS, the initial state; RESETS, the reset state; PADDED, none: the step is padding.
+    A reset is a boundary between two steps in time: forward it restarts the state that enters its step, in reverse the one that
+    enters the step before it in time.
+
+    Args:
+        x: (T, B, I), for its shape and device.
+        lengths: (B,) integers in 0..T, the steps of each row that count, the first ones; or None for all.
+        resets: (T, B) bool, whether a boundary lies before a step; or None for no resets.
+        reverse: from the last step to the first.
+
+    Returns:
+        (T, B) int8.
+    """
+    T, B, _ = x.shape
+    steps = torch.arange(T, device=x.device)[:, None]
+    if lengths is None:
+        lengths = steps.new_full((B,), T)
+    begins = steps == (lengths - 1 if reverse else 0)
+    if resets is None:
+        found = torch.where(begins, STARTS, CONTINUES)
+    elif reverse:
+        resets = torch.cat([resets[1:], torch.zeros_like(resets[:1])])
+        found = torch.where(begins, STARTS, torch.where(resets, RESETS, CONTINUES))
+    else:
+        found = torch.where(resets, RESETS, torch.where(begins, STARTS, CONTINUES))
+    return torch.where(steps >= lengths, PADDED, found).to(torch.int8)
+
+
+def layer(*args, **options) -> tuple[Tensor, States]:
+    """`trace` without its details: ``y`` and the states after the last step taken."""
+    y, states, _, _ = trace(*args, **options)
+    return y, states
+
+
+def trace(
     cell: str,
     x: Tensor,
     states: States | None,
@@ -68,9 +112,13 @@ def layer(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
     *,
     reverse: bool = False,
-) -> tuple[Tensor, States]:
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_to: States | None = None,
+) -> tuple[Tensor, States, tuple[Tensor, ...], Tensor]:
     """One layer, one direction: the step unrolled over time.
 
     Args:
@@ -78,15 +126,39 @@ def layer(
         x: (T, B, I).
         states: ``(h0, c0)`` for the LSTM, ``(h0,)`` otherwise, each (B, H); None for zeros.
         w_ih, w_hh, b_ih, b_hh: weights as above.
+        w_hr: (P, H), of an LSTM with h_t = W_hr (o tanh(c_t)); H is then P in the shapes of h0, ``y`` and w_hh, (G*H, P).
         reverse: from the last step to the first; ``y[t]`` still belongs to ``x[t]``.
+        lengths, resets: as in `marks`; both None for full rows that nothing restarts. A padded step gives zeros and leaves
+            the states as they are.
+        reset_to: what resets restart from, like `states`; None for zeros.
 
     Returns:
-        ``y`` (T, B, H) and the states after the last step taken.
+        ``y`` (T, B, H); the states after the last step taken; the cell states of all steps, ``(c,)`` with c (T, B, H), or
+        ``()``; the gate activations of all steps (T, B, G, H), without gradient.
     """
-    step, outputs = STEPS[cell], [x] * x.shape[0]
-    if states is None:
-        states = (x.new_zeros(x.shape[1], w_hh.shape[1]),) * (2 if cell == "lstm" else 1)
-    for t in reversed(range(x.shape[0])) if reverse else range(x.shape[0]):
-        states = step(x[t], states, w_ih, w_hh, b_ih, b_hh)
-        outputs[t] = states[0]
-    return stack(outputs), states
+    T, B, _ = x.shape
+    zeros = (x.new_zeros(B, w_hh.shape[1]), x.new_zeros(B, w_hh.shape[0] // GATES[cell]))[: 2 if cell == "lstm" else 1]
+    start, reset = states or zeros, reset_to or zeros
+    marked = lengths is not None or resets is not None
+    if marked:
+        codes = marks(x, lengths, resets, reverse)[..., None]
+        x = x.masked_fill(codes == PADDED, 0)  # a NaN in padding would reach gradients as 0 * NaN
+    states, steps = start, [()] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        before = states
+        if marked:
+            states = _select(codes[t] == STARTS, start, _select(codes[t] == RESETS, reset, states))
+        states, gates = STEPS[cell](x[t], states, w_ih, w_hh, b_ih, b_hh)
+        if w_hr is not None:
+            states = (linear(states[0], w_hr), *states[1:])
+        steps[t] = (*states, torch.cat(gates, dim=1).detach())
+        if marked:
+            padded = codes[t] == PADDED
+            steps[t] = tuple(tensor.masked_fill(padded, 0) for tensor in steps[t])
+            states = _select(padded, before, states)
+    y, *cells, gates = (stack(tensors) for tensors in zip(*steps, strict=True))
+    return y, states, tuple(cells), gates.view(T, B, GATES[cell], -1)
+
+
+def _select(condition: Tensor, where: States, otherwise: States) -> States:
+    return tuple(torch.where(condition, a, b) for a, b in zip(where, otherwise, strict=True))

@@ -204,13 +204,11 @@ def test_strict(device, monkeypatch, ran):
     """RNNFAST_STRICT=1: a call the kernels do not take raises with the reason, unless torch was asked for by name."""
     x = torch.zeros(T, B, I, device=device)
     double = rnnfast.LSTM(I, H, device=device, dtype=torch.float64)
-    projected, packed = rnnfast.LSTM(I, H, proj_size=2, device=device), pack_padded_sequence(x, [3, 2])
-    plain = rnnfast.LSTM(I, H, device=device)
+    packed = pack_padded_sequence(x.double(), [3, 2])
     monkeypatch.setenv("RNNFAST_STRICT", "1")
     for module, argument, reason in (
         (double, x.double(), FLOAT64),
-        (projected, x, "proj_size is set"),
-        (plain, packed, "the input is a PackedSequence"),
+        (double, packed, FLOAT64),
     ):
         for backend in (None, "triton"):
             module.backend = backend
@@ -227,7 +225,7 @@ def test_strict(device, monkeypatch, ran):
     double.backend = "reference"
     double(x.double())
     assert ran == ["reference"]
-    plain.backend = None
+    plain = rnnfast.LSTM(I, H, device=device)
     plain(x)
     monkeypatch.setenv("RNNFAST_STRICT", "0")
     double.backend = None
@@ -262,15 +260,12 @@ def test_fallback_warning_points_at_the_user(device):
 
 
 def test_reference_does_not_give_way(device):
-    """Asked for by name, the reference takes float64, on any device, and says only its own reasons."""
+    """Asked for by name, the reference takes float64, on any device."""
     x = torch.randn(T, B, I, device=device, dtype=torch.float64)
     ours = rnnfast.LSTM(I, H, device=device, dtype=torch.float64, backend="reference")
     with spies() as ran:
         ours(x)
     assert ran == ["reference"]
-    with pytest.warns(rnnfast.FallbackWarning, match="'reference' was asked for") as caught:
-        ours(pack_padded_sequence(x, [3, 2]))
-    assert "PackedSequence" in str(caught[0].message) and "dtype" not in str(caught[0].message)
 
 
 # Why not Triton
@@ -418,11 +413,7 @@ def test_explain_the_rest(device):
     explained = rnnfast.explain(module, pack_padded_sequence(x, [3, 2]))
     assert explained.backend == "torch" and explained.asked == "'triton' was asked for by backend=, but cannot run this call"
     assert "input packed (5, 3) torch.float64" in explained.call
-    assert [reason for reason in explained.obstacles if "INTERPRET" not in reason] == [
-        FLOAT64,
-        "proj_size is set, which the kernels do not know yet",
-        "the input is a PackedSequence, which the kernels do not take yet",
-    ]
+    assert [reason for reason in explained.obstacles if "INTERPRET" not in reason] == [FLOAT64]
     plain = rnnfast.LSTM(I, H, device=device)
     for wrong, hx in ((x.float()[0, 0], None), (x.float()[..., :2], None), (x.float(), torch.zeros(1, B, H)), (x, None)):
         explained = rnnfast.explain(plain, wrong, hx)
@@ -481,7 +472,7 @@ def test_explain_agrees_with_forward(device, data):
             assert explained.backend != "triton" or not explained.obstacles
             reasons = [obstacle for obstacle in explained.obstacles if "serves or refuses" not in obstacle]
             if asked == "reference":  # which takes any tensor
-                reasons = [obstacle for obstacle in reasons if "PackedSequence" in obstacle or "proj_size" in obstacle]
+                reasons = []
             gives_way = asked != "torch" and bool(reasons)
             assert explained.backend == "torch" or not gives_way
             with spies() as ran, warnings.catch_warnings(record=True) as caught:

@@ -68,6 +68,7 @@ STATES = {
     "None": lambda h: None,
     "number": lambda h: 1.0,
 }
+SIZES = [kind for kind in STATES if kind.split()[-1] in ("layers", "rows", "units", "first") or kind.endswith("-D")]
 CONTAINERS = {
     "a tensor": lambda h: h,
     "both in a tensor": lambda h: torch.stack([h, h]),
@@ -108,8 +109,11 @@ def test_bad_states(name, kind, device, no_launch):
     for hx in [(bad, good), (good, bad), (bad, bad)] if name == "LSTM" else [bad] if bad is not None else []:
         same(ours, theirs, x, hx)
         same(ours, theirs, x[:, 0], hx)
-        if name != "LSTM":  # torch.nn.LSTM itself does not check the states of a packed call, and crashes
+        if name != "LSTM":
             same(ours, theirs, packed(x, [3, 2, 1]), hx)
+        elif kind in SIZES:  # torch.nn.LSTM itself does not check the states of a packed call, and crashes
+            with pytest.raises(RuntimeError, match=r"Expected hidden\[[01]\] size"):
+                ours(packed(x, [3, 2, 1]), hx)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import io
 import itertools
 import pickle
 
+import loops
 import pytest
 import torch
-from layers import CELLS, NAMES, B, H, I, T, close, equal, flat, outcome, packed, pair, run, states
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from layers import CELLS, NAMES, B, H, I, T, close, equal, flat, outcome, pair, run, states
 
 import rnnfast
 from rnnfast.check import Case, compare
@@ -65,44 +65,29 @@ def test_layout_of_outputs(bidirectional, device):
     assert output.abs().min() > 0
 
 
-@pytest.mark.parametrize("lengths", [[3, 2, 2], [1, 3, 2]], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_projection(dtype, given, device):
+    """proj_size, two layers, both directions: outputs and all gradients within the contract of torch.nn's."""
+    options = {"num_layers": 2, "bidirectional": True, "proj_size": 6, "bias": given}
+    ours = rnnfast.LSTM(7, 15, **options, device=device, dtype=dtype, backend="triton")
+    theirs = torch.nn.LSTM(7, 15, **options, device=device, dtype=dtype)
+    tensors = loops.arguments(ours, 3, 5, hx=given)
+    found, common = (loops.everything(loops.by_module(layer, {}), tensors, dtype) for layer in (ours, theirs))
+    exact = loops.everything(loops.by_module(theirs.double(), {}), tensors, torch.float64)
+    assert not loops.outside(found, common, exact, dtype)
+
+
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_packed(name, given, lengths, device, no_launch):
-    """A PackedSequence goes to PyTorch's own layer: outputs and gradients are bitwise torch.nn's."""
-    ours, theirs = pair(name, device, backend=None, num_layers=2, bidirectional=True)
-    x, hx = torch.randn(3, 3, I, device=device), states(name, 4, 3, H, device=device) if given else None
-    found = []
-    for module in (ours, theirs):
-        copied = x.clone().requires_grad_()
-        output, last = module(packed(copied, lengths), hx)
-        assert isinstance(output, PackedSequence)
-        tensors = flat((pad_packed_sequence(output)[0], last))
-        grads = torch.autograd.grad(sum(tensor.square().sum() for tensor in tensors), [copied, *module.parameters()])
-        found.append((*tensors, *grads))
-    assert equal(*found)
-
-
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        *((name, {"dtype": torch.float64}) for name in NAMES),
-        ("LSTM", {"proj_size": 2}),
-        ("LSTM", {"proj_size": 2, "bias": False}),
-    ],
-)
-def test_what_the_kernels_do_not_take(name, options, given, device, no_launch):
-    """float64 and proj_size run on PyTorch's own layer: outputs and gradients are bitwise torch.nn's."""
-    dtype = options.get("dtype", torch.float32)
+def test_what_the_kernels_do_not_take(name, given, device, no_launch):
+    """float64 runs on PyTorch's own layer: outputs and gradients are bitwise torch.nn's."""
     torch.manual_seed(1)
-    ours = getattr(rnnfast, name)(I, H, num_layers=2, bidirectional=True, device=device, **options)
+    ours = getattr(rnnfast, name)(I, H, num_layers=2, bidirectional=True, device=device, dtype=torch.float64)
     torch.manual_seed(1)
-    theirs = getattr(torch.nn, name)(I, H, num_layers=2, bidirectional=True, device=device, **options)
-    hx = states(name, 4, B, H, device=device, dtype=dtype) if given else None
-    if given and "proj_size" in options:
-        hx = (hx[0][..., :2], hx[1])
-    x = torch.randn(T, B, I, device=device, dtype=dtype)
+    theirs = getattr(torch.nn, name)(I, H, num_layers=2, bidirectional=True, device=device, dtype=torch.float64)
+    hx = states(name, 4, B, H, device=device, dtype=torch.float64) if given else None
+    x = torch.randn(T, B, I, device=device, dtype=torch.float64)
     assert equal(run(ours, x, hx), run(theirs, x, hx))
 
 

@@ -1,0 +1,87 @@
+"""What lengths and resets add to the operators of `rnnfast.ops`, around the kernels.
+
+All of it is tensors: no size, no branch and no launch depends on a length or a reset, so nothing waits for the GPU, and a graph
+that was captured replays with others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnnfast.reference import CONTINUES, RESETS, STARTS
+
+__all__ = ["entered", "for_kernels", "last_states", "start_grads"]
+
+
+def _or_zeros(state: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if state is None else state.to(like.dtype)
+
+
+def for_kernels(
+    marks: Tensor,
+    lengths: Tensor | None,
+    starts_h: tuple[Tensor | None, Tensor | None],
+    starts_c: tuple[Tensor | None, Tensor | None] | None,
+    y: Tensor,
+    tile: int,
+) -> dict[str, Tensor | None]:
+    """What the kernels take besides where there are marks. `starts_h`, `starts_c`: the initial and the reset state, None for
+    zeros. Rows of several tiles are taken longest first: a tile costs nothing from the step on at which its longest row ended.
+    """
+    h, c = y[0], y[0].float()
+    order = None if lengths is None or y.shape[1] <= tile else lengths.argsort(descending=True).to(torch.int32)
+    return {
+        "marks": marks.contiguous(),
+        "order": order,
+        "starts_h": torch.stack([_or_zeros(state, h) for state in starts_h]),
+        "starts_c": None if starts_c is None else torch.stack([_or_zeros(state, c) for state in starts_c]),
+    }
+
+
+def last_states(states: Tensor, start: Tensor | None, lengths: Tensor | None, reverse: bool) -> Tensor:
+    """The state after the last step taken of each row: its own last one, or `start` where it has none. `states` (T, B, H), or
+    (1, B, H) where each row's last state is kept in place."""
+    if lengths is None or (reverse or states.shape[0] == 1):
+        last = states[0 if reverse else -1].clone()
+    else:
+        last = states.gather(0, (lengths.clamp(min=1) - 1)[None, :, None].expand(1, *states.shape[1:]))[0]
+    return last if lengths is None else torch.where((lengths > 0)[:, None], last, _or_zeros(start, last))
+
+
+def start_grads(
+    first: Tensor | None,
+    w: Tensor,
+    direct: Tensor | None,
+    d_h: Tensor,
+    d_c: Tensor,
+    mark: Tensor,
+    lengths: Tensor | None,
+    options: dict[str, Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of h0, c0, reset_h and reset_c: those that the kernel handed over, what comes from the step that was processed
+    first, `first` its gate gradients and `mark` its marks, and of an empty row those of its last states."""
+    d_starts_h, d_starts_c = options.get("d_starts_h"), options.get("d_starts_c")
+    if first is None or d_starts_h is None:
+        return [None] * 4
+    through = (first @ w).float() if direct is None else (first @ w) + direct
+    mark, nothing = mark[:, None], torch.zeros_like(through)
+    d_starts_h[0] += torch.where(mark == STARTS, through, nothing)
+    d_starts_h[1] += torch.where(mark == RESETS, through, nothing)
+    if lengths is not None:
+        empty = (lengths == 0)[:, None]
+        d_starts_h[0] += torch.where(empty, d_h, nothing)
+        if d_starts_c is not None:
+            d_starts_c[0] += torch.where(empty, d_c, nothing)
+    c = [None, None] if d_starts_c is None else [*d_starts_c]
+    return [d_starts_h[0], c[0], d_starts_h[1], c[1]]
+
+
+def entered(y: Tensor, h0: Tensor | None, reset_h: Tensor | None, marks: Tensor, reverse: bool) -> Tensor:
+    """The h that entered each step, (T, B, H): a copy, for one product over all steps; zero in padding."""
+    edge = torch.zeros_like(y[:1])
+    before = torch.cat([y[1:], edge] if reverse else [edge, y[:-1]])
+    start, reset = _or_zeros(h0, y[0]), _or_zeros(reset_h, y[0])
+    codes = marks[..., None]
+    anew = torch.where(codes == STARTS, start, torch.where(codes == RESETS, reset, 0))
+    return torch.where(codes == CONTINUES, before, anew)
