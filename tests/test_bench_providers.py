@@ -81,10 +81,15 @@ def test_compiled(name, monkeypatch):
 
 
 def test_packed():
+    """Those that take packed input are right on it; the kernels do where `explain` says so."""
     case = Case("LSTM", 6, 3, 3, 4, dtype="float32", packed=True)
+    takes = {"torch.nn", "rnnfast", "rnnfast-torch"}
+    layer, x = rnnfast.LSTM(3, 4, backend="triton"), Problem(case, "cpu").x
+    if rnnfast.explain(layer, x).backend == "triton":
+        takes.add("rnnfast-step")
     for name in all_providers():
         row = run.row_of(case, "quick", named_provider(name), SETTINGS)
-        if name in ("torch.nn", "rnnfast", "rnnfast-torch"):
+        if name in takes:
             assert row["status"] == "ok" and "checked against torch.nn in float64" in row["note"]
         else:
             assert row["status"] == "unavailable" and row["note"]
