@@ -81,6 +81,18 @@ def share(result: check.Result) -> float:
     return result.ours / result.allowed
 
 
+def tensors(layer: torch.nn.Module, x: torch.Tensor, states: tuple, upstream: list) -> dict[str, torch.Tensor]:
+    """The outputs and the gradients of everything."""
+    inputs = {"input": x.clone().requires_grad_()}
+    inputs |= {name: state.clone().requires_grad_() for name, state in zip(("h_0", "c_0"), states, strict=False)}
+    x, *states = inputs.values()
+    y, last = layer(x, tuple(states) if len(states) > 1 else states[0])
+    outputs = {"output": y, **dict(zip(("h_n", "c_n"), last if isinstance(last, tuple) else (last,), strict=False))}
+    inputs |= dict(layer.named_parameters())
+    gradients = torch.autograd.grad(list(outputs.values()), list(inputs.values()), [g.to(y.dtype) for g in upstream])
+    return outputs | {f"grad of {name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
+
+
 def run(cell: str, dtype: str, seeds: range) -> Outcome:
     """A layer under the schedules `seeds`, and the error of the first against the float64 reference."""
     torch.set_num_threads(1)
@@ -94,8 +106,8 @@ def run(cell: str, dtype: str, seeds: range) -> Outcome:
     x = torch.randn(T, B, I).to(case.dtype)
     states = tuple(torch.randn(1, B, H).to(case.dtype) for _ in range(2 if cell == "LSTM" else 1))
     upstream = [torch.randn(shape).to(case.dtype) for shape in [(T, B, H), *(state.shape for state in states)]]
-    right = check._run(exact, x.double(), tuple(state.double() for state in states), upstream)
-    torchs = check._run(theirs, x, states, upstream)
+    right = tensors(exact, x.double(), tuple(state.double() for state in states), upstream)
+    torchs = tensors(theirs, x, states, upstream)
     outcome = None
     for seed in seeds:
         with (
@@ -104,7 +116,7 @@ def run(cell: str, dtype: str, seeds: range) -> Outcome:
             mock.patch("rnnfast.kernels.persistent.plan.persistent_plan", small_plan),
             together(seed) as happened,
         ):
-            mine = check._run(ours, x, states, upstream)
+            mine = tensors(ours, x, states, upstream)
         digest = hashlib.sha256(b"".join(bytes(t.contiguous().view(torch.uint8).untyped_storage()) for t in mine.values()))
         errors = {name: (check.error(mine[name], value), check.error(torchs[name], value)) for name, value in right.items()}
         results = [
