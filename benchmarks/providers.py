@@ -150,7 +150,7 @@ class Loop(Provider):
                     states = (x.new_zeros(case.B, case.H),) * (2 if case.cell == "LSTM" else 1)
                     ys = []
                     for x_t in reversed(x.unbind(0)) if direction else x.unbind(0):
-                        states = step(x_t, states, *parameters[first : first + 4])
+                        states, _ = step(x_t, states, *parameters[first : first + 4])
                         ys.append(states[0])
                     outputs.append(torch.stack(ys[::-1] if direction else ys))
                     last_states.append(states)

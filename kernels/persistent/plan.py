@@ -5,6 +5,7 @@ Pure functions: nothing here asks a device, so tests need none.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -118,7 +119,7 @@ MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step 
 WORDS_PER_THREAD = {(False, True): 48, (True, True): 128, (False, False): 16, (True, False): 64}
 WORDS_AND_SUMS = 112
 # words, accumulators and weights of a thread, beside which the rest has room, for (backward, the weights of all operands)
-REGISTERS_WITH_WEIGHTS = {(False, True): 200, (False, False): 150, (True, True): 200, (True, False): 200}
+REGISTERS_WITH_WEIGHTS = {(False, True): 200, (False, False): 150, (True, True): 200, (True, False): 190}
 OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
 
 
@@ -306,12 +307,13 @@ def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, clocks: float) 
     return max(1, steps)
 
 
+@functools.lru_cache(maxsize=1024)  # asked at every call of a layer
 def _rank(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits
-) -> tuple[list[PersistentPlan], str]:
-    """The plans that fit, the fastest by the model first, one for each tile; and why there is none."""
+) -> tuple[tuple[tuple[float, PersistentPlan], ...], str]:
+    """Clocks and tiles of the plans that fit, the fastest by the model first, one for each tile; and why there is none."""
     if limits.capability < 80:
-        return [], f"{limits.name} has compute capability {limits.capability / 10}, and the persistent kernels need 8.0"
+        return (), f"{limits.name} has compute capability {limits.capability / 10}, and the persistent kernels need 8.0"
     tensor_cores = itemsize == 2 or precision == "tf32"
     fastest: dict[tuple[int, ...], tuple[float, PersistentPlan]] = {}
     nearest: dict[str, tuple[float, str]] = {}  # to each limit, of those that pass it
@@ -325,9 +327,9 @@ def _rank(
         clocks = candidate.step_time(B, gates, backward, tensor_cores, limits).total
         tile = (plan.BLOCK_B, plan.BLOCK_H, plan.SPLIT, plan.num_warps, plan.PARTS)
         if tile not in fastest or clocks < fastest[tile][0]:
-            fastest[tile] = clocks, replace(plan, steps=_steps(plan, B, H, backward, clocks))
+            fastest[tile] = clocks, plan
     ranked = sorted(fastest.values(), key=lambda entry: entry[0])
-    return [plan for _, plan in ranked], "no tiles fit: " + "; ".join(reason for _, reason in nearest.values())
+    return tuple(ranked), "no tiles fit: " + "; ".join(reason for _, reason in nearest.values())
 
 
 def persistent_plans(
@@ -344,24 +346,26 @@ def persistent_plans(
         limits: of the GPU.
         most: plans to return; none are returned where `persistent_plan` gives a `NoPlan`.
     """
-    return _rank(gates, B, H, itemsize, precision, backward, limits)[0][:most]
+    ranked, _ = _rank(gates, B, H, itemsize, precision, backward, limits)
+    return [replace(plan, steps=_steps(plan, B, H, backward, clocks)) for clocks, plan in ranked[:most]]
 
 
 def persistent_plan(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits
 ) -> PersistentPlan | NoPlan:
     """The first of `persistent_plans`, or why there is none. Arguments as there."""
-    plans, reason = _rank(gates, B, H, itemsize, precision, backward, limits)
-    return plans[0] if plans else NoPlan(reason)
+    plans = persistent_plans(gates, B, H, itemsize, precision, backward, limits, most=1)
+    return plans[0] if plans else NoPlan(_rank(gates, B, H, itemsize, precision, backward, limits)[1])
 
 
 def largest_hidden(gates: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits) -> int:
-    """The most hidden units with a plan for up to 8 batch rows, one tile of them; 0 if there are none. Arguments as above.
+    """The most hidden units, in steps of 8, with a plan for up to 8 batch rows, one tile of them; else 0. Arguments
+    as above.
 
     All SMs together have to hold the gates * H * H weights.
     """
     most = isqrt(limits.sms * limits.shared_bytes // (gates * itemsize))
-    for H in range(most, 0, -1):
+    for H in range(most - most % 8, 0, -8):
         if isinstance(persistent_plan(gates, 8, H, itemsize, precision, backward, limits), PersistentPlan):
             return H
     return 0
