@@ -206,7 +206,7 @@ def as_default() -> Iterator[None]:
         (True, True)
     """
     for cls in _OURS:
-        cls.__new__ = _new
+        cls.__new__ = staticmethod(_new)  # DataParallel calls it on an instance
     token = _building.set(True)
     try:
         yield
