@@ -29,7 +29,7 @@ import triton.language as tl
 
 from benchmarks import offline
 from rnnfast.kernels.cells import lstm
-from rnnfast.kernels.persistent.exchange import over_parts, over_rows, poll, product, publish
+from rnnfast.kernels.persistent.exchange import add_product, nothing, over_parts, over_rows, poll, publish, whole
 from rnnfast.kernels.persistent.forward import _load_gates, _split_gates
 from rnnfast.kernels.persistent.plan import NoPlan, PersistentPlan, persistent_plan
 
@@ -111,10 +111,10 @@ def exchange_kernel(
     w_rows = (offs_row % 4 * H + tl.program_id(0) * BLOCK_H + offs_row // 4).to(tl.int64) * H
     w = ()
     chunks = ()
-    nothing = tl.zeros_like(over_parts(offs_b, PART, tl.arange(0, BLOCK_K), SPLIT)).to(h_ptr.dtype.element_ty)
+    empty = tl.zeros_like(over_parts(offs_b, PART, tl.arange(0, BLOCK_K), SPLIT)).to(h_ptr.dtype.element_ty)
     for j in tl.static_range(CHUNKS):
         w = w + (tl.load(w_ptr + over_parts(w_rows, PART, tl.arange(0, BLOCK_K), SPLIT) + j * BLOCK_K),)
-        chunks = chunks + (nothing,)
+        chunks = chunks + (empty,)
     h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
     c = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
     row_first = (tl.program_id(1) * BLOCK_B).to(tl.int64)  # of this tile, at the step
@@ -124,7 +124,8 @@ def exchange_kernel(
         mask_next = offs_b < tl.where(step + 1 < steps, B, 0)
         x_next = x_ptr + (row + batch)[:, None] * (4 * H) + offs_h[None, :]
         x_gates_next = _load_gates(x_next, mask_next[:, None], H, 4)
-        h_rows = product(w, chunks, ROWS, BLOCK_B, CHUNKS, SPLIT, "ieee", False)
+        sums = add_product(nothing(ROWS, BLOCK_B, SPLIT), w, chunks, 0, CHUNKS, SPLIT, "ieee", False)
+        h_rows = whole(sums, ROWS, BLOCK_B, SPLIT)
         states, _ = lstm.forward(x_gates, _split_gates(h_rows, BLOCK_B, BLOCK_H, 4), (h, c))
         c = states[1]
         rounded = states[0].to(h_ptr.dtype.element_ty)

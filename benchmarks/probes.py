@@ -35,7 +35,7 @@ def ping_pong_kernel(exchange_ptr, out_ptr, steps, WORDS: tl.constexpr):
             value += 1
             publish(row, value, mask, 1)
         else:
-            (value,) = poll(row, mask, 1, WORDS, tl.float32, 1, 1)
+            (value,) = poll(row, mask, 1, WORDS, 1, tl.float32, 1, 1)
     tl.store(out_ptr + own * WORDS + tl.arange(0, WORDS)[None, :], value)
 
 

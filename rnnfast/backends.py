@@ -101,7 +101,7 @@ def strict() -> bool:
 
 
 # os.environ encodes each name that is looked up in it, and raises where there is none: microseconds, of a call that may take 30
-_environment = os.environ._data
+_environment = os.environ._data  # type: ignore[attr-defined]
 _settings = tuple(os.environ.encodekey(name) for name in ("RNNFAST_BACKEND", "RNNFAST_STRICT"))
 
 

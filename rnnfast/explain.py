@@ -86,8 +86,9 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         by = f"{name!r} was {by}, but cannot run this call"
     if backends.strict() and name != "torch" and module._obstacles(input, name):
         by += "; RNNFAST_STRICT is set, so the call raises"
-    plain = isinstance(input, Tensor) and not options and not module.proj_size
-    tuned = module._shape(input, hx) if plain and not obstacles and name in (None, "triton") else None
+    tuned = None
+    if isinstance(input, Tensor) and not options and not module.proj_size and not obstacles and name in (None, "triton"):
+        tuned = module._shape(input, hx)
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (tensor, *module.parameters()))
     details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, input, given, training)
     return Explanation(backend, by, obstacles, call, details, _tuning(tuned, tensor.device) if tuned else "")
