@@ -143,7 +143,7 @@ def trace(
     if marked:
         codes = marks(x, lengths, resets, reverse)[..., None]
         x = x.masked_fill(codes == PADDED, 0)  # a NaN in padding would reach gradients as 0 * NaN
-    states: States = start
+    states = start
     steps: list[States] = [()] * T
     for t in reversed(range(T)) if reverse else range(T):
         before = states
