@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import offline
+from benchmarks import machine_code, offline
 from rnnfast.kernels.cells import lstm
 from rnnfast.kernels.persistent.exchange import add_product, nothing, over_parts, over_rows, poll, publish, whole
 from rnnfast.kernels.persistent.forward import _load_gates, _split_gates
@@ -271,10 +271,13 @@ def count_design(design: str, arch: int, H: int, B: int) -> Counted:
             x, w, design, plan,
             num_warps=plan.num_warps, num_stages=1, maxnreg=255, launch_cooperative_grid=True, enable_fp_fusion=True,
         )  # fmt: skip
-    (built,) = offline.compiled(exchange_kernel)
-    counts = offline.count(built)
-    loop = offline.time_loop(offline.disassemble(built)[1])
-    opcodes = Counter(instruction.split()[0] for instruction in loop)
+    (cache,) = exchange_kernel.device_caches.values()
+    (built,) = cache[0].values()
+    usage, text = machine_code.disassemble(built.asm["cubin"])
+    registers, stack_bytes = machine_code.resources(usage)
+    body, polls = machine_code.Code(text).loops()
+    loop = [*body, *itertools.chain(*polls)]
+    opcodes = Counter(instruction.opcode for instruction in loop)
 
     def matching(pattern: str) -> int:
         return sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
@@ -286,7 +289,9 @@ def count_design(design: str, arch: int, H: int, B: int) -> Counted:
         hidden=H,
         batch=B,
         programs=units * tiles,
-        **{name: counts[name] for name in ("registers", "stack_bytes", "shared_bytes")},
+        registers=registers,
+        stack_bytes=stack_bytes,
+        shared_bytes=built.metadata.shared,
         instructions=len(loop),
         barriers=matching(r"BAR\b"),
         strong_loads=matching(r"LDG\..*STRONG"),
