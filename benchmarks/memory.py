@@ -24,11 +24,11 @@ from benchmarks.providers import named_provider
 __all__ = ["kept_by_kernels", "main"]
 
 
-def kept_by_kernels(case: Case) -> dict[str, int]:
+def kept_by_kernels(case: Case, recompute: bool = False) -> dict[str, int]:
     """What rnnfast's kernels keep for `case`, as `benchmarks.measure.kept` says it, from declared shapes alone."""
     with FakeTensorMode():
         problem = Problem(case, "cpu")
-        layer = problem.module(getattr(rnnfast, case.cell))
+        layer = problem.module(getattr(rnnfast, case.cell), recompute=recompute)
         ready = of_module(layer)
 
         def forward(x):
@@ -67,13 +67,15 @@ def main(argv: list[str] | None = None) -> int:
             case = Case(cell, args.T, args.B, args.H, args.H, args.layers, args.directions, dtype)
             problem = Problem(case, device)
             theirs = problem.kept(named_provider("torch.nn").ready(problem))
-            if device == "cuda":
-                layer = problem.module(getattr(rnnfast, cell), backend="triton")
-                ours, name = problem.kept(of_module(layer)), "rnnfast"
-            else:
-                ours, name = kept_by_kernels(case), "rnnfast's kernels"
             print(line("torch.nn", case, theirs, None))
-            print(line(name, case, ours, theirs["activations"]), flush=True)
+            for recompute in (False, True):
+                if device == "cuda":
+                    layer = problem.module(getattr(rnnfast, cell), backend="triton", recompute=recompute)
+                    ours = problem.kept(of_module(layer))
+                else:
+                    ours = kept_by_kernels(case, recompute)
+                name = f"rnnfast's kernels{', recompute' if recompute else ''}"
+                print(line(name, case, ours, theirs["activations"]), flush=True)
     return 0
 
 

@@ -26,7 +26,7 @@ from rnnfast.kernels.marks import CONTINUES, PADDED, batch_rows, entering, hand_
 from rnnfast.kernels.maths import dot, round_to
 from rnnfast.kernels.plan import StepPlan
 
-__all__ = ["as_a_gpu", "backward", "before", "emulate_bf16", "forward", "mode"]
+__all__ = ["after", "as_a_gpu", "backward", "before", "emulate_bf16", "forward", "mode"]
 
 
 @triton.jit(do_not_specialize=["t", "t_x", "t_prev", "has_prev", "t_c", "t_c_prev", "B"])
@@ -133,11 +133,11 @@ def forward_step_kernel(
         tl.store(saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :], tile, mask=mask)
 
 
-@triton.jit(do_not_specialize=["t", "t_prev", "t_next", "has_prev", "has_next", "B"])
+@triton.jit(do_not_specialize=["t", "t_saved", "t_prev", "t_next", "has_prev", "has_next", "B"])
 def backward_step_kernel(
     # inputs
     dy_ptr,  # (T, B, H) gradient of the outputs
-    saved_ptr,  # (T, B, SAVED * H) activations that forward saved
+    saved_ptr,  # (*, B, SAVED * H) activations that forward saved, at index t_saved
     h_ptr,  # (T, B, H) h_t
     h_prev_ptr,  # (*, B, H) h_{t-1} at index t_prev
     c_ptr,  # (T, B, H) float32, c_t
@@ -156,6 +156,7 @@ def backward_step_kernel(
     d_starts_c_ptr,  # (2, B, H) float32, added to: gradient of the initial and the reset c
     # sizes
     t,
+    t_saved,
     t_prev,
     t_next,
     has_prev,
@@ -234,8 +235,9 @@ def backward_step_kernel(
     d_h += d_h_carried
 
     saved = ()
+    row_saved = t_saved.to(tl.int64) * B + offs_b
     for s in tl.static_range(SAVED):
-        tile = tl.load(saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
+        tile = tl.load(saved_ptr + row_saved[:, None] * (SAVED * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
         saved = saved + (tile.to(tl.float32),)
     states = (tl.load(h_rows[:, None] + offs_h[None, :], mask=mask_prev, other=0.0).to(tl.float32),)
     new_states = (tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32),)
@@ -327,7 +329,8 @@ def forward(
         c0: (B, H) float32 initial cell state, or None for zeros; None for a cell without one.
         h: (T, B, H), written: the hidden states; the chunk continues from the step beside it.
         c: (T, B, H) float32 if `saved` is given, else (1, B, H), written: all cell states, else the last; None without any.
-        saved: (T, B, cell.saved * H), written: what backward needs; None in inference.
+        saved: (T, B, cell.saved * H), written: what backward needs; empty if it is to be computed again
+            (`rnnfast.kernels.gates`) or the cell saves nothing; None in inference.
         reverse: from the last step to the first.
         precision: of a float32 product, "ieee" or "tf32".
         plan: the tiles.
@@ -341,7 +344,7 @@ def forward(
     constants = {
         "CELL": cell.forward,
         "G": cell.gates,
-        "SAVED": cell.saved if training else 0,
+        "SAVED": cell.saved if training and saved.numel() else 0,
         "CARRIES_C": cell.carries_c,
         "HAS_BIAS": bias_x is not None,
         "HAS_MARKS": marks is not None,
@@ -354,7 +357,7 @@ def forward(
     # arguments that a variant does not use still need a pointer
     bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
     c = h if c is None else c
-    saved = saved if training and cell.saved else h
+    saved = saved if constants["SAVED"] else h
     for at in reversed(range(n)) if reverse else range(n):
         t = begin + at
         t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
@@ -373,23 +376,31 @@ def before(t: int, T: int, reverse: bool, h, h0, c, c0, marks=None):
     return 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
 
 
+def after(begin: int, end: int, T: int, reverse: bool) -> tuple[int, int]:
+    """The step that backward comes from to the steps begin, ..., end - 1: its index, and whether there is one."""
+    t = begin - 1 if reverse else end
+    return (t, 1) if 0 <= t < T else (0, 0)
+
+
 @as_a_gpu()
 def backward(
     cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: StepPlan,
-    dcs=None, marks=None, order=None, starts_h=None, starts_c=None, d_starts_h=None, d_starts_c=None,
+    begin=0, steps=None, dcs=None, marks=None, order=None, starts_h=None, starts_c=None, d_starts_h=None, d_starts_c=None,
 ) -> None:  # fmt: skip
     """Run the recurrence backward, one launch a time step. All tensors contiguous and on one device.
 
     Args:
         cell: the cell.
         dy: (T, B, H) gradient of the hidden states, or None.
-        saved: (T, B, cell.saved * H), as forward left it; empty for a cell that saves nothing.
+        saved: (n, B, cell.saved * H), as forward left it for the steps of this call; empty for a cell that saves nothing.
         h, h0, c, c0, w: as in `forward`, with all cell states.
         d_gates: (T, B, cell.grads * H), written: the gate gradients.
         d_h: (B, H) float32; on entry the gradient of the last hidden state, on return, if `cell.direct`, the part of h0's
             gradient that does not pass through W_hh.
         d_c: (B, H) float32; on entry the gradient of the last cell state, on return that of c0; None without one.
         reverse, precision, plan: as in `forward`.
+        begin, steps: the first in time and the number of the steps of this call; without, all. Chunks are run against the order
+            of forward, each going on from what the one before left in `d_gates`, `d_h` and `d_c`.
         dcs: (T, B, H) float32, gradient of all cell states, besides d_c; or None.
         marks, order, starts_h, starts_c: as in `forward`. Of padded steps nothing is read or written.
         d_starts_h, d_starts_c: with marks, (2, B, H) float32, added to: gradients of starts_c, and of starts_h but for the step
@@ -417,11 +428,12 @@ def backward(
     saved = saved if cell.saved else h
     c = h if c is None else c
     d_c = d_h if d_c is None else d_c
-    t_next, has_next = 0, 0
-    for t in range(T) if reverse else reversed(range(T)):
+    end = begin + (T if steps is None else steps)
+    t_next, has_next = after(begin, end, T, reverse)
+    for t in range(begin, end) if reverse else reversed(range(begin, end)):
         t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
         launch(
             dy, saved, h, h_prev, c, c_prev, w, dcs, marks, order, starts_h, starts_c,
-            d_gates, d_h, d_c, d_starts_h, d_starts_c, t, t_prev, t_next, has_prev, has_next, B, H,
+            d_gates, d_h, d_c, d_starts_h, d_starts_c, t, t - begin, t_prev, t_next, has_prev, has_next, B, H,
         )  # fmt: skip
         t_next, has_next = t, 1

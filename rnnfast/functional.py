@@ -7,9 +7,9 @@
 G gates in PyTorch's order; the equations are in `rnnfast.reference`. Every function returns ``(y, states)``: y (T, B, H), the
 hidden state of each step, and the state or states after the last step taken, (B, H). All outputs are differentiable with
 respect to every tensor given. ``reverse`` runs from the last step to the first; ``y[t]`` belongs to ``x[t]`` all the same.
-``backend`` is as on the modules. So are ``lengths`` (B,), ``resets`` (T, B), ``reset_to`` like hx, ``return_all_states`` and
-``return_gates``; what the last two ask for follows: a tuple of the states of every step, (T, B, H) each, and the gate
-activations (T, B, G, H), without gradient. On "torch" a call with any of these runs on the equations.
+``backend`` and ``recompute`` are as on the modules. So are ``lengths`` (B,), ``resets`` (T, B), ``reset_to`` like hx,
+``return_all_states`` and ``return_gates``; what the last two ask for follows: a tuple of the states of every step, (T, B, H)
+each, and the gate activations (T, B, G, H), without gradient. On "torch" a call with any of these runs on the equations.
 
 Errors, of the types torch.nn raises: `RuntimeError` for a wrong rank or size, `ValueError` for a wrong dtype or an unknown
 backend.
@@ -18,10 +18,12 @@ backend.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rnnfast import backends, families, ops, reference, sequences
 
@@ -40,6 +42,7 @@ def lstm(
     *,
     reverse: bool = False,
     backend: str | None = None,
+    recompute: bool = False,
     lengths: Tensor | list[int] | None = None,
     resets: Tensor | None = None,
     reset_to: tuple[Tensor, Tensor] | None = None,
@@ -57,7 +60,7 @@ def lstm(
         (torch.Size([7, 2, 5]), True)
     """
     options = (lengths, resets, reset_to, return_all_states, return_gates)
-    y, states, *details = _layer("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, reverse, backend, options)
+    y, states, *details = _layer("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, reverse, backend, recompute, options)
     return y, (states[0], states[1]), *details
 
 
@@ -71,6 +74,7 @@ def gru(
     *,
     reverse: bool = False,
     backend: str | None = None,
+    recompute: bool = False,
     lengths: Tensor | list[int] | None = None,
     resets: Tensor | None = None,
     reset_to: Tensor | None = None,
@@ -87,7 +91,8 @@ def gru(
         torch.Size([7, 2, 5])
     """
     options = (lengths, resets, reset_to, return_all_states, return_gates)
-    y, states, *details = _layer("gru", x, None if hx is None else (hx,), w_ih, w_hh, b_ih, b_hh, reverse, backend, options)
+    start = None if hx is None else (hx,)
+    y, states, *details = _layer("gru", x, start, w_ih, w_hh, b_ih, b_hh, reverse, backend, recompute, options)
     return y, states[0], *details
 
 
@@ -102,6 +107,7 @@ def rnn(
     nonlinearity: str = "tanh",
     reverse: bool = False,
     backend: str | None = None,
+    recompute: bool = False,
     lengths: Tensor | list[int] | None = None,
     resets: Tensor | None = None,
     reset_to: Tensor | None = None,
@@ -120,7 +126,8 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     start, options = None if hx is None else (hx,), (lengths, resets, reset_to, return_all_states, return_gates)
-    y, states, *details = _layer(f"rnn_{nonlinearity}", x, start, w_ih, w_hh, b_ih, b_hh, reverse, backend, options)
+    cell = f"rnn_{nonlinearity}"
+    y, states, *details = _layer(cell, x, start, w_ih, w_hh, b_ih, b_hh, reverse, backend, recompute, options)
     return y, states[0], *details
 
 
@@ -134,6 +141,7 @@ def _layer(
     b_hh: Tensor | None,
     reverse: bool,
     backend: str | None,
+    recompute: bool,
     options: tuple[Any, ...],
 ) -> tuple[Any, ...]:
     _check(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
@@ -152,8 +160,14 @@ def _layer(
         if not given and name is None and settled == "triton" and _torch_wins(*arguments):
             settled = "torch"
         run = {"triton": ops.layer, "reference": reference.layer, "torch": reference.layer if given else _torch_layer}[settled]
+    else:
+        run = ops.trace if settled == "triton" else reference.trace
+    if recompute and settled == "triton":
+        given["recompute"] = True
+    elif recompute and torch.is_grad_enabled():
+        run = partial(checkpoint, run, use_reentrant=False)
+    if not wanted.details:
         return run(*arguments, reverse=reverse, **given)
-    run = ops.trace if settled == "triton" else reference.trace
     y, last, cells, gates = run(*arguments, reverse=reverse, **given)
     return y, last, *([(y, *cells)] if wanted.all_states else []), *([gates] if wanted.gates else [])
 

@@ -7,12 +7,14 @@ that the error is torch.nn's too.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from rnnfast import backends, families, ops, reference, sequences, tuning
 
@@ -33,12 +35,13 @@ def _permuted(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor,
 class _Recurrent(torch.nn.RNNBase):
     """The common ``forward``. A mixin: it stands before torch.nn's class among the bases."""
 
-    backend: str | None = None  # also what a module pickled by torch.nn has
+    backend: str | None = None  # these two also what a module pickled by torch.nn has
+    recompute: bool = False
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, backend: str | None = None, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         backends.check_name(backend)
-        self.backend = backend
+        self.backend, self.recompute = backend, recompute
 
     def forward(  # type: ignore[override]
         self,
@@ -55,7 +58,7 @@ class _Recurrent(torch.nn.RNNBase):
         if sequences.given(lengths, resets, reset_to, return_all_states, return_gates):
             options = self._read(input, hx, lengths, resets, reset_to, return_all_states, return_gates)
             return self._forward_with(options, input, hx)
-        if isinstance(input, Tensor) and input.is_cpu and backends.cpu_is_torchs(self.backend):
+        if isinstance(input, Tensor) and input.is_cpu and not self.recompute and backends.cpu_is_torchs(self.backend):
             return super().forward(input, hx)
         name, source = backends.asked(self.backend)
         if name != "torch":
@@ -106,6 +109,8 @@ class _Recurrent(torch.nn.RNNBase):
         states = self._states(hx)
         if isinstance(input, PackedSequence) and len(states) == 2 and all(isinstance(state, Tensor) for state in states):
             self.check_forward_args(input.data, hx, input.batch_sizes)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(super().forward, input, hx, use_reentrant=False)
         return super().forward(input, hx)
 
     def _by_packing(self, lengths: Any, input: Tensor, hx: Any) -> Any:
@@ -222,6 +227,10 @@ class _Recurrent(torch.nn.RNNBase):
             states = tuple(state.unsqueeze(1) for state in states)
         wants_details = options is not None and options.details
         layer = (_TRACES if wants_details else _LAYERS)[backend]
+        if self.recompute and backend == "triton":
+            layer = partial(layer, recompute=True)
+        elif self.recompute and torch.is_grad_enabled():
+            layer = partial(checkpoint, layer, use_reentrant=False)
 
         last_states, all_states, all_gates = [], [], []
         for index in range(self.num_layers):
@@ -283,6 +292,10 @@ _DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels.
         *args, **kwargs: those of torch.nn.{name}.
         backend: "triton", "torch" or "reference" to have it run there; None, the default, or "auto" for the choice per call
             that `rnnfast.explain` explains. A `ValueError` for another name.
+        recompute: whether training keeps less: no gate activations, which backward computes again with two matrix products. Of
+            the kernels an LSTM then keeps its cell states in float32 and a GRU nothing, besides the input and the output; the
+            other backends run their whole forward once more (``torch.utils.checkpoint``). Without effect on what is returned,
+            and a layer's ``recompute`` may be set at any time.
 
     Called with ``input`` and ``hx`` as torch.nn.{name} is, and by keyword with what that does not have (docs/sequences.md):
         lengths: integers (B,), the steps of each row that count, 0 to T, in any order; a list, or a tensor on the CPU or the

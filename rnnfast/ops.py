@@ -8,7 +8,8 @@
 
 Inside, everything is time-major and contiguous. Kept for backward, in bytes per unit and step, e being the size of an
 element: LSTM 4 e + 4 (gates and the float32 cell state), GRU 4 e, RNN nothing; besides the layer's input and its output, which
-mostly live anyway (two directions are joined in a copy, and dropout makes one).
+mostly live anyway (two directions are joined in a copy, and dropout makes one). With ``recompute`` backward computes the gates
+again, a chunk at a time, with two GEMMs: LSTM 4, GRU nothing.
 
 Lengths and resets reach the operators as marks (`rnnfast.reference.marks`); see `rnnfast.ops_marks`.
 """
@@ -76,6 +77,7 @@ def forward(
     lengths: Tensor | None = None,
     reset_h: Tensor | None = None,
     reset_c: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer, one direction, on the Triton kernels.
 
@@ -90,6 +92,7 @@ def forward(
         marks: (T, B) of `rnnfast.reference.marks` for this direction, or None.
         lengths: (B,) those that `marks` was made of, in 0..T; None if it has no padding.
         reset_h, reset_c: (B, H), the states that resets begin from, or None for zeros.
+        recompute: whether to save the cell states alone, of which and of the outputs `backward` computes the rest again.
 
     Returns:
         y (T, B, H), zero in padding; h_n (B, H), c_n (B, H) or empty; and for backward the saved activations
@@ -104,7 +107,7 @@ def forward(
     with _on_device(x):
         y = (x.new_empty if lengths is None else x.new_zeros)(T, B, H)  # the kernels leave padding alone
         c = x.new_empty(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
-        saved = x.new_empty((T, B, spec.saved * H) if save and spec.saved else (0,))
+        saved = x.new_empty((T, B, spec.saved * H) if save and spec.saved and not recompute else (0,))
         w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
         bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
         choice = families.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device)
@@ -141,10 +144,13 @@ def forward(
 
 
 @forward.register_fake
-def _(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save, marks=None, lengths=None, reset_h=None, reset_c=None):
+def _(
+    cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save,
+    marks=None, lengths=None, reset_h=None, reset_c=None, recompute=False,
+):  # fmt: skip
     T, B, _ = x.shape
     H = w_hh.shape[1]
-    kept = SAVED[cell] if save else 0
+    kept = SAVED[cell] if save and not recompute else 0
     has_c = cell == "lstm"
     return (
         x.new_empty(T, B, H),
@@ -174,6 +180,10 @@ def backward(
     lengths: Tensor | None = None,
     reset_h: Tensor | None = None,
     reset_c: Tensor | None = None,
+    x: Tensor | None = None,
+    w_ih: Tensor | None = None,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The recurrence of `forward` in reverse.
 
@@ -183,12 +193,13 @@ def backward(
         need_starts: whether h0's gradient is wanted (one more product); with marks, that of any initial or reset state.
         dcs: gradient of all cell states (T, B, H) in float32, or None.
         marks, lengths, reset_h, reset_c: as in `forward`.
+        x, w_ih, b_ih, b_hh: as in `forward`, if that was called with ``recompute``.
 
     Returns:
         The gate gradients (T, B, `Cell.grads` * H), zero in padding, and the gradients of h0, c0, reset_h and reset_c, each
         (B, H), or empty where there is none or it is not wanted.
     """
-    from rnnfast.kernels import cells
+    from rnnfast.kernels import cells, gates, plan
 
     spec = cells.CELLS[cell]
     T, B, H = y.shape
@@ -211,25 +222,39 @@ def backward(
                 options[f"d_{name}"] = None if starts is None else torch.zeros_like(starts, dtype=torch.float32)
         if dcs is not None:
             options["dcs"] = _dense(dcs)
-        families.run(
-            "backward",
-            families.step_only(choice) if options else choice,
-            y.device,
-            spec,
-            _dense_or_none(dy),
-            saved,
-            y,
-            start_h,
-            c if spec.carries_c else None,
-            start_c,
-            w,
-            d_gates,
-            d_h,
-            d_c if spec.carries_c else None,
-            reverse=reverse,
-            precision=precision(),
-            **options,
-        )
+        choice = families.step_only(choice) if options else choice
+        again = x is not None and spec.saved > 0
+        n = plan.chunk_steps(T, B) if again else T
+        entered = ops_marks.entered(y, h0, reset_h, marks, reverse) if again and marks is not None else None
+        for begin in range(0, T, n) if reverse else reversed(range(0, T, n)):
+            steps = min(n, T - begin)
+            if again:
+                assert x is not None and w_ih is not None
+                h_before = _entering(begin, steps, y, h0, reverse) if entered is None else entered[begin : begin + steps]
+                saved = y.new_empty(steps, B, spec.saved * H)
+                sides = _project(x[begin : begin + steps], w_ih), _project(h_before, w)
+                gates.compute(spec, *sides, _dense_or_none(b_ih), _dense_or_none(b_hh), saved)
+            choice = families.run(
+                "backward",
+                choice,
+                y.device,
+                spec,
+                _dense_or_none(dy),
+                saved,
+                y,
+                start_h,
+                c if spec.carries_c else None,
+                start_c,
+                w,
+                d_gates,
+                d_h,
+                d_c if spec.carries_c else None,
+                reverse=reverse,
+                precision=precision(),
+                begin=begin,
+                steps=steps,
+                **options,
+            )
         first = d_gates[-1 if reverse else 0, :, (spec.grads - spec.gates) * H :] if need_starts else None
         direct = d_h if spec.direct else None
         if marks is not None:
@@ -245,7 +270,7 @@ def backward(
 @backward.register_fake
 def _(
     cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, reverse, need_starts,
-    dcs=None, marks=None, lengths=None, reset_h=None, reset_c=None,
+    dcs=None, marks=None, lengths=None, reset_h=None, reset_c=None, x=None, w_ih=None, b_ih=None, b_hh=None,
 ):  # fmt: skip
     T, B, H = y.shape
     has_c, marked = cell == "lstm", marks is not None
@@ -258,24 +283,36 @@ def _(
     )
 
 
+def _entering(begin: int, steps: int, y: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+    """The h that entered the steps begin, ..., begin + steps - 1, (steps, B, H), where nothing is marked."""
+    start = torch.zeros_like(y[:1]) if h0 is None else h0[None]
+    if reverse:
+        at_edge = begin + steps == y.shape[0]
+        return torch.cat([y[begin + 1 : begin + steps], start]) if at_edge else y[begin + 1 : begin + steps + 1]
+    return torch.cat([start, y[: steps - 1]]) if begin == 0 else y[begin - 1 : begin + steps - 1]
+
+
 def _setup_context(ctx, inputs, output):
-    cell, x, h0, c0, w_ih, w_hh, _, _, reverse, save, marks, lengths, reset_h, reset_c = inputs
+    cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save, marks, lengths, reset_h, reset_c, recompute = inputs
     if not save:
         raise RuntimeError("rnnfast::forward was called with save=False on inputs that require gradients")
     y, _, _, saved, c = output
-    ctx.cell, ctx.reverse = cell, reverse
+    ctx.cell, ctx.reverse, ctx.recompute = cell, reverse, recompute
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, saved, c, marks, lengths, reset_h, reset_c)
+    biases = (b_ih, b_hh) if recompute else (None, None)
+    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, *biases, y, saved, c, marks, lengths, reset_h, reset_c)
 
 
 def _backward(ctx, dy, dh_n, dc_n, _d_saved, dcs):
-    x, h0, c0, w_ih, w_hh, y, saved, c, marks, lengths, reset_h, reset_c = ctx.saved_tensors
-    needs = (*ctx.needs_input_grad, *[False] * 4)[:14]  # PyTorch leaves out trailing inputs that are their default
-    _, need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, *_, need_reset_h, need_reset_c = needs
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, saved, c, marks, lengths, reset_h, reset_c = ctx.saved_tensors
+    needs = (*ctx.needs_input_grad, *[False] * 5)[:15]  # PyTorch leaves out trailing inputs that are their default
+    _, need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, *_, need_reset_h, need_reset_c, _ = needs
     need_starts = need_h0 if marks is None else need_h0 or need_c0 or need_reset_h or need_reset_c
+    marked = (marks, lengths, reset_h, reset_c)
+    again = (x, w_ih, b_ih, b_hh) if ctx.recompute else (None,) * 4
     d_gates, dh0, dc0, d_reset_h, d_reset_c = backward(
-        ctx.cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, ctx.reverse, need_starts, dcs, marks, lengths, reset_h, reset_c
+        ctx.cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, ctx.reverse, need_starts, dcs, *marked, *again
     )
 
     T, B, H = y.shape
@@ -307,7 +344,7 @@ def _backward(ctx, dy, dh_n, dc_n, _d_saved, dcs):
         db_hh = d_hidden.sum(0)
     grads = (dx, dh0 if need_h0 else None, dc0 if need_c0 else None, dw_ih, dw_hh, db_ih, db_hh)
     resets = (d_reset_h if need_reset_h else None, d_reset_c if need_reset_c else None)
-    return None, *grads, None, None, None, None, *resets
+    return None, *grads, None, None, None, None, *resets, None
 
 
 def _double_backward(ctx, *_):
@@ -344,6 +381,7 @@ def _unroll(
     w_hr: Tensor | None = None,
     *,
     details: bool,
+    recompute: bool = False,
     reverse: bool = False,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
@@ -361,17 +399,17 @@ def _unroll(
         marks = reference.marks(x, lengths, resets, reverse)
     save = details or (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
     run = _plain if w_hr is None else _projected
-    y, h_n, c_n, saved, cs = run(cell, tensors, reverse, save, marks, lengths)
+    y, h_n, c_n, saved, cs = run(cell, tensors, reverse, save, marks, lengths, recompute and not details)
     last = (h_n, c_n) if cell == "lstm" else (h_n,)
     return y, last, saved, cs, marks
 
 
-def _plain(cell, tensors, reverse, save, marks, lengths):
+def _plain(cell, tensors, reverse, save, marks, lengths, recompute):
     *layer, reset_h, reset_c, _ = tensors
-    return forward(cell, *layer, reverse, save, marks, lengths, reset_h, reset_c)
+    return forward(cell, *layer, reverse, save, marks, lengths, reset_h, reset_c, recompute)
 
 
-def _projected(cell, tensors, reverse, save, marks, lengths):
+def _projected(cell, tensors, reverse, save, marks, lengths, recompute):
     """An LSTM with projection as one without: m_t = o tanh(c_t) gives h_t = W_hr m_t and W_hh h_{t-1} = (W_hh W_hr) m_{t-1}, so
     the kernels run on m and that one matrix. An h that is given, not being W_hr m, comes in at its steps by the input."""
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr = tensors
@@ -384,7 +422,7 @@ def _projected(cell, tensors, reverse, save, marks, lengths):
         x, w_ih = torch.cat([x, given], dim=2), torch.cat([w_ih, w_hh], dim=1)
     m0 = None if c0 is None else x.new_zeros(B, H)  # a kernel takes both states or none
     m, m_n, c_n, saved, cs = forward(
-        cell, x, m0, c0, w_ih, w_hh @ w_hr, b_ih, b_hh, reverse, save, marks, lengths, None, reset_c
+        cell, x, m0, c0, w_ih, w_hh @ w_hr, b_ih, b_hh, reverse, save, marks, lengths, None, reset_c, recompute
     )
     h_n = m_n @ w_hr.t()
     if h0 is not None and lengths is not None:

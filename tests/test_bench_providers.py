@@ -300,21 +300,23 @@ def test_layouts_of_peers(name, cell, mode, monkeypatch):
 # What is kept for backward
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-def test_bytes_kept_by_the_kernels(cell, dtype, directions, device):
+def test_bytes_kept_by_the_kernels(cell, dtype, directions, recompute, device):
     """Those of the declared shapes are those of the kernels' results, and what README says: LSTM 4 elements and 4 bytes, GRU 4
-    elements, RNN nothing, a unit and step."""
+    elements, RNN nothing, a unit and step; with recompute the 4 bytes alone."""
     case = Case(cell, 4, 3, 5, 18, 1, directions, dtype)
-    declared = memory.kept_by_kernels(case)
+    declared = memory.kept_by_kernels(case, recompute)
     problem = Problem(case, device)
-    layer = problem.module(getattr(rnnfast, cell), backend="triton")
+    layer = problem.module(getattr(rnnfast, cell), backend="triton", recompute=recompute)
     assert declared == problem.kept(of_module(layer))
     e = case.torch_dtype.itemsize
     units = 4 * 3 * 18 * directions
     apart = 2 * units // 2 * e if directions == 2 else 0  # the outputs of each direction, which the layer's output copies
-    assert declared["activations"] - apart == units * {"LSTM": 4 * e + 4, "GRU": 4 * e, "RNN": 0}[cell]
+    elements, cell_state = {"LSTM": (4 * (not recompute), 4), "GRU": (4 * (not recompute), 0), "RNN": (0, 0)}[cell]
+    assert declared["activations"] - apart == units * (elements * e + cell_state)
     assert declared["inputs"] == 4 * 3 * 5 * e
 
 
@@ -337,7 +339,8 @@ def test_peak_on_the_cpu():
 def test_memory_table(capsys):
     assert memory.main(["--T", "3", "--B", "2", "--H", "8", "--dtype", "float16"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("| GRU float16 | rnnfast") and lines[-1].split("|")[-3].strip() == "8.00"
+    kept = [line.split("|")[-3].strip() for line in lines[-3:] if line.startswith("| GRU float16 | ")]
+    assert len(kept) == 3 and kept[1:] == ["8.00", "0.00"]
 
 
 # Timing without a clock

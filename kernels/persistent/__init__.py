@@ -11,7 +11,7 @@ from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
 from rnnfast.kernels.persistent.plan import PersistentPlan
-from rnnfast.kernels.step import as_a_gpu, before, emulate_bf16
+from rnnfast.kernels.step import after, as_a_gpu, before, emulate_bf16
 
 __all__ = ["backward", "clear_kernel", "forward", "persistent_backward_kernel", "persistent_forward_kernel"]
 
@@ -70,7 +70,7 @@ def forward(
         "CELL": cell.forward,
         "G": cell.gates,
         "GATES": _power_of_two(cell.gates),
-        "SAVED": cell.saved if training else 0,
+        "SAVED": cell.saved if training and saved.numel() else 0,
         "CARRIES_C": cell.carries_c,
         "HAS_BIAS": bias_x is not None,
         "KEEP_C": training,
@@ -81,7 +81,7 @@ def forward(
     # arguments that a variant does not use still need a pointer
     bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
     c, c_prev = (h, h) if c is None else (c, c_prev)
-    saved = saved if training and cell.saved else h
+    saved = saved if flags["SAVED"] else h
     t_c_prev = t_prev if training else 0
     for grid, b_begin in plan.launches(B):
         persistent_forward_kernel[grid](
@@ -92,8 +92,9 @@ def forward(
 
 @as_a_gpu()
 def backward(
-    cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: PersistentPlan
-) -> None:
+    cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: PersistentPlan,
+    begin=0, steps=None,
+) -> None:  # fmt: skip
     """Run the recurrence backward, `plan.steps` a launch. Arguments as in `rnnfast.kernels.step.backward`.
 
     The rows of a launch in `d_gates` are its exchange.
@@ -119,16 +120,19 @@ def backward(
     c0 = c if c0 is None else c0
     d_c = d_h if d_c is None else d_c
     t_first = T - 1 if reverse else 0
-    t_next, has_next = 0, 0
-    for done in range(0, T, plan.steps):
-        steps = min(plan.steps, T - done)
-        dt, begin, t_x = (1, done, 0) if reverse else (-1, T - done - steps, steps - 1)
-        exchange = _exchange(d_gates[begin : begin + steps], H, plan, cell.gates)
-        sums = d_h if plan.PARTS == 1 else _cleared(d_h.new_empty(steps, B, plan.PARTS * plan.H_PAD))
+    end = begin + (T if steps is None else steps)
+    t_next, has_next = after(begin, end, T, reverse)
+    dt = 1 if reverse else -1
+    for done in range(0, end - begin, plan.steps):
+        n = min(plan.steps, end - begin - done)
+        first = begin + done if reverse else end - done - n
+        t_x = 0 if reverse else n - 1
+        exchange = _exchange(d_gates[first : first + n], H, plan, cell.gates)
+        sums = d_h if plan.PARTS == 1 else _cleared(d_h.new_empty(n, B, plan.PARTS * plan.H_PAD))
         for grid, b_begin in plan.launches(B):
             persistent_backward_kernel[grid](
                 dy, saved, h, h0, c, c0, w, exchange, sums, d_gates, d_h, d_c,
-                begin + t_x, t_x, dt, steps, t_first, has_first, t_next, has_next, b_begin, B,
+                first + t_x, t_x, dt, n, t_first, has_first, t_next, has_next, b_begin, begin, B,
                 H=H, PARTS=plan.PARTS, **flags, **_options(plan),
             )  # fmt: skip
-        t_next, has_next = begin + t_x + dt * (steps - 1), 1
+        t_next, has_next = first + t_x + dt * (n - 1), 1

@@ -112,11 +112,13 @@ def _exchange_sums(
     return total
 
 
-@triton.jit(do_not_specialize=["t", "t_x", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "b_begin", "B"])
+@triton.jit(
+    do_not_specialize=["t", "t_x", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "b_begin", "t_saved", "B"]
+)
 def persistent_backward_kernel(
     # inputs
     dy_ptr,  # (T, B, H) gradient of the outputs
-    saved_ptr,  # (T, B, SAVED * H) activations that forward saved
+    saved_ptr,  # (*, B, SAVED * H) activations that forward saved, those of step t at index t - t_saved
     h_ptr,  # (T, B, H) h_t
     h0_ptr,  # (B, H) the hidden state before step t_first
     c_ptr,  # (T, B, H) float32, c_t
@@ -140,6 +142,7 @@ def persistent_backward_kernel(
     t_next,
     has_next,  # 0 if there is no next step
     b_begin,  # the first batch row of this launch
+    t_saved,
     B,
     H: tl.constexpr,
     H_PAD: tl.constexpr,
@@ -194,6 +197,7 @@ def persistent_backward_kernel(
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
+    saved_ptr -= t_saved.to(tl.int64) * batch * (SAVED * H)
 
     # what stays on chip: columns of W, and the carried gradients
     first_k = tl.program_id(0) % PARTS * OWN_K

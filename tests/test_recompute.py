@@ -1,0 +1,127 @@
+"""`recompute`: the gates computed again in backward, a chunk at a time, and what is kept."""
+
+import pytest
+import torch
+from layers import NAMES, close, equal, flat, packed, pair, run, states
+from recurrence import Layer, steps_of, tiles
+from side_by_side import together
+from test_ops import CELLS, make, op_args
+
+import rnnfast
+from rnnfast import ops, reference
+from rnnfast.check import allowed, error
+from rnnfast.kernels import persistent, plan, step
+
+T, B, I, H = 7, 3, 5, 6
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Three steps a chunk: the last one, which may be the first in time, has one."""
+    monkeypatch.setattr(plan, "CHUNK_ROWS", 3 * B)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_gradients(cell, dtype, reverse, marked, device):
+    """All gradients within the contract: the yardstick is the reference in `dtype`."""
+    tensors = make(cell, device, dtype, T=T, B=B, I=I, H=H)
+    options = {"reverse": reverse}
+    if marked:
+        options["lengths"] = torch.tensor([T, 0, 4], device=device)
+        options["resets"] = torch.arange(T * B, device=device).view(T, B) % 5 == 3
+    found, kinds = [], (torch.float64, dtype, dtype)
+    runs = (reference.layer, reference.layer, lambda *args, **given: ops.layer(*args, recompute=True, **given))
+    for layer, kind in zip(runs, kinds, strict=True):
+        given = {name: tensor.detach().to(kind).requires_grad_() for name, tensor in tensors.items()}
+        start = tuple(given[name] for name in ("h0", "c0") if name in given)
+        y, last = layer(cell, given["x"], start, *(given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")), **options)
+        upstream = [torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(kind) for out in (y, *last)]
+        found.append(torch.autograd.grad((y, *last), list(given.values()), upstream))
+    for name, exact, theirs, ours in zip(tensors, *found, strict=True):
+        assert error(ours, exact) <= allowed(error(theirs, exact), exact, dtype), name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck(cell, device):
+    """Both operators, as PyTorch checks them, with the gates computed again."""
+    tensors = make(cell, device, T=T, B=B, I=I, H=H)
+    arguments = (*op_args(cell, tensors, False, True), None, None, None, None, True)
+    torch.library.opcheck(ops.forward, arguments)
+    with torch.no_grad():
+        y, _, _, saved, c = ops.forward(*arguments)
+        assert saved.numel() == 0
+        _, x, h0, c0, w_ih, w_hh, b_ih, b_hh, *_ = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
+        given = (cell, torch.randn_like(y), None, None, y, saved, c, h0, c0, w_hh, False, True)
+        torch.library.opcheck(ops.backward, (*given, None, None, None, None, None, x, w_ih, b_ih, b_hh))
+
+
+@pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.parametrize("family", [step, persistent])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_backward_by_chunks(cell, reverse, family):
+    """A backward in several calls, against the order of forward, gives the bits of one call."""
+    layer = Layer(cell, torch.float32, T, B, 32, reverse=reverse)
+    plans = steps_of(32, torch.float32) if family is step else tiles(32, block_h=16, steps=2)
+    h, c, saved = layer.forward(step, steps_of(32, torch.float32))
+    with together(1):
+        whole = layer.backward(family, plans, h, c, saved)
+        d_gates = torch.full_like(whole[0], float("nan"))
+        d_h, d_c = layer.d_h.clone(), None if layer.d_c is None else layer.d_c.clone()
+        for begin in range(0, T, 3) if reverse else reversed(range(0, T, 3)):
+            family.backward(
+                layer.cell, layer.dy, saved[begin : begin + 3], h, layer.h0, c, layer.c0, layer.w, d_gates, d_h, d_c,
+                reverse=reverse, precision="ieee", plan=plans, begin=begin, steps=min(3, T - begin),
+            )  # fmt: skip
+    parts = (d_gates, d_h if layer.cell.direct else None, d_c)
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True) if b is not None)
+
+
+@pytest.mark.parametrize("name, kept", [("LSTM", 4), ("GRU", 0), ("RNN", 0)])
+def test_bytes_kept(name, kept, device):
+    """Besides input, output and weights: an LSTM's cell states in float32, nothing of the others."""
+    layer = getattr(rnnfast, name)(I, H, device=device, backend="triton", recompute=True)
+    x, seen = torch.randn(T, B, I, device=device), {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, _ = layer(x)
+    live = {tensor.untyped_storage().data_ptr() for tensor in (x, output, *layer.parameters())}
+    assert sum(tensor.nbytes for pointer, tensor in seen.items() if pointer not in live) == kept * T * B * H
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_modules(name, backend, device):
+    """Two layers and directions, dropout's random numbers included, give what they give without, on every backend."""
+    layer, _ = pair(name, device, backend, I=I, H=H, num_layers=2, bidirectional=True, dropout=0.5)
+    x, hx = torch.randn(T, B, I, device=device), states(name, 4, B, H, device=device)
+    found = []
+    for layer.recompute in (False, True):
+        torch.manual_seed(1)
+        found.append(run(layer, x, hx))
+    close(found[1], found[0])
+    assert equal(found[1][:2], found[0][:2])
+
+
+def test_other_calls(device):
+    """Packed input, a projection, all states; and inference keeps nothing to compute again."""
+    layer, _ = pair("LSTM", device, I=I, H=H, proj_size=2)
+    x = torch.randn(T, B, I, device=device)
+    calls = (
+        lambda: (packed_output := layer(packed(x, [7, 2, 4])))[0].data.sum() + packed_output[1][1].sum(),
+        lambda: layer(x, return_all_states=True)[2][0][1].square().sum(),
+    )
+    for call in calls:
+        grads = []
+        for layer.recompute in (False, True):
+            grads.append(torch.autograd.grad(call(), list(layer.parameters())))
+        close(grads[1], grads[0])
+    with torch.no_grad():
+        assert not flat(layer(x))[0].requires_grad
