@@ -102,9 +102,10 @@ class StandInDriver(DriverBase):
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that a layer can launch."""
-    from rnnfast.kernels import gates, persistent, step
+    from rnnfast.kernels import dropout, gates, persistent, step
 
-    found = [value for module in (step, persistent, gates) for name, value in vars(module).items() if name.endswith("_kernel")]
+    modules = (step, persistent, gates, dropout)
+    found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
     return [kernel for kernel in found if isinstance(kernel, triton.JITFunction)]
 
 

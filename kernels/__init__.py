@@ -5,6 +5,6 @@ if __name__ != "rnnfast.kernels":
         f"these kernels install as rnnfast.kernels, not as {__name__!r}: run `pip install .` and import rnnfast.kernels"
     )
 
-from rnnfast.kernels import cells, gates, persistent, plan, step
+from rnnfast.kernels import cells, dropout, gates, persistent, plan, step
 
-__all__ = ["cells", "gates", "persistent", "plan", "step"]
+__all__ = ["cells", "dropout", "gates", "persistent", "plan", "step"]

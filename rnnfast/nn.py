@@ -16,7 +16,7 @@ from torch._guards import TracingContext
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from rnnfast import backends, families, ops, reference, sequences, tuning
+from rnnfast import backends, families, ops, ops_dropout, reference, sequences, tuning
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -246,12 +246,16 @@ class _Recurrent(torch.nn.RNNBase):
                 outputs.append(y)
                 last_states.append(last)
                 seen.append(details)
-            x = _joined(outputs)
+            drops = self.dropout and self.training and index < self.num_layers - 1
+            if wants_details or not drops or backend != "triton":
+                x = _joined(outputs)
             if wants_details:
                 cells, gates = zip(*seen, strict=True)
                 all_states.append((x, *(_joined(c) for c in zip(*cells, strict=True))))
                 all_gates.append(torch.stack(gates, dim=2))
-            if self.dropout and self.training and index < self.num_layers - 1:
+            if drops and backend == "triton":
+                x = ops_dropout.dropout(outputs, self.dropout)
+            elif drops:
                 x = torch.dropout(x, self.dropout, train=True)  # whose errors are torch.nn.LSTM's
 
         hidden = tuple(torch.stack(state) for state in zip(*last_states, strict=True))

@@ -1,0 +1,113 @@
+"""Dropout between layers on the kernels: the documented generator, its seed, gradients, and calls with NaNs and p = 1."""
+
+import pytest
+import torch
+
+import rnnfast
+from rnnfast import ops_dropout
+
+MASK = 0xFFFFFFFF
+
+
+def philox(seed: int, counter: tuple[int, int, int, int]) -> list[int]:
+    """Philox4x32-10 as Salmon et al. wrote it down in 2011, one counter at a time."""
+    c, k = list(counter), [seed & MASK, seed >> 32 & MASK]
+    for _ in range(10):
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(second >> 32) ^ c[1] ^ k[0], second & MASK, (first >> 32) ^ c[3] ^ k[1], first & MASK]
+        k = [k[0] + 0x9E3779B9 & MASK, k[1] + 0xBB67AE85 & MASK]
+    return c
+
+
+def test_philox():
+    """The one above gives the known answers that its authors published with it."""
+    assert philox(0, (0, 0, 0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox(MASK << 32 | MASK, (MASK,) * 4) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("seed", [5, -1, 1 << 40 | 3])
+def test_documented_mask(seed, directions, device):
+    """What stays is what the generator says, whatever the width; twice the same."""
+    T, B, H, p = 2, 3, 7, 0.3
+    sides = [torch.ones(T, B, H, device=device) for _ in range(directions)]
+    second = sides[1] if directions == 2 else None
+    found = ops_dropout.dropout_joined(sides[0], second, torch.tensor([seed], device=device), p)
+    expected = [
+        [philox(seed, (j // 4, row, 0, 0))[j % 4] >= round(p * 2**32) for j in range(directions * H)] for row in range(T * B)
+    ]
+    scaled = torch.tensor(expected, device=device).view(found.shape) * torch.tensor(1 / (1 - p))
+    torch.testing.assert_close(found, scaled, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_gradients(directions, dtype, device):
+    """The mask of forward in backward, and again in its derivative; wider than a tile, strided gradients."""
+    T, B, H, p = 2, 2, 700, 0.5
+    seed = torch.tensor([7], device=device)
+    sides = [torch.randn(T, B, H, device=device, dtype=dtype, requires_grad=True) for _ in range(directions)]
+    second = sides[1] if directions == 2 else None
+    mask = ops_dropout.dropout_joined(*(None if s is None else torch.ones_like(s) for s in (sides[0], second)), seed, p)
+    out = ops_dropout.dropout_joined(sides[0], second, seed, p)
+    assert torch.equal(out, torch.cat(sides, 2) * mask)
+    upstream = torch.randn(B, T, directions * H, device=device, dtype=dtype, requires_grad=True).transpose(0, 1)
+    grads = torch.autograd.grad(out, sides, upstream, create_graph=True)
+    assert torch.equal(torch.cat(grads, 2), upstream * mask)
+    (again,) = torch.autograd.grad(grads, upstream, [torch.ones_like(grad) for grad in grads])
+    assert torch.equal(again, mask)
+
+
+def test_opcheck(device):
+    sides = [torch.randn(2, 3, 5, device=device, requires_grad=True) for _ in range(2)]
+    seed = torch.tensor([1], device=device)
+    for second in (None, sides[1]):
+        torch.library.opcheck(ops_dropout.dropout_joined, (sides[0], second, seed, 0.4))
+
+
+def test_share_and_seed(device):
+    """About p is dropped, another mask for each layer call, the same after the same seed; only the seed is kept."""
+    x = [torch.ones(64, 16, 64, device=device)]
+    torch.manual_seed(3)
+    first, second = (ops_dropout.dropout(x, 0.25) for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(ops_dropout.dropout(x, 0.25), first) and not torch.equal(first, second)
+    share = (first == 0).double().mean().item()
+    assert abs(share - 0.25) < 5 * (0.25 * 0.75 / first.numel()) ** 0.5
+    assert set(first.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops_dropout.dropout([x[0].clone().requires_grad_()], 0.25)
+    assert sum(t.nbytes for t in kept) == 8
+
+
+def test_edges(device):
+    """p = 1 gives zeros, p = 0 the input; a NaN that is dropped is gone; a wrong p is torch.dropout's error."""
+    x = torch.full((1, 1, 64), float("nan"), device=device)
+    assert torch.equal(ops_dropout.dropout([x], 1.0), torch.zeros_like(x))
+    dropped = ops_dropout.dropout([x], 0.5)
+    assert 0 < int((dropped == 0).sum()) < 64 and int(dropped.isnan().sum()) == 64 - int((dropped == 0).sum())
+    x = torch.randn(1, 1, 64, device=device)
+    assert torch.equal(ops_dropout.dropout([x], 0.0), x)
+    with pytest.raises(RuntimeError, match="dropout probability has to be between 0 and 1"):
+        ops_dropout.dropout([x], 1.5)
+
+
+def test_stack_matches_its_layers(device):
+    """A bidirectional stack is its layers with that mask between them, all outputs and gradients."""
+    torch.manual_seed(0)
+    stack = rnnfast.GRU(5, 4, 2, bidirectional=True, dropout=0.5, device=device, backend="triton")
+    layers = [rnnfast.GRU(n, 4, bidirectional=True, device=device, backend="triton") for n in (5, 8)]
+    for index, layer in enumerate(layers):
+        names = [name for name, _ in layer.named_parameters()]
+        layer.load_state_dict({name: stack.get_parameter(name.replace("_l0", f"_l{index}")) for name in names})
+    x = torch.randn(3, 2, 5, device=device)
+    torch.manual_seed(1)
+    y, _ = stack(x)
+    torch.manual_seed(1)
+    inner, _ = layers[0](x)
+    expected, _ = layers[1](ops_dropout.dropout(list(inner.chunk(2, dim=2)), 0.5))
+    assert torch.equal(y, expected)
+    theirs = torch.autograd.grad(expected.square().sum(), [p for layer in layers for p in layer.parameters()])
+    ours = torch.autograd.grad(y.square().sum(), list(stack.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
