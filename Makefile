@@ -16,7 +16,7 @@ CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test sweep schedules static lint bench-check gpu-check checkout clean FORCE
+.PHONY: help demo test sweep schedules static docs lint bench-check gpu-check checkout clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,11 +45,17 @@ schedules: $(VENV)/test.done ## the persistent kernels under 200 random schedule
 static: $(VENV)/test.done ## compile every kernel for three GPUs that are not here, count, predict (docs/static.md)
 	@$(RUN) -m benchmarks.static $(ARGS)
 
-lint: $(VENV)/dev.done checkout ## ruff and pyright
+docs: $(VENV)/docs.done ## the pages and the API reference as HTML in build/docs, warnings as errors; then their examples
+	@$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
+	@$(RUN) -m sphinx -W --keep-going -q -b doctest docs build/doctest $(ARGS) && tail -n 8 build/doctest/output.txt
+	@echo "build/docs/index.html"
+
+lint: $(VENV)/dev.done checkout ## ruff, pyright and the warnings of the docs
 	@failed=0; \
 	$(RUN) -m ruff check . || failed=1; \
 	$(RUN) -m ruff format --check . || failed=1; \
 	$(RUN) -m pyright --pythonpath $(RUN) || failed=1; \
+	$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs || failed=1; \
 	exit $$failed
 
 bench-check: $(VENV)/test.done ## static counts and the cost on CPU tensors against their baselines (docs/report.md)

@@ -99,7 +99,7 @@ _DOC = """One step of `rnnfast.{layer}`, a drop-in for torch.nn.{layer}Cell.
     call: a cell is for what must decide something between two steps.
 
     Args:
-        *args, **kwargs: those of torch.nn.{layer}Cell.
+        args, kwargs: those of torch.nn.{layer}Cell.
         backend: as in `rnnfast.{layer}`.
 
     Shapes and dtypes: ``input`` (B, I) or (I,); each state (B, H) or (H,), zeros if absent; dtypes as in `rnnfast.{layer}`.{c}

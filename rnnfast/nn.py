@@ -285,15 +285,15 @@ class _Recurrent(torch.nn.RNNBase):
         return text
 
 
-_DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels.
+_DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels:
 
-    {equations}
+        {equations}
 
     Same constructor, parameters, initialisation, state_dict, inputs, outputs and errors as torch.nn.{name}, of which it is a
     subclass; see there. Weights of one load into the other.
 
     Args:
-        *args, **kwargs: those of torch.nn.{name}.
+        args, kwargs: those of torch.nn.{name}.
         backend: "triton", "torch" or "reference" to have it run there; None, the default, or "auto" for the choice per call
             that `rnnfast.explain` explains. A `ValueError` for another name.
         recompute: whether training keeps less: no gate activations, which backward computes again with two matrix products. Of
@@ -301,7 +301,9 @@ _DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels.
             other backends run their whole forward once more (``torch.utils.checkpoint``). Without effect on what is returned,
             and a layer's ``recompute`` may be set at any time.
 
-    Called with ``input`` and ``hx`` as torch.nn.{name} is, and by keyword with what that does not have (docs/sequences.md):
+    Called with ``input`` and ``hx`` as torch.nn.{name} is, and with what that does not have (docs/sequences.md):
+
+    Keyword Args:
         lengths: integers (B,), the steps of each row that count, 0 to T, in any order; a list, or a tensor on the CPU or the
             input's device. ``output`` is zero in padding, the last states are those of each row's last step.
         resets: bool (T, B), laid out as ``input``: a boundary before a step, at which the state begins anew.
@@ -310,6 +312,7 @@ _DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels.
             as ``output``.
         return_gates: also return, last, a tuple of an entry a layer: the gate activations (T, B, directions, {gates}, H), in
             gate order, without gradient.
+
     Errors: `RuntimeError` for a wrong size or device or a length out of range, `ValueError` for a wrong dtype or options that
     do not go together, `TypeError` for what is no tensor.
 
@@ -333,7 +336,7 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         title="Long short-term memory",
         name="LSTM",
         equations="i, f, o = sigmoid(W_i x + b_i + R_i h + p_i), ...; g = tanh(W_g x + b_g + R_g h + p_g)\n"
-        "    c' = f c + i g; h' = o tanh(c')        gate order i, f, g, o",
+        "        c' = f c + i g; h' = o tanh(c')        gate order i, f, g, o",
         carried=" and carry the cell\n    state in it",
         entry="``(h, c)`` of every step",
         gates=4,
@@ -347,7 +350,7 @@ class GRU(_Recurrent, torch.nn.GRU):
         title="Gated recurrent unit",
         name="GRU",
         equations="r, z = sigmoid(W_r x + b_r + R_r h + p_r), ...; n = tanh(W_n x + b_n + r (R_n h + p_n))\n"
-        "    h' = (1 - z) n + z h        gate order r, z, n",
+        "        h' = (1 - z) n + z h        gate order r, z, n",
         carried="",
         entry="``(h,)`` of every step",
         gates=3,

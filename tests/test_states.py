@@ -1,8 +1,5 @@
 """return_all_states= and return_gates=: what a layer does at every step."""
 
-import re
-from pathlib import Path
-
 import loops
 import pytest
 import torch
@@ -112,15 +109,3 @@ def test_explain_the_family(options, device, monkeypatch):
         assert "persistent kernels" in str(rnnfast.explain(ours, x))
     assert "not persistent: lengths, resets and gradients of all cell states run on the step kernels" in text
     assert ("persistent kernels, one launch" in text) == ("lengths" not in options)
-
-
-def test_the_page_runs():
-    """The programs of docs/sequences.md, one after another in one namespace."""
-    page = (Path(__file__).parents[1] / "docs" / "sequences.md").read_text(encoding="utf-8")
-    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(programs) == 4
-    namespace = {}
-    with rnnfast.use_backend("torch"):
-        for program in programs:
-            exec(program, namespace)
-    assert namespace["i"].shape == namespace["o"].shape == (5, 3, 16) and namespace["c"].shape == (5, 3, 32)

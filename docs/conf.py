@@ -1,0 +1,39 @@
+"""Sphinx builds these pages and the API reference from the docstrings: `make docs`."""
+
+import rnnfast
+
+project = "rnnfast"
+author = "The rnnfast authors"
+release = version = rnnfast.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+default_role = "code"
+highlight_language = "none"
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
+
+doctest_global_setup = """
+import torch
+import rnnfast
+torch.manual_seed(0)
+"""
+
+
+def as_literal(app, what, name, obj, options, lines):
+    """Equations and tables, which docstrings indent after a colon and an empty line, keep their lines."""
+    for at in range(len(lines) - 2):
+        if lines[at].endswith(":") and not lines[at + 1].strip() and lines[at + 2][:1] == " ":
+            lines[at] += ":"
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", as_literal, priority=400)  # before napoleon
+
+
+html_theme = "alabaster"
+html_theme_options = {"description": "Fused recurrent layers for PyTorch", "page_width": "72rem", "sidebar_width": "15rem"}
+html_show_sourcelink = False
+exclude_patterns = ["_build"]
