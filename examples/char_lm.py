@@ -38,6 +38,7 @@ from char_lm_support import (
     catch_interrupt,
     positive,
     prepare_folder,
+    pyplot_for,
     read_corpus,
     streams,
     usable_device,
@@ -258,14 +259,9 @@ def train(run: Run, checkpoint: Path) -> bool:
 
 
 def plot_losses(run: Run, path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"matplotlib is not installed: {path} is not drawn")
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(8, 5))
     axes.plot(range(1, len(run.losses) + 1), [loss * BITS for loss in run.losses], lw=0.6, alpha=0.7, label="training")
     axes.plot([step for step, _ in run.heldout], [loss * BITS for _, loss in run.heldout], "o-", label="held out")

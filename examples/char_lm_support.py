@@ -1,4 +1,4 @@
-"""What char_lm.py needs besides a model and its training: the text, progress, Ctrl-C, safe files, options and their errors."""
+"""What the examples need besides a model and its training: text, progress, Ctrl-C, safe files, options and their errors."""
 
 from __future__ import annotations
 
@@ -194,3 +194,40 @@ def usable_device(text: str) -> torch.device:
     except (AssertionError, NotImplementedError, RuntimeError):
         raise argparse.ArgumentTypeError(f"{text!r} is no device that this PyTorch can use here") from None
     return device
+
+
+def example_parser(doc: str, prog: str, steps: int, out: str) -> Parser:
+    """The options that the small examples have in common."""
+    parser = Parser(description=doc.split("\n")[0], prog=prog)
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--steps", type=positive(int), default=steps, metavar="N", help="of training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--device", type=usable_device, default=cuda, help="(default here: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help="(default: %(default)s)")
+    return parser
+
+
+def pyplot_for(picture: Path):
+    """matplotlib.pyplot, to draw into files, or None and a line that says so."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"matplotlib is not installed: {picture} is not drawn")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def run_main(prog: str, program: Callable[[], None]) -> int:
+    """The exit code of `program`: 0, 2 for what the user has to put right, 130 for Ctrl-C."""
+    try:
+        program()
+    except UserError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
