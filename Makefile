@@ -16,7 +16,7 @@ CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test sweep schedules static docs lint bench-check gpu-check checkout clean FORCE
+.PHONY: help demo examples test sweep schedules static docs lint bench-check gpu-check checkout clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ help: ## this list
 
 demo: $(VENV)/demo.done ## train a character model on real English, check the kernels (examples/char_lm.py)
 	@$(RUN) examples/char_lm.py $(ARGS)
+
+examples: $(VENV)/examples.done ## three real uses, about a minute each on a CPU (docs/examples.md)
+	@for name in pronounce unfolded recall; do echo "examples/$$name.py"; $(RUN) examples/$$name.py $(ARGS) || exit 1; echo; done
 
 test: $(VENV)/test.done ## all tests, on a CPU
 	@$(RUN) -m pytest -n 2 $(ARGS)

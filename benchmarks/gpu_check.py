@@ -41,6 +41,7 @@ SAME_EVERYWHERE = (
     "test_layering",
     "test_static",
     "test_char_lm",
+    "test_examples",
     "test_tuner",
     "test_gpu_check",
     "test_bench_check",

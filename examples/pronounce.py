@@ -1,12 +1,12 @@
 """Sequence to sequence with attention: learn English spelling, letters to phonemes, from the CMU Pronouncing Dictionary.
 
-A bidirectional `rnnfast.LSTM` reads the padded letters of a batch of words, with `lengths=`; its output at every letter is kept.
-A second LSTM starts from the encoder's last state and gives the phonemes; at every phoneme it looks at all letters
-(attention: Luong, Pham and Manning, 2015). Words that were held out are spelt at the end, and the ones that you name:
+A bidirectional `rnnfast.LSTM` reads the padded letters of a batch of words, with `lengths=`; its output at every letter is
+kept. A second LSTM starts from the encoder's last state and gives the phonemes; at each it looks at all letters (attention:
+Luong, Pham and Manning, 2015). At the end it is scored on words that were held out, and pronounces the ones that you name:
 
     pip install '.[examples]'
     python examples/pronounce.py thought blizzard tritonic     # about a minute on one CPU core
-    python examples/pronounce.py --steps 12000 --beam 8
+    python examples/pronounce.py --steps 8000 --beam 8
 
 It leaves OUT/attention.png: which letters each phoneme of your words looked at.
 """
@@ -167,7 +167,9 @@ def train(model: Speaker, pairs: list[tuple[str, list[int]]], steps: int, batch:
         losses.append(loss.detach())
         if step % max(1, steps // 8) == 0 or step == steps:
             recent, seconds = torch.stack(losses[-100:]).mean().item(), time.perf_counter() - begun
-            print(f"step {step}/{steps}, {step * batch / len(pairs):.1f} epochs, {seconds:.0f} s: loss {recent:.3f}", flush=True)
+            print(
+                f"step {step}/{steps}, {step * batch / len(pairs):.1f} epochs, {seconds:.0f} s: loss {recent:.3f}", flush=True
+            )
 
 
 def draw(words: list[str], answers: list[list[str]], attention: Tensor, path: Path) -> None:
@@ -176,7 +178,7 @@ def draw(words: list[str], answers: list[list[str]], attention: Tensor, path: Pa
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(1, len(words), figsize=(3 * len(words), 3), squeeze=False, layout="constrained")
-    for axis, word, answer, weights in zip(axes[0], words, answers, attention.cpu(), strict=True):
+    for axis, word, answer, weights in zip(axes[0], words, answers, attention.cpu().numpy(), strict=True):
         axis.imshow(weights[: len(answer) + 1, : len(word)], cmap="Greys", vmin=0, vmax=1)
         axis.set_xticks(range(len(word)), word)
         axis.set_yticks(range(len(answer) + 1), [*answer, "(end)"])
@@ -209,22 +211,29 @@ def run_program(argv: list[str] | None) -> None:
     print(rnnfast.explain(model.encoder, model.letters(letters), lengths=lengths), flush=True)
     train(model, pairs, args.steps, batch=64, rate=4e-3)
 
-    def spoken(words: list[str], beam: int) -> list[list[str]]:
-        return [[symbols[n] for n in row] for row in speak(model, words, beam)[0]]
+    def spoken(words: list[str], beam: int) -> tuple[list[list[str]], Tensor]:
+        answers, attention = speak(model, words, beam)
+        return [[symbols[n] for n in answer] for answer in answers], attention
 
     print("\nheld-out words:")
     by_letter = letter_by_letter(training)
     report("letter by letter (the trivial way)", [[by_letter.get(c) for c in w] for w in held_out], held_out, dictionary)
-    report("this model, greedy", spoken(held_out, 1), held_out, dictionary)
-    report(f"this model, beam of {args.beam}", spoken(held_out, args.beam), held_out, dictionary)
+    report("this model, greedy", spoken(held_out, 1)[0], held_out, dictionary)
+    report(f"this model, beam of {args.beam}", spoken(held_out, args.beam)[0], held_out, dictionary)
 
     print()
-    answers = spoken(args.words, args.beam)
+    answers, attention = spoken(args.words, args.beam)
     for word, answer in zip(args.words, answers, strict=True):
-        known = "held out" if word in dictionary and is_held_out(word) else "learnt from" if word in training else "not among the words"
+        known = (
+            "held out"
+            if word in dictionary and is_held_out(word)
+            else "learnt from"
+            if word in training
+            else "not among the words"
+        )
         theirs = " or ".join(" ".join(way) for way in dictionary.get(word, [])) or "-"
         print(f"{word}: {' '.join(answer)}   ({known}; dictionary: {theirs})")
-    draw(args.words, answers, speak(model, args.words, args.beam)[1], args.out / "attention.png")
+    draw(args.words, answers, attention, args.out / "attention.png")
     print(f"wrote {args.out / 'attention.png'}")
 
 

@@ -1,17 +1,18 @@
 """Recurrent reinforcement learning with resets: remember the first thing seen in an episode, and take the right door.
 
 A corridor: at every step the agent sees one of four symbols. The first of an episode names the door to take, all others are
-there to confuse. "Walk on" leads to the doors after 3 to 8 steps; a wrong or early door costs, the right one pays 1. Anything
-may end at any step, unannounced (the light goes out): the observations do not tell where an episode begins. The mask does.
+there to confuse. "Walk on" leads to the doors after 3 to 8 steps. The right door pays 1, any door ends the episode, and to do
+nothing useful costs 0.1. Besides, the light may go out at any step, and another episode begins: what is to be seen does not
+tell, the mask of resets does.
 
-Many corridors go on side by side, without end. An actor-critic (advantage actor-critic: Mnih et al., 2016) acts one step a call
-with carried state, then learns from the last 16 steps in one call with `resets=`: truncated back-propagation through time,
-with the state at the head of the chunk detached. Three agents learn: with resets, without, and one that is reset before every
-step, so that it has no memory. That one cannot do better than to guess, one in four.
+Many corridors go on side by side, without end. An actor-critic (Mnih et al., 2016) acts one step a call with carried state,
+then learns from the last 16 steps in one call with `resets=`: truncated back-propagation through time, from the carried state,
+detached. Three agents learn: with resets, without, and one that is reset before every step. That one has no memory, and cannot
+do better than to guess, one in four.
 
     python examples/recall.py                    # about a minute on one CPU core
 
-It leaves OUT/recall.png: how often each agent opened the right door, over training.
+It leaves OUT/recall.png: how often each agent took the right door, over training.
 """
 
 from __future__ import annotations
@@ -32,87 +33,177 @@ import rnnfast
 
 DOORS = 4  # also the number of symbols
 WALK = DOORS  # the action that is no door
-DARK = 0.03  # how likely any step is an episode's last
+DARK = 0.03  # how likely the light goes out at a step
 CHUNK = 16  # steps that gradients go back
 DISCOUNT = 0.95
+MEMORIES = {
+    "resets": "state that begins anew with each episode",
+    "no resets": "state that never begins anew",
+    "no memory": "state that begins anew at every step",
+}
 
 
 class Corridors:
-    """`count` corridors side by side. An observation: the symbol, one-hot, and whether the doors are here."""
+    """`count` corridors side by side; where an episode is over the next one begins at once.
+
+    Attributes:
+        seen: (count, DOORS + 1), what is to be seen now: the symbol, one-hot, and whether the doors are here.
+        begins: (count,), where that is the first thing of an episode.
+    """
 
     def __init__(self, count: int, device: torch.device) -> None:
-        self.count, self.device = count, device
         self.cue = torch.zeros(count, dtype=torch.long, device=device)
         self.left = torch.zeros_like(self.cue)  # steps to the doors
-        self.begins = torch.ones(count, dtype=torch.bool, device=device)  # whether the next step is an episode's first
+        self.begins = torch.ones(count, dtype=torch.bool, device=device)
+        self._look()
 
-    def observe(self) -> Tensor:
-        """(count, DOORS + 1); episodes that begin get their cue and their length here."""
-        symbol = torch.randint(DOORS, (self.count,), device=self.device)
+    def _look(self) -> None:
+        symbol = torch.randint_like(self.cue, DOORS)
         self.cue = torch.where(self.begins, symbol, self.cue)
-        self.left = torch.where(self.begins, torch.randint(3, 9, (self.count,), device=self.device), self.left)
-        return torch.cat([F.one_hot(symbol, DOORS), (self.left == 0)[:, None]], 1).float()
+        self.left = torch.where(self.begins, torch.randint_like(self.left, 3, 9), self.left)
+        self.seen = torch.cat([F.one_hot(symbol, DOORS), (self.left == 0)[:, None]], 1).float()
 
-    def act(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """The reward of each corridor, and whether a door was opened where the doors are."""
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """The reward (count,), and where one of the doors was taken."""
         door, here = action != WALK, self.left == 0
-        opened = door & here
-        reward = torch.where(opened, (action == self.cue).float(), -0.1 * (door != here).float())
-        self.left = (self.left - (~door & ~here).long()).clamp(min=0)
-        self.begins = opened | (torch.rand(self.count, device=self.device) < DARK)
-        return reward, opened
+        taken = door & here
+        reward = torch.where(taken, (action == self.cue).float(), -0.1 * (door != here).float())
+        self.left = self.left - (~door & ~here).long()
+        self.begins = taken | (torch.rand_like(reward) < DARK)
+        self._look()
+        return reward, taken
 
 
 class Agent(nn.Module):
-    """Logits of the actions and the expected reward from here on, at every step."""
+    """Logits of the actions, and the reward to be expected from here on, at every step."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.layer = rnnfast.LSTM(DOORS + 1, size)
         self.actor, self.critic = nn.Linear(size, DOORS + 1), nn.Linear(size, 1)
 
-    def forward(self, seen: Tensor, state, resets: Tensor | None):
+    def forward(self, seen: Tensor, state: tuple[Tensor, Tensor], resets: Tensor | None = None):
         output, state = self.layer(seen, state, resets=resets)
         return self.actor(output), self.critic(output).squeeze(-1), state
 
 
 class Learner:
-    """One agent in its own corridors. `memory`: "resets", "no resets" or "none"."""
+    """An agent with its own corridors. `memory` is a key of MEMORIES."""
 
     def __init__(self, memory: str, size: int, count: int, device: torch.device) -> None:
         self.memory, self.corridors, self.agent = memory, Corridors(count, device), Agent(size).to(device)
-        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=5e-3)
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=3e-3)
         self.state = tuple(torch.zeros(1, count, size, device=device) for _ in range(2))
 
-    def mask(self) -> Tensor | None:
-        """(1, count): where the state has to begin anew before the next step."""
-        if self.memory == "no resets":
-            return None
-        begins = self.corridors.begins[None]
-        return begins if self.memory == "resets" else torch.ones_like(begins)
+    def resets(self) -> Tensor:
+        """(count,): where the state has to begin anew before the next step."""
+        begins = self.corridors.begins
+        return {"resets": begins, "no resets": torch.zeros_like(begins), "no memory": torch.ones_like(begins)}[self.memory]
 
     @torch.no_grad()
+    def look(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """One step from the carried state, which begins anew by hand where it has to. Logits, value, the state after."""
+        state = tuple(part.masked_fill(self.resets()[:, None], 0) for part in self.state)
+        logits, value, state = self.agent(self.corridors.seen[None], state)
+        return logits[0], value[0], state
+
     def collect(self) -> dict[str, Tensor]:
-        """Act for CHUNK steps, one a call. Everything of each step, (CHUNK, count, ...)."""
+        """Act for CHUNK steps, one a call. All of every step, each (CHUNK, count, ...)."""
         steps = []
         for _ in range(CHUNK):
-            mask, seen = self.mask(), self.corridors.observe()[None]
-            logits, value, self.state = self.agent(seen, self.state, mask)
-            action = torch.multinomial(logits[0].softmax(-1), 1).squeeze(1)
-            reward, opened = self.corridors.act(action)
-            step = {"seen": seen[0], "logits": logits[0], "action": action, "reward": reward, "opened": opened}
-            step |= {"over": self.corridors.begins} | ({} if mask is None else {"resets": mask[0]})
-            steps.append(step)
+            seen, resets = self.corridors.seen, self.resets()
+            logits, _, self.state = self.look()
+            action = torch.multinomial(logits.softmax(-1), 1).squeeze(1)
+            reward, taken = self.corridors.step(action)
+            over = self.corridors.begins
+            steps.append(dict(seen=seen, resets=resets, logits=logits, action=action, reward=reward, taken=taken, over=over))
         return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
-    def update(self) -> tuple[float, float, float]:
-        """Collect a chunk and learn from it. Doors opened, right ones among them, and the largest difference between what the
-        agent computed step by step and what it computes of the whole chunk."""
-        before = tuple(part.detach() for part in self.state)
+    def gains(self, data: dict[str, Tensor]) -> Tensor:
+        """The discounted reward from each step on, within its episode. For what follows the chunk stands the critic's word."""
+        _, following, _ = self.look()
+        gains = []
+        for t in reversed(range(CHUNK)):
+            following = data["reward"][t] + DISCOUNT * following * ~data["over"][t]
+            gains.append(following)
+        return torch.stack(gains[::-1])
+
+    def update(self) -> tuple[int, int, float]:
+        """Collect a chunk and learn from it. Doors taken, right ones among them, and the largest difference between the logits
+        of the loop, a step a call, and those of the whole chunk in one call."""
+        before = self.state  # made without gradients: here back-propagation ends
         data = self.collect()
-        logits, values, _ = self.agent(data["seen"], before, data.get("resets"))
+        logits, values, _ = self.agent(data["seen"], before, None if self.memory == "no resets" else data["resets"])
         difference = (logits - data["logits"]).abs().max().item()
-        with torch.no_grad():
-            mask, seen = self.mask(), self.corridors.observe()[None]
-            _, following, _ = self.agent(seen, self.state, mask)
-        return 0.0, 0.0, difference
+        gains = self.gains(data)
+        policy = torch.distributions.Categorical(logits=logits)
+        acting = -((gains - values.detach()) * policy.log_prob(data["action"])).mean()
+        loss = acting + 0.5 * (gains - values).square().mean() - 0.01 * policy.entropy().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.agent.parameters(), 0.5)
+        self.optimizer.step()
+        return int(data["taken"].sum()), int((data["reward"] == 1).sum()), difference
+
+
+def train(learner: Learner, updates: int, every: int) -> tuple[list[float], float]:
+    """The share of right doors among those taken, every `every` updates, and the largest difference of all updates."""
+    begun, furthest, curve, taken, right = time.perf_counter(), 0.0, [], 0, 0
+    for update in range(1, updates + 1):
+        more_taken, more_right, difference = learner.update()
+        taken, right, furthest = taken + more_taken, right + more_right, max(furthest, difference)
+        if update % every == 0:
+            curve.append(right / max(taken, 1))
+            if update % (5 * every) == 0:
+                seconds = time.perf_counter() - begun
+                print(
+                    f"  update {update}/{updates}, {seconds:.0f} s: {taken} doors, the right one in {curve[-1]:.1%}", flush=True
+                )
+            taken = right = 0
+    return curve, furthest
+
+
+def draw(curves: dict[str, list[float]], every: int, path: Path) -> None:
+    pyplot = pyplot_for(path)
+    if pyplot is None:
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for memory, curve in curves.items():
+        axes.plot([every * (n + 1) for n in range(len(curve))], curve, label=MEMORIES[memory])
+    axes.axhline(1 / DOORS, color="0.6", linestyle="--", label="a guess")
+    axes.set(xlabel=f"updates, each of {CHUNK} steps in every corridor", ylabel="right doors among those taken", ylim=(0, 1.02))
+    axes.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=80))
+    pyplot.close(figure)
+
+
+def run_program(argv: list[str] | None) -> None:
+    parser = example_parser(__doc__, "recall.py", steps=600, out="out/recall")
+    parser.add_argument("--size", type=positive(int), default=64, metavar="N", help="units (default: %(default)s)")
+    parser.add_argument("--corridors", type=positive(int), default=64, metavar="N", help="side by side (default: %(default)s)")
+    args = parser.parse_args(argv)
+    prepare_folder(args.out)
+    curves, every = {}, max(1, args.steps // 20)
+    for memory, title in MEMORIES.items():
+        torch.manual_seed(args.seed)
+        learner = Learner(memory, args.size, args.corridors, args.device)
+        if memory == "resets":
+            chunk, resets = learner.corridors.seen.expand(CHUNK, -1, -1), learner.resets().expand(CHUNK, -1)
+            print(rnnfast.explain(learner.agent.layer, chunk, learner.state, resets=resets))
+        print(f"\n{title}:", flush=True)
+        curves[memory], difference = train(learner, args.steps, every)
+        print(f"  largest difference of logits, steps one by one beside chunks in one call: {difference:.1e}")
+    print("\nright doors among those taken, in the last twentieth of training:")
+    for memory, curve in curves.items():
+        print(f"  {MEMORIES[memory]:<44} {curve[-1]:6.1%}")
+    print(f"  {'a guess, which no agent without memory beats':<44} {1 / DOORS:6.1%}")
+    draw(curves, every, args.out / "recall.png")
+    print(f"wrote {args.out / 'recall.png'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_main("recall.py", lambda: run_program(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

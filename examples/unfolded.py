@@ -40,7 +40,12 @@ from torch import Tensor, nn
 
 import rnnfast
 
-SENTENCE = '\n   Return "True" if the mapping (a "dict", say) has the key, else "False";\n   a missing key (see above) raises a "KeyError".'
+SENTENCE = (
+    '\n   Return "True" if the mapping (a "dict", say) has the key, else "False";'
+    '\n   a missing key (see above) raises a "KeyError".'
+)
+BATCH, LENGTH = 32, 64  # streams of text, and the characters of each that gradients go back
+HELD_OUT = 20000  # characters over which cells are compared with what is visible
 
 
 class CharModel(nn.Module):
@@ -66,15 +71,15 @@ class FeedForward(nn.Module):
         return o.sigmoid() * c.tanh(), c
 
 
-def train(model: CharModel, tokens: Tensor, steps: int, batch: int, length: int) -> None:
-    """Truncated back-propagation: `batch` streams of text in chunks; the state goes on from chunk to chunk, detached."""
-    data = streams(tokens, batch)
+def train(model: CharModel, tokens: Tensor, steps: int) -> None:
+    """Truncated back-propagation: streams of text in chunks; the state goes on from chunk to chunk, detached."""
+    data = streams(tokens, BATCH)
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     losses, begun, state = [], time.perf_counter(), None
     for step in range(1, steps + 1):
-        start = (step - 1) % ((len(data) - 1) // length) * length
-        chunk = data[start : start + length + 1]
+        start = (step - 1) % ((len(data) - 1) // LENGTH) * LENGTH
+        chunk = data[start : start + LENGTH + 1]
         state = None if start == 0 else tuple(part.detach() for part in state)
         output, state = model.layer(model.embedding(chunk[:-1]), state)
         loss = F.cross_entropy(model.head(output).flatten(0, 1), chunk[1:].flatten())
@@ -117,7 +122,7 @@ def unfold(model: CharModel, tokens: Tensor) -> tuple[dict[str, tuple[float, flo
     for n, name in enumerate(names):
         pairs[f"gradient of {name}"] = (sums[n], torch.stack(parts[n :: len(names)]).sum(0))
     compared = {name: ((a - b).abs().max().item(), a.abs().max().item()) for name, (a, b) in pairs.items()}
-    reach = torch.autograd.grad(found[-1], [step.weight_hh_l0 for step in layers])
+    reach = torch.autograd.grad(found[-1], [step.bias_hh_l0 for step in layers])
     return compared, [part.norm().item() for part in reach]
 
 
@@ -138,13 +143,13 @@ def visible(text: str) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def find_cells(model: CharModel, tokens: Tensor, text: str) -> dict[str, tuple[int, float]]:
-    """For each visible thing, the cell whose tanh(c_t) goes with it best over a whole text, and the correlation."""
-    _, _, states = model.layer(model.embedding(tokens)[:, None], return_all_states=True)
-    shown = states[0][1][:, 0].tanh().double()
+    """For each visible thing, the cell whose tanh(c_t) goes with it best over a text (8 streams), and the correlation."""
+    _, _, states = model.layer(model.embedding(streams(tokens, 8)), return_all_states=True)
+    shown = states[0][1].tanh().double().flatten(0, 1)
     found = {}
     for name, values in visible(text).items():
-        both = torch.cat([shown, torch.tensor(values, dtype=torch.float64, device=shown.device)[:, None]], 1)
-        correlations = torch.corrcoef(both.T)[-1, :-1].nan_to_num()
+        wanted = streams(torch.tensor(values, dtype=torch.float64, device=shown.device), 8).reshape(-1, 1)
+        correlations = torch.corrcoef(torch.cat([shown, wanted], 1).T)[-1, :-1].nan_to_num()
         cell = correlations.abs().argmax().item()
         found[name] = (cell, correlations[cell].item())
     return found
@@ -156,23 +161,30 @@ def draw(text: str, cells: dict[str, tuple[int, float]], states, gates: Tensor, 
         return
     sizes = [2, 1] * len(cells) + [1.4]
     figure, axes = pyplot.subplots(len(sizes), 1, figsize=(15, 10), height_ratios=sizes, layout="constrained")
-    h, c = (state[:, 0].cpu() for state in states)
+    h, shown = states[0][:, 0].cpu().numpy(), states[1][:, 0].tanh().cpu().numpy()
+    gates = gates[:, 0, 0].cpu().numpy()
     for n, (name, (cell, correlation)) in enumerate(cells.items()):
         line, strip = axes[2 * n], axes[2 * n + 1]
         seen = visible(text)[name]
         line.fill_between(range(len(text)), seen, step="mid", color="0.88", label=name)
-        line.plot(c[:, cell].tanh(), color="C3", label="tanh(c)")
+        line.plot(shown[:, cell], color="C3", label="tanh(c)")
         line.plot(h[:, cell], color="C0", label="h = o tanh(c)")
-        line.set_title(f"cell {cell}: {name} (correlation {correlation:+.2f} with tanh(c) over held-out text)", loc="left", size=10)
-        line.legend(loc="upper right", ncols=3, fontsize=8, framealpha=0.9)
-        image = strip.imshow(gates[:, 0, 0, :, cell].T.cpu(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        line.set_title(
+            f"cell {cell}: {name} (correlation {correlation:+.2f} with tanh(c) over held-out text)", loc="left", size=10
+        )
+        line.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3, fontsize=8, frameon=False)
+        image = strip.imshow(gates[:, :, cell].T, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
         strip.set_yticks(range(4), ["input i", "forget f", "new g", "output o"], size=8)
     figure.colorbar(image, ax=axes[:-1], shrink=0.3, pad=0.01)
     axes[-1].semilogy(reach, color="C2", marker=".")
-    title = "gradient that the loss of the last character leaves in each of the T feed-forward layers (norm, recurrent weights)"
+    title = (
+        "gradient that the loss of the last character leaves in each of the T feed-forward layers (norm, biases of the gates)"
+    )
     axes[-1].set_title(title, loc="left", size=10)
     for axis in axes:
         axis.set_xlim(-0.5, len(text) - 0.5)
+        axis.set_xticks([])
+    for axis in axes[1::2]:
         axis.set_xticks(range(len(text)), text.replace("\n", "\u21b5").replace(" ", "\u00b7"), family="monospace", size=9)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=72))
     pyplot.close(figure)
@@ -183,7 +195,7 @@ def run_program(argv: list[str] | None) -> None:
     parser.add_argument("--text", metavar="FILE", help="learn this UTF-8 file (default: the documentation inside Python)")
     parser.add_argument("--sentence", default=SENTENCE, metavar="TEXT", help="what is read and drawn at the end")
     parser.add_argument("--size", type=positive(int), default=128, metavar="N", help="units (default: %(default)s)")
-    parser.set_defaults(batch=32, length=64)
+    parser.set_defaults(batch=BATCH, length=LENGTH)
     args = parser.parse_args(argv)
     corpus = read_corpus(args)
     if strange := re.sub(f"[{re.escape(corpus.vocabulary)}]", "", args.sentence):
@@ -194,9 +206,9 @@ def run_program(argv: list[str] | None) -> None:
     torch.manual_seed(args.seed)
 
     model = CharModel(len(corpus.vocabulary), args.size).to(args.device)
-    example = torch.zeros(args.length, args.batch, args.size // 2, device=args.device)
+    example = torch.zeros(LENGTH, BATCH, args.size // 2, device=args.device)
     print(rnnfast.explain(model.layer, example), flush=True)
-    train(model, corpus.train.to(args.device), args.steps, args.batch, args.length)
+    train(model, corpus.train.to(args.device), args.steps)
 
     tokens = torch.tensor([corpus.vocabulary.index(character) for character in args.sentence], device=args.device)[:, None]
     print(f"\nthe layer in one call beside {len(tokens) - 1} feed-forward layers with its weights:")
@@ -204,7 +216,7 @@ def run_program(argv: list[str] | None) -> None:
     for name, (difference, size) in compared.items():
         print(f"  {name:<26} largest difference {difference:.1e}, largest value {size:.1e}")
 
-    heldout = corpus.heldout[:20000]
+    heldout = corpus.heldout[:HELD_OUT]
     cells = find_cells(model, heldout.to(args.device), "".join(corpus.vocabulary[n] for n in heldout.tolist()))
     print()
     for name, (cell, correlation) in cells.items():
