@@ -62,9 +62,11 @@ def letters_of(words: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
 class Speaker(nn.Module):
     def __init__(self, phonemes: int, size: int) -> None:
         super().__init__()
-        self.letters, self.phonemes = nn.Embedding(len(LETTERS), size // 2), nn.Embedding(phonemes, size // 2)
-        self.encoder = rnnfast.LSTM(size // 2, size // 2, bidirectional=True)
-        self.decoder = rnnfast.LSTM(size // 2, size)
+        half = (size + 1) // 2  # a direction of the encoder; both together are as wide as the decoder
+        size = 2 * half
+        self.letters, self.phonemes = nn.Embedding(len(LETTERS), half), nn.Embedding(phonemes, half)
+        self.encoder = rnnfast.LSTM(half, half, bidirectional=True)
+        self.decoder = rnnfast.LSTM(half, size)
         self.query = nn.Linear(size, size, bias=False)
         self.mix = nn.Linear(2 * size, size)
         self.head = nn.Linear(size, phonemes)
@@ -85,9 +87,10 @@ class Speaker(nn.Module):
 
 
 @torch.no_grad()
-def speak(model: Speaker, words: list[str], beam: int, longest: int = 16) -> tuple[list[list[int]], Tensor]:
+def speak(model: Speaker, words: list[str], beam: int, longest: int | None = None) -> tuple[list[list[int]], Tensor]:
     """The likeliest pronunciation of each word among those that a beam of this width finds (1: greedy), and its attention
-    (words, longest, letters). The decoder goes on one step a call, from the states of the hypotheses that are kept."""
+    (words, steps, letters), after at most `longest` steps. The decoder goes on one step a call, from the states of the
+    hypotheses that are kept."""
     letters, lengths = letters_of(words, model.head.weight.device)
     memory, real, state = model.encode(letters, lengths)
     memory, real = memory.repeat_interleave(beam, 1), real.repeat_interleave(beam, 0)
@@ -98,7 +101,7 @@ def speak(model: Speaker, words: list[str], beam: int, longest: int = 16) -> tup
     total[:, 0] = 0  # all hypotheses begin alike: one is enough
     said, seen = torch.full((1, count * beam), END, device=device), []
     ended = torch.zeros(count, beam, dtype=torch.bool, device=device)
-    for _ in range(longest):
+    for _ in range(longest or max(16, 2 * len(letters))):
         logits, attention, state = model.decode(said[-1:], state, memory, real)
         step = logits[0].log_softmax(-1).view(count, beam, -1)
         only_end = torch.full_like(step, -torch.inf)

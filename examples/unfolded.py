@@ -51,8 +51,8 @@ HELD_OUT = 20000  # characters over which cells are compared with what is visibl
 class CharModel(nn.Module):
     def __init__(self, vocabulary: int, size: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, size // 2)
-        self.layer = rnnfast.LSTM(size // 2, size)
+        self.embedding = nn.Embedding(vocabulary, (size + 1) // 2)
+        self.layer = rnnfast.LSTM((size + 1) // 2, size)
         self.head = nn.Linear(size, vocabulary)
 
 
@@ -206,7 +206,7 @@ def run_program(argv: list[str] | None) -> None:
     torch.manual_seed(args.seed)
 
     model = CharModel(len(corpus.vocabulary), args.size).to(args.device)
-    example = torch.zeros(LENGTH, BATCH, args.size // 2, device=args.device)
+    example = torch.zeros(LENGTH, BATCH, model.layer.input_size, device=args.device)
     print(rnnfast.explain(model.layer, example), flush=True)
     train(model, corpus.train.to(args.device), args.steps)
 

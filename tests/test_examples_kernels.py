@@ -16,7 +16,7 @@ def test_pronounce(device, monkeypatch, capsys, tmp_path):
     words = {f"{a}{b}c"[: 2 + (a < b)]: [(a.upper(), b.upper())] for a in "abcdefgh" for b in "abcde"}
     with load("pronounce") as module:
         monkeypatch.setattr(module, "read_dictionary", lambda: words)
-        args = ["--device", device, "--steps", 1, "--size", 8, "--beam", 2, "--out", tmp_path]
+        args = ["--device", device, "--steps", 1, "--size", 7, "--beam", 2, "--out", tmp_path]
         output = run(module, capsys, *args, "abc", "a")
     assert "backend: triton" in output
     assert output.count("phoneme error rate") == 3
@@ -26,7 +26,7 @@ def test_unfolded(device, monkeypatch, capsys, tmp_path):
     with load("unfolded") as module:
         for name, value in (("HELD_OUT", 100), ("BATCH", 3), ("LENGTH", 7)):
             monkeypatch.setattr(module, name, value)
-        args = ["--device", device, "--steps", 2, "--size", 8, "--sentence", 'Say "(yes)".', "--out", tmp_path]
+        args = ["--device", device, "--steps", 2, "--size", 7, "--sentence", 'Say "(yes)".', "--out", tmp_path]
         output = run(module, capsys, *args)
     assert "backend: triton" in output
     rows = re.findall(r"largest difference (\S+), largest value (\S+)$", output, re.MULTILINE)
