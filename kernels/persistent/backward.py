@@ -235,11 +235,11 @@ def persistent_backward_kernel(
         dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, t, dt, t_first, has_first, offs_b, offs_h, mask, batch,
         H, SAVED, CARRIES_C, HAS_DY,
     )  # fmt: skip
-    # a product before the loop and one in it, and the weights that both take stay in registers; all others are read from shared
-    # memory in each step
+    # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = nothing(ROWS, BLOCK_B, SPLIT)
     d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
-    for step in range(steps):
+    step = 0
+    while step < steps:
         row = t * batch + offs_b
         row_x = t_x * batch + offs_b
         # the last step needs nothing of one before it, and waits for nobody
@@ -250,7 +250,10 @@ def persistent_backward_kernel(
             mask & mask_more[:, None], batch, H, SAVED, CARRIES_C, HAS_DY,
         )  # fmt: skip
 
-        d_sums = add_product(d_sums, w, d_chunks, IN_REGISTERS, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+        if IN_REGISTERS < OPERANDS:
+            # so this one, of one turn, holds the weights that are read from shared memory in each step
+            for _ in range(tl.minimum(step + has_next, 1)):
+                d_sums = add_product(d_sums, w, d_chunks, IN_REGISTERS, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
         d_h = whole(d_sums, ROWS, BLOCK_B, SPLIT)
         if PARTS > 1:
             d_h = _exchange_sums(d_h, sums_ptr, step, offs_b, batch, mask_b, H_PAD, BLOCK_H, ROWS)
@@ -300,6 +303,7 @@ def persistent_backward_kernel(
         states = states_before
         t += dt
         t_x += dt
+        step += 1
     if DIRECT:
         tl.store(d_h_ptr + carried, d_h_direct, mask=mask)
     if CARRIES_C:

@@ -156,11 +156,11 @@ def persistent_forward_kernel(
         states = states + (tl.load(c_prev_ptr + row_c_prev[:, None] * H + offs_h[None, :], mask=mask_state, other=0.0),)
 
     x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask, H, G)
-    # a product before the loop and one in it, and the weights that both take stay in registers; all others are read from shared
-    # memory in each step
+    # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = nothing(ROWS, BLOCK_B, SPLIT)
     h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
-    for step in range(steps):
+    step = 0
+    while step < steps:
         row = t * batch + offs_b
         row_x = t_x * batch + offs_b
         row_x_next = row_x + dt * batch
@@ -169,7 +169,10 @@ def persistent_forward_kernel(
         # in flight until the next iteration, that is through the poll and a product
         x_gates_next = _load_gates(x_ptr + row_x_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
 
-        h_sums = add_product(h_sums, w, h_chunks, IN_REGISTERS, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+        if IN_REGISTERS < OPERANDS:
+            # so this one, of one turn, holds the weights that are read from shared memory in each step
+            for _ in range(tl.minimum(step + has_prev, 1)):
+                h_sums = add_product(h_sums, w, h_chunks, IN_REGISTERS, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
         h_rows = whole(h_sums, ROWS, BLOCK_B, SPLIT)
         h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
         x_sides = ()
@@ -212,5 +215,6 @@ def persistent_forward_kernel(
         x_gates = x_gates_next
         t += dt
         t_x += dt
+        step += 1
     if CARRIES_C and not KEEP_C:
         tl.store(c_ptr + offs_b.to(tl.int64)[:, None] * H + offs_h[None, :], states[1], mask=mask)

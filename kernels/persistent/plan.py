@@ -64,7 +64,7 @@ class PersistentPlan:
     A program keeps BLOCK_H units of BLOCK_B batch rows. The hidden size is padded to H_PAD, a multiple of BLOCK_H * PARTS. In
     backward PARTS programs share their units' sums: each takes a part of the summed axis. What a program sums over is cut again
     into SPLIT parts, for the warps to share, a multiple of BLOCK_K each; up to JOIN chunks are one operand of a product. The
-    weights of IN_REGISTERS operands are kept there, if Triton does that (3.9 does, 3.6 does not), the others in shared memory.
+    weights of IN_REGISTERS operands are kept there, the others in shared memory.
     At most `steps` time steps a launch, so that none lasts for seconds and no buffer grows with T, and at most `programs`
     programs, so that all are resident.
     """
@@ -118,8 +118,8 @@ MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step 
 # code of many sizes, with Triton 3.6 and 3.9. With the sum in parts its accumulators count too.
 WORDS_PER_THREAD = {(False, True): 48, (True, True): 128, (False, False): 16, (True, False): 64}
 WORDS_AND_SUMS = 112
-# words, accumulators and weights of a thread, beside which the rest has room, for (backward, the weights of all operands)
-REGISTERS_WITH_WEIGHTS = {(False, True): 200, (False, False): 150, (True, True): 200, (True, False): 190}
+# `_Candidate.registers` of a thread beside which the rest has room, if some are weights, backward or not
+REGISTERS = {False: 190, True: 192}
 OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
 
 
@@ -171,24 +171,32 @@ class _Candidate:
         operands = self.operands
         return self.weight_bytes * sum(operands[self.plan.IN_REGISTERS :]) // sum(operands)
 
-    def tuned(self, backward: bool, tensor_cores: bool) -> _Candidate:
-        """With chunks joined and weights in registers where that is of use and fits."""
+    def registers(self, weights_of: int) -> int:
+        """Of a thread, for what it gathers, its accumulators, the weights of the first `weights_of` operands, and one operand
+        on its way from the words to the tensor cores."""
+        plan = self.plan
+        threads = 32 * plan.num_warps
+        kept = self.weight_bytes * sum(self.operands[:weights_of]) // sum(self.operands)
+        operand = plan.SPLIT * plan.BLOCK_B * plan.JOIN * plan.BLOCK_K * self.itemsize
+        return self.words_per_thread + self.sums_per_thread + (kept + operand) // 4 // threads
+
+    def tuned(self, backward: bool, tensor_cores: bool) -> Iterator[_Candidate]:
+        """With smaller chunks or joined ones, and the weights of as many operands in registers as fit there."""
         plan = self.plan
         if plan.SPLIT == 1 or not tensor_cores:
-            return self
-        chunks = sum(self.operands)
+            yield self
+            return
         most = OPERAND_BYTES // (plan.SPLIT * plan.BLOCK_B * plan.BLOCK_K * self.itemsize)
+        cuts = [(plan.BLOCK_K >> bit, 1) for bit in range(3) if plan.BLOCK_K >> bit >= 32 // self.itemsize]
+        chunks = sum(self.operands)
         # of two or three chunks the barriers saved are not worth the instructions that joined ones take
-        join = 1 << (min(chunks, most, 16).bit_length() - 1) if chunks > 3 and most else 1
-        joined = replace(self, plan=replace(plan, JOIN=join))
-        kept = 0
-        for number in range(1, len(joined.operands) + 1):
-            with_more = replace(joined, plan=replace(joined.plan, IN_REGISTERS=number))
-            weights = (self.weight_bytes - with_more.reread_bytes) // 4 // (32 * plan.num_warps)
-            most = REGISTERS_WITH_WEIGHTS[backward, number == len(joined.operands)]
-            if weights + self.words_per_thread + self.sums_per_thread <= most:
-                kept = number
-        return replace(joined, plan=replace(joined.plan, IN_REGISTERS=kept))
+        cuts += [(plan.BLOCK_K, 1 << bit) for bit in range(1, 5) if chunks > 3 and 1 << bit <= min(chunks, most)]
+        for block_k, join in cuts:
+            cut = replace(self, plan=replace(plan, BLOCK_K=block_k, JOIN=join))
+            numbers = range(len(cut.operands), 0, -1)
+            limits = REGISTERS[backward]
+            kept = next((number for number in numbers if cut.registers(number) <= limits), 0)
+            yield replace(cut, plan=replace(cut.plan, IN_REGISTERS=kept))
 
     def refusals(self, B: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> Iterator[tuple[str, float, str]]:
         """Why it does not fit, for each limit that it passes: its name, the amount, and words. Nothing if it fits."""
@@ -293,7 +301,7 @@ def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward:
                     continue
                 plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms, PARTS=parts)
                 rows = unit if backward else block_h * gate_rows
-                yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize).tuned(backward, tensor_cores)
+                yield from _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize).tuned(backward, tensor_cores)
 
 
 def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, clocks: float) -> int:
