@@ -250,10 +250,10 @@ def persistent_backward_kernel(
             mask & mask_more[:, None], batch, H, SAVED, CARRIES_C, HAS_DY,
         )  # fmt: skip
 
-        if IN_REGISTERS < OPERANDS:
-            # so this one, of one turn, holds the weights that are read from shared memory in each step
+        for j in tl.static_range(IN_REGISTERS, OPERANDS):
+            # of one turn, for the weights that are read from shared memory in each step
             for _ in range(tl.minimum(step + has_next, 1)):
-                d_sums = add_product(d_sums, w, d_chunks, IN_REGISTERS, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+                d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
         d_h = whole(d_sums, ROWS, BLOCK_B, SPLIT)
         if PARTS > 1:
             d_h = _exchange_sums(d_h, sums_ptr, step, offs_b, batch, mask_b, H_PAD, BLOCK_H, ROWS)

@@ -169,10 +169,10 @@ def persistent_forward_kernel(
         # in flight until the next iteration, that is through the poll and a product
         x_gates_next = _load_gates(x_ptr + row_x_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
 
-        if IN_REGISTERS < OPERANDS:
-            # so this one, of one turn, holds the weights that are read from shared memory in each step
+        for j in tl.static_range(IN_REGISTERS, OPERANDS):
+            # of one turn, for the weights that are read from shared memory in each step
             for _ in range(tl.minimum(step + has_prev, 1)):
-                h_sums = add_product(h_sums, w, h_chunks, IN_REGISTERS, OPERANDS, SPLIT, PRECISION, EMULATE_BF16)
+                h_sums = add_product(h_sums, w, h_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
         h_rows = whole(h_sums, ROWS, BLOCK_B, SPLIT)
         h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
         x_sides = ()

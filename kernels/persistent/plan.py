@@ -114,12 +114,13 @@ SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends
 SLOW_CLOCK = 1e9  # hertz, for that: below what any of these GPUs runs at
 MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step kernels spread it over the GPU at once
 
-# The words of a step's exchange that a thread can hold without spilling, for (backward, on tensor cores): seen in the machine
-# code of many sizes, with Triton 3.6 and 3.9. With the sum in parts its accumulators count too.
+# What a thread can hold without spilling, seen in the machine code of many sizes, with Triton 3.6 and 3.9. Words of a step's
+# exchange, for (backward, on tensor cores); with the sum in parts words and accumulators together, for backward or not; and
+# `_Candidate.registers` where some of them are weights, likewise.
 WORDS_PER_THREAD = {(False, True): 48, (True, True): 128, (False, False): 16, (True, False): 64}
-WORDS_AND_SUMS = 112
-# `_Candidate.registers` of a thread beside which the rest has room, if some are weights, backward or not
-REGISTERS = {False: 190, True: 192}
+WORDS_AND_SUMS = {False: 112, True: 96}
+REGISTERS = {False: 212, True: 240}
+INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
 OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
 
 
@@ -171,32 +172,36 @@ class _Candidate:
         operands = self.operands
         return self.weight_bytes * sum(operands[self.plan.IN_REGISTERS :]) // sum(operands)
 
-    def registers(self, weights_of: int) -> int:
-        """Of a thread, for what it gathers, its accumulators, the weights of the first `weights_of` operands, and one operand
-        on its way from the words to the tensor cores."""
-        plan = self.plan
+    def registers(self, backward: bool) -> float:
+        """Of a thread: what it gathers, its accumulators and inputs, the weights that stay, and one operand on its way from the
+        words to the tensor cores, with its weights and their addresses if they come out of shared memory."""
+        plan, operands = self.plan, self.operands
         threads = 32 * plan.num_warps
-        kept = self.weight_bytes * sum(self.operands[:weights_of]) // sum(self.operands)
-        operand = plan.SPLIT * plan.BLOCK_B * plan.JOIN * plan.BLOCK_K * self.itemsize
-        return self.words_per_thread + self.sums_per_thread + (kept + operand) // 4 // threads
+        kept = sum(operands[: plan.IN_REGISTERS]) + 1.125 * sum(operands[plan.IN_REGISTERS :][:1])
+        weights = self.weight_bytes * kept / sum(operands)
+        operand = plan.SPLIT * plan.BLOCK_B * operands[0] * plan.BLOCK_K * self.itemsize
+        inputs = INPUTS[backward] * plan.BLOCK_B * plan.BLOCK_H / threads
+        return self.words_per_thread + self.sums_per_thread + inputs + (weights + operand) / 4 / threads
 
     def tuned(self, backward: bool, tensor_cores: bool) -> Iterator[_Candidate]:
-        """With smaller chunks or joined ones, and the weights of as many operands in registers as fit there."""
+        """With each way to cut its part of the sum into operands, the smallest first, and as many weights in registers as fit."""
         plan = self.plan
         if plan.SPLIT == 1 or not tensor_cores:
             yield self
             return
-        most = OPERAND_BYTES // (plan.SPLIT * plan.BLOCK_B * plan.BLOCK_K * self.itemsize)
-        cuts = [(plan.BLOCK_K >> bit, 1) for bit in range(3) if plan.BLOCK_K >> bit >= 32 // self.itemsize]
         chunks = sum(self.operands)
+        most = OPERAND_BYTES // (plan.SPLIT * plan.BLOCK_B * plan.BLOCK_K * self.itemsize)
+        cuts = [(plan.BLOCK_K >> bit, 1) for bit in (2, 1, 0) if plan.BLOCK_K >> bit >= 32]
         # of two or three chunks the barriers saved are not worth the instructions that joined ones take
         cuts += [(plan.BLOCK_K, 1 << bit) for bit in range(1, 5) if chunks > 3 and 1 << bit <= min(chunks, most)]
-        for block_k, join in cuts:
+        for block_k, join in cuts or [(plan.BLOCK_K, 1)]:
             cut = replace(self, plan=replace(plan, BLOCK_K=block_k, JOIN=join))
-            numbers = range(len(cut.operands), 0, -1)
-            limits = REGISTERS[backward]
-            kept = next((number for number in numbers if cut.registers(number) <= limits), 0)
-            yield replace(cut, plan=replace(cut.plan, IN_REGISTERS=kept))
+            for number in range(len(cut.operands), 0, -1):
+                with_weights = replace(cut, plan=replace(cut.plan, IN_REGISTERS=number))
+                if with_weights.registers(backward) <= REGISTERS[backward]:
+                    cut = with_weights
+                    break
+            yield cut
 
     def refusals(self, B: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> Iterator[tuple[str, float, str]]:
         """Why it does not fit, for each limit that it passes: its name, the amount, and words. Nothing if it fits."""
@@ -212,7 +217,7 @@ class _Candidate:
             return
         words, most = self.words_per_thread, WORDS_PER_THREAD[backward, tensor_cores]
         if tensor_cores and plan.SPLIT > 1:
-            most = WORDS_AND_SUMS - self.sums_per_thread
+            most = WORDS_AND_SUMS[backward] - self.sums_per_thread
         if words > most:
             fit = max(0, most)
             reason = f"{plan.BLOCK_B} batch rows a program are {words} words a thread to gather, where {fit} fit in registers"
@@ -280,7 +285,7 @@ def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward:
     if not tensor_cores:
         shapes = ((8, 8, 8),)
     elif backward or gates == 1:
-        shapes = ((16, 8, 8), (16, 16, 8), (32, 8, 8), (16, 4, 4), (16, 1, 4), (8, 8, 8))
+        shapes = ((16, 8, 8), (16, 16, 8), (32, 8, 8), (16, 4, 4), (8, 2, 2), (8, 8, 8))
     else:
         shapes = ((64 // gate_rows, 1, 4), (16, 8, 8), (8, 8, 8))
     for (block_h, split, warps), parts in itertools.product(shapes, (1, 2, 4)):
@@ -301,7 +306,7 @@ def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward:
                     continue
                 plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms, PARTS=parts)
                 rows = unit if backward else block_h * gate_rows
-                yield from _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize).tuned(backward, tensor_cores)
+                yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize)
 
 
 def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, clocks: float) -> int:
@@ -325,17 +330,18 @@ def _rank(
     tensor_cores = itemsize == 2 or precision == "tf32"
     fastest: dict[tuple[int, ...], tuple[float, PersistentPlan]] = {}
     nearest: dict[str, tuple[float, str]] = {}  # to each limit, of those that pass it
-    for candidate in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms):
-        refusals = list(candidate.refusals(B, backward, tensor_cores, limits))
-        for limit, excess, reason in refusals:
-            nearest[limit] = min(nearest.get(limit, (excess, reason)), (excess, reason))
-        if refusals:
-            continue
-        plan = candidate.plan
-        clocks = candidate.step_time(B, gates, backward, tensor_cores, limits).total
-        tile = (plan.BLOCK_B, plan.BLOCK_H, plan.SPLIT, plan.num_warps, plan.PARTS)
-        if tile not in fastest or clocks < fastest[tile][0]:
-            fastest[tile] = clocks, plan
+    for tile in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms):
+        for candidate in tile.tuned(backward, tensor_cores):
+            refusals = list(candidate.refusals(B, backward, tensor_cores, limits))
+            for limit, excess, reason in refusals:
+                nearest[limit] = min(nearest.get(limit, (excess, reason)), (excess, reason))
+            if refusals:
+                break
+            plan = candidate.plan
+            clocks = candidate.step_time(B, gates, backward, tensor_cores, limits).total
+            key = (plan.BLOCK_B, plan.BLOCK_H, plan.SPLIT, plan.num_warps, plan.PARTS)
+            if key not in fastest or clocks < fastest[key][0]:
+                fastest[key] = clocks, plan
     ranked = sorted(fastest.values(), key=lambda entry: entry[0])
     return tuple(ranked), "no tiles fit: " + "; ".join(reason for _, reason in nearest.values())
 
