@@ -124,7 +124,7 @@ def exchange_kernel(
         mask_next = offs_b < tl.where(step + 1 < steps, B, 0)
         x_next = x_ptr + (row + batch)[:, None] * (4 * H) + offs_h[None, :]
         x_gates_next = _load_gates(x_next, mask_next[:, None], H, 4)
-        sums = add_product(nothing(ROWS, BLOCK_B, SPLIT), w, chunks, 0, CHUNKS, SPLIT, "ieee", False)
+        sums = add_product(nothing(1, ROWS, BLOCK_B, SPLIT), w, chunks, 0, CHUNKS, SPLIT, "ieee", False)
         h_rows = whole(sums, ROWS, BLOCK_B, SPLIT)
         states, _ = lstm.forward(x_gates, _split_gates(h_rows, BLOCK_B, BLOCK_H, 4), (h, c))
         c = states[1]

@@ -236,7 +236,7 @@ def persistent_backward_kernel(
         H, SAVED, CARRIES_C, HAS_DY,
     )  # fmt: skip
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
-    none = nothing(ROWS, BLOCK_B, SPLIT)
+    none = nothing(1, ROWS, BLOCK_B, SPLIT)
     d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     step = 0
     while step < steps:

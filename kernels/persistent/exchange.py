@@ -221,12 +221,15 @@ def _sum_parts(partial, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.con
 
 
 @triton.jit
-def nothing(ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
-    """Sums to add products to: ([SPLIT,] ROWS, BLOCK_B)."""
-    if SPLIT == 1:
-        return tl.zeros((ROWS, BLOCK_B), tl.float32)
-    else:
-        return tl.zeros((SPLIT, ROWS, BLOCK_B), tl.float32)
+def nothing(TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+    """TILES sums to add products to: ([SPLIT,] ROWS, BLOCK_B) each."""
+    sums = ()
+    for _ in tl.static_range(TILES):
+        if SPLIT == 1:
+            sums = sums + (tl.zeros((ROWS, BLOCK_B), tl.float32),)
+        else:
+            sums = sums + (tl.zeros((SPLIT, ROWS, BLOCK_B), tl.float32),)
+    return sums
 
 
 @triton.jit
@@ -240,24 +243,34 @@ def add_product(
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
-    """To `sums` the operands FIRST to LAST of the resident w, tiles ([SPLIT,] ROWS, columns), times those of the chunks,
-    ([SPLIT,] BLOCK_B, columns).
+    """To each of the `sums` the operands FIRST to LAST of the resident w, tiles ([SPLIT,] ROWS, columns), one for each sum in
+    turn, times those of the chunks, ([SPLIT,] BLOCK_B, columns).
 
     The weights' rows are the rows of the product, because the tensor cores of sm_90 and later want 64 of those and take few
     columns: the batch.
     """
     for j in tl.static_range(FIRST, LAST):
         if SPLIT == 1:
-            sums = dot(w[j], tl.trans(chunks[j]), sums, PRECISION, EMULATE_BF16)
+            chunk = tl.trans(chunks[j])
         else:
-            sums = dot(w[j], tl.permute(chunks[j], (0, 2, 1)), sums, PRECISION, EMULATE_BF16)
+            chunk = tl.permute(chunks[j], (0, 2, 1))
+        larger = ()
+        for i in tl.static_range(len(sums)):
+            larger = larger + (dot(w[j * len(sums) + i], chunk, sums[i], PRECISION, EMULATE_BF16),)
+        sums = larger
     return sums
 
 
 @triton.jit
 def whole(sums, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
-    """The sums over all parts, (BLOCK_B, ROWS)."""
+    """The sums over all parts, (BLOCK_B, ROWS): of one tile, or of three (SPLIT, ROWS // 4, BLOCK_B) row by row in turn, with
+    nothing in the fourth place."""
     if SPLIT == 1:
-        return tl.trans(sums)
+        return tl.trans(sums[0])
+    elif len(sums) == 1:
+        return _sum_parts(sums[0], ROWS, BLOCK_B, SPLIT)
     else:
-        return _sum_parts(sums, ROWS, BLOCK_B, SPLIT)
+        tl.static_assert(len(sums) == 3)
+        joined = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], tl.zeros_like(sums[0])))
+        joined = tl.permute(tl.reshape(joined, (SPLIT, ROWS // 4, BLOCK_B, 4)), (0, 1, 3, 2))
+        return _sum_parts(tl.reshape(joined, (SPLIT, ROWS, BLOCK_B)), ROWS, BLOCK_B, SPLIT)

@@ -104,6 +104,9 @@ def persistent_forward_kernel(
     OPERANDS: tl.constexpr = operands(CHUNKS, JOIN)
     CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
     ROWS: tl.constexpr = BLOCK_H * GATES
+    # three gates of 16 units are three products of 16 rows, where a product of all would have to be one of 64
+    TILES: tl.constexpr = 3 if G == 3 and SPLIT > 1 and BLOCK_H >= 16 else 1
+    TILE_GATES: tl.constexpr = GATES if TILES == 1 else 1
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32))
 
@@ -121,9 +124,9 @@ def persistent_forward_kernel(
     mask_prev = offs_b < B * has_prev
 
     # what stays on chip: these units' rows of W, their biases and their states
-    offs_row = tl.arange(0, ROWS)
-    unit = tl.program_id(0) * BLOCK_H + offs_row // GATES
-    gate = offs_row % GATES
+    offs_row = tl.arange(0, BLOCK_H * TILE_GATES)
+    unit = tl.program_id(0) * BLOCK_H + offs_row // TILE_GATES
+    gate = offs_row % TILE_GATES
     w_rows = (gate * H + unit).to(tl.int64) * H
     w_mask = over_rows((gate < G) & (unit < H), SPLIT)
     h_mask = over_rows(mask_prev, SPLIT)
@@ -136,7 +139,9 @@ def persistent_forward_kernel(
             w_chunk_mask = w_mask
             if PADDED:
                 w_chunk_mask = w_mask & (over_parts(no_row, PART, k, SPLIT) < H)
-            w = w + (tl.load(w_ptr + over_parts(w_rows, PART, k, SPLIT), mask=w_chunk_mask, other=0.0),)
+            for i in tl.static_range(TILES):
+                w_at = over_parts(w_rows + i * (H * H), PART, k, SPLIT)
+                w = w + (tl.load(w_ptr + w_at, mask=w_chunk_mask, other=0.0),)
         k = over_parts(no_row, PART, j * BLOCK_K + tl.arange(0, CHUNK_WORDS) * PER_WORD, SPLIT)
         h_words = h_words + (load_words(h_prev_ptr + over_rows(row_prev * H, SPLIT) + k, h_mask, k, H, PER_WORD),)
     h_chunks = as_operands(h_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
@@ -157,7 +162,7 @@ def persistent_forward_kernel(
 
     x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask, H, G)
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
-    none = nothing(ROWS, BLOCK_B, SPLIT)
+    none = nothing(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)
     h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     step = 0
     while step < steps:

@@ -129,7 +129,7 @@ class _Candidate:
     """One choice of tiles, with what it takes and what it costs."""
 
     plan: PersistentPlan
-    rows: int  # of weights, in a program
+    rows: int  # of weights, in a program; their partial sums take a power of two
     columns: int  # of weights: what a program sums over
     itemsize: int
 
@@ -147,8 +147,12 @@ class _Candidate:
         """The weights, and beside them one operand of the exchange or the partial sums, whichever is larger."""
         plan = self.plan
         operand = plan.SPLIT * plan.BLOCK_B * plan.JOIN * plan.BLOCK_K * self.itemsize
-        partial = plan.SPLIT * self.rows * plan.BLOCK_B * 4
-        return self.weight_bytes + max(operand, partial) + 1024
+        return self.weight_bytes + max(operand, self.partial_bytes) + 1024
+
+    @property
+    def partial_bytes(self) -> int:
+        """Of the warps' sums in shared memory."""
+        return self.plan.SPLIT * (1 << (self.rows - 1).bit_length()) * self.plan.BLOCK_B * 4
 
     @property
     def words_per_thread(self) -> int:
@@ -257,7 +261,7 @@ class _Candidate:
                 gathered_bytes=self.gathered_bytes,
                 weight_bytes=self.reread_bytes,
                 arithmetic=arithmetic,
-                partial_bytes=0 if plan.SPLIT == 1 else 2 * plan.SPLIT * self.rows * plan.BLOCK_B * 4,
+                partial_bytes=0 if plan.SPLIT == 1 else 2 * self.partial_bytes,
                 barriers=6 + 2 * len(self.operands) + 2 * backward,
                 instructions=instructions_estimate(
                     backward,
@@ -305,7 +309,8 @@ def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward:
                 if remainder or block_k < 16:
                     continue
                 plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms, PARTS=parts)
-                rows = unit if backward else block_h * gate_rows
+                separate = split > 1 and block_h >= 16  # a product of its own for each of three gates
+                rows = unit if backward else block_h * (gates if separate else gate_rows)
                 yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize)
 
 
