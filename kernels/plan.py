@@ -14,7 +14,8 @@ class StepPlan:
     """Tiles of one launch of a step kernel.
 
     A program computes BLOCK_H units of BLOCK_B batch rows, walking the sum over hidden units (forward) or gates (backward)
-    in chunks of BLOCK_K. None depends on T or B, so neither ever causes a recompile.
+    in chunks of BLOCK_K. None depends on T or B, so neither ever causes a recompile. `forward_registers` is the most that a thread
+    of forward may take, None to leave that to the assembler.
     """
 
     BLOCK_B: int
@@ -22,6 +23,7 @@ class StepPlan:
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    forward_registers: int | None = None
 
     def grid(self, B: int, H: int) -> tuple[int, int, int]:
         return -(-B // self.BLOCK_B), -(-H // self.BLOCK_H), 1
@@ -33,7 +35,8 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     16 units, so that a layer of H = 768 spreads over 48 SMs even at a small batch: a step is bound by how fast the SMs pull the
     weights out of L2, not by the arithmetic. 64 batch rows: Triton lays the warps of a sum over several gates along the rows,
     so 4 warps cover 64 rows without repeating a product (with 32 rows each product was counted twice in the machine code), and
-    64 is the least for wgmma. Without tensor cores (float32 in "ieee" `precision`) the sums of 64 rows overflow the registers.
+    64 is the least for wgmma. Without tensor cores (float32 in "ieee" `precision`) the sums of 64 rows overflow the registers, and
+    those of 32 too where the assembler of Triton 3.6 saves registers, for sm_80 to hold more programs at once.
     Chunks of 256 bytes (half precision: 128 elements, float32: 64) keep the loads wide and three of them in flight; a small
     layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows are not
     aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers.
@@ -41,8 +44,15 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     aligned = H * itemsize % 16 == 0
     widest = 256 // itemsize if aligned else 32
     block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
-    block_b = 32 if itemsize == 4 and precision == "ieee" else 64
-    return StepPlan(BLOCK_B=block_b, BLOCK_H=16, BLOCK_K=block_k, num_warps=4, num_stages=3)
+    plain = itemsize == 4 and precision == "ieee"
+    return StepPlan(
+        BLOCK_B=32 if plain else 64,
+        BLOCK_H=16,
+        BLOCK_K=block_k,
+        num_warps=4,
+        num_stages=3,
+        forward_registers=255 if plain and aligned else None,
+    )
 
 
 def chunk_steps(T: int, B: int) -> int:

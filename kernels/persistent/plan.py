@@ -178,12 +178,13 @@ class _Candidate:
 
     def registers(self, backward: bool) -> float:
         """Of a thread: what it gathers, its accumulators and inputs, the weights that stay, and one operand on its way from the
-        words to the tensor cores, with its weights and their addresses if they come out of shared memory."""
+        words to the tensor cores, twice if chunks are joined for it, with its weights and their addresses if they come out of
+        shared memory."""
         plan, operands = self.plan, self.operands
         threads = 32 * plan.num_warps
         kept = sum(operands[: plan.IN_REGISTERS]) + 1.125 * sum(operands[plan.IN_REGISTERS :][:1])
         weights = self.weight_bytes * kept / sum(operands)
-        operand = plan.SPLIT * plan.BLOCK_B * operands[0] * plan.BLOCK_K * self.itemsize
+        operand = plan.SPLIT * plan.BLOCK_B * operands[0] * plan.BLOCK_K * self.itemsize * (1 if plan.JOIN == 1 else 2)
         inputs = INPUTS[backward] * plan.BLOCK_B * plan.BLOCK_H / threads
         return self.words_per_thread + self.sums_per_thread + inputs + (weights + operand) / 4 / threads
 
