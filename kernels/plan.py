@@ -39,12 +39,13 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     those of 32 too where the assembler of Triton 3.6 saves registers, for sm_80 to hold more programs at once.
     Chunks of 256 bytes (half precision: 128 elements, float32: 64) keep the loads wide and three of them in flight; a small
     layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows are not
-    aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers.
+    aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers; without tensor cores they
+    are enough for the arithmetic to be the slower, and half as many instructions.
     """
     aligned = H * itemsize % 16 == 0
-    widest = 256 // itemsize if aligned else 32
-    block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
     plain = itemsize == 4 and precision == "ieee"
+    widest = 256 // itemsize if aligned and not plain else 32
+    block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
     return StepPlan(
         BLOCK_B=32 if plain else 64,
         BLOCK_H=16,

@@ -117,9 +117,9 @@ MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step 
 # What a thread can hold without spilling, seen in the machine code of many sizes, with Triton 3.6 and 3.9. Words of a step's
 # exchange, for (backward, on tensor cores); with the sum in parts words and accumulators together, for backward or not; and
 # `_Candidate.registers` where some of them are weights, likewise.
-WORDS_PER_THREAD = {(False, True): 48, (True, True): 128, (False, False): 16, (True, False): 64}
+WORDS_PER_THREAD = {(False, True): 40, (True, True): 128, (False, False): 16, (True, False): 64}
 WORDS_AND_SUMS = {False: 112, True: 96}
-REGISTERS = {False: 212, True: 240}
+REGISTERS = {False: 196, True: 210}
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
 OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
 
@@ -177,16 +177,18 @@ class _Candidate:
         return self.weight_bytes * sum(operands[self.plan.IN_REGISTERS :]) // sum(operands)
 
     def registers(self, backward: bool) -> float:
-        """Of a thread: what it gathers, its accumulators and inputs, the weights that stay, and one operand on its way from the
-        words to the tensor cores, twice if chunks are joined for it, with its weights and their addresses if they come out of
-        shared memory."""
+        """Of a thread, at the fuller of two moments: before the product with the weights that stay in registers, with all that
+        it gathered; and before that with one operand's weights out of shared memory, with what is left of it, while the next
+        step's inputs arrive. Joined chunks are a copy of theirs."""
         plan, operands = self.plan, self.operands
         threads = 32 * plan.num_warps
-        kept = sum(operands[: plan.IN_REGISTERS]) + 1.125 * sum(operands[plan.IN_REGISTERS :][:1])
-        weights = self.weight_bytes * kept / sum(operands)
-        operand = plan.SPLIT * plan.BLOCK_B * operands[0] * plan.BLOCK_K * self.itemsize * (1 if plan.JOIN == 1 else 2)
+        kept, rest = sum(operands[: plan.IN_REGISTERS]), operands[plan.IN_REGISTERS :]
+        weights = self.weight_bytes / sum(operands) / 4 / threads  # of a chunk
         inputs = INPUTS[backward] * plan.BLOCK_B * plan.BLOCK_H / threads
-        return self.words_per_thread + self.sums_per_thread + inputs + (weights + operand) / 4 / threads
+        joined = 0 if plan.JOIN == 1 else plan.SPLIT * plan.BLOCK_B * operands[0] * plan.BLOCK_K * self.itemsize / 4 / threads
+        first = self.words_per_thread + inputs
+        second = self.words_per_thread * sum(rest) / sum(operands) + weights * sum(rest[:1]) + 2 * inputs
+        return self.sums_per_thread + weights * kept + joined + max(first, second)
 
     def tuned(self, backward: bool, tensor_cores: bool) -> Iterator[_Candidate]:
         """With each way to cut its part of the sum into operands, the smallest first, and as many weights in registers as fit."""
