@@ -14,8 +14,8 @@ class StepPlan:
     """Tiles of one launch of a step kernel.
 
     A program computes BLOCK_H units of BLOCK_B batch rows, walking the sum over hidden units (forward) or gates (backward)
-    in chunks of BLOCK_K. None depends on T or B, so neither ever causes a recompile. `forward_registers` is the most that a thread
-    of forward may take, None to leave that to the assembler.
+    in chunks of BLOCK_K. None depends on T or B, so neither ever causes a recompile. `forward_registers` is the most that a
+    thread of forward may take, None to leave that to the assembler.
     """
 
     BLOCK_B: int
@@ -35,8 +35,8 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     16 units, so that a layer of H = 768 spreads over 48 SMs even at a small batch: a step is bound by how fast the SMs pull the
     weights out of L2, not by the arithmetic. 64 batch rows: Triton lays the warps of a sum over several gates along the rows,
     so 4 warps cover 64 rows without repeating a product (with 32 rows each product was counted twice in the machine code), and
-    64 is the least for wgmma. Without tensor cores (float32 in "ieee" `precision`) the sums of 64 rows overflow the registers, and
-    those of 32 too where the assembler of Triton 3.6 saves registers, for sm_80 to hold more programs at once.
+    64 is the least for wgmma. Without tensor cores (float32 in "ieee" `precision`) the sums of 64 rows overflow the registers,
+    and those of 32 too where the assembler saves some, for sm_80 to hold more programs at once.
     Chunks of 256 bytes (half precision: 128 elements, float32: 64) keep the loads wide and three of them in flight; a small
     layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows are not
     aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers; without tensor cores they

@@ -191,7 +191,7 @@ class _Candidate:
         return self.sums_per_thread + weights * kept + joined + max(first, second)
 
     def tuned(self, backward: bool, tensor_cores: bool) -> Iterator[_Candidate]:
-        """With each way to cut its part of the sum into operands, the smallest first, and as many weights in registers as fit."""
+        """With each way to cut the sum into operands, the smallest first, and as many weights in registers as fit."""
         plan = self.plan
         if plan.SPLIT == 1 or not tensor_cores:
             yield self
