@@ -6,7 +6,7 @@ inputs are estimates while a plan is chosen, and counts from machine code once i
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 
 __all__ = ["StepTime", "hmma_clocks", "instructions_estimate", "plain_clocks", "step_time", "wgmma_clocks"]
 
@@ -50,11 +50,11 @@ class StepTime:
 
     def __add__(self, other: StepTime) -> StepTime:
         """Of two launches one after another, each for a part of the batch."""
-        return StepTime(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return StepTime(**{name: amount + getattr(other, name) for name, amount in vars(self).items()})
 
     @property
     def total(self) -> float:
-        return sum(astuple(self))
+        return sum(vars(self).values())
 
     def microseconds(self, gigahertz: float) -> float:
         """At an SM clock of `gigahertz`; an H100 runs at up to 1.755 or 1.98."""
@@ -62,7 +62,7 @@ class StepTime:
 
     def share(self) -> dict[str, float]:
         """Each term's part of the total, terms of nothing left out."""
-        return {term.name: amount / self.total for term in fields(self) if (amount := getattr(self, term.name))}
+        return {name: amount / self.total for name, amount in vars(self).items() if amount}
 
 
 def step_time(

@@ -119,7 +119,7 @@ MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step 
 # `_Candidate.registers` where some of them are weights, likewise.
 WORDS_PER_THREAD = {(False, True): 40, (True, True): 128, (False, False): 16, (True, False): 64}
 WORDS_AND_SUMS = {False: 112, True: 96}
-REGISTERS = {False: 196, True: 210}
+REGISTERS = {False: 196, True: 211}
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
 OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
 
@@ -163,7 +163,7 @@ class _Candidate:
         plan = self.plan
         return plan.SPLIT * self.rows * plan.BLOCK_B // (32 * plan.num_warps)
 
-    @property
+    @functools.cached_property
     def operands(self) -> list[int]:
         """Chunks in each operand, as `exchange.joined` has it."""
         chunks = self.columns // self.plan.SPLIT // self.plan.BLOCK_K
@@ -176,19 +176,19 @@ class _Candidate:
         operands = self.operands
         return self.weight_bytes * sum(operands[self.plan.IN_REGISTERS :]) // sum(operands)
 
-    def registers(self, backward: bool) -> float:
-        """Of a thread, at the fuller of two moments: before the product with the weights that stay in registers, with all that
-        it gathered; and before that with one operand's weights out of shared memory, with what is left of it, while the next
-        step's inputs arrive. Joined chunks are a copy of theirs."""
+    def registers(self, backward: bool, number: int) -> float:
+        """Of a thread with the weights of `number` operands, at the fuller of two moments: before the product with these, with
+        all that it gathered; and before that with one operand's weights out of shared memory, with what is left of it, while
+        the next step's inputs arrive. An operand takes an eighth of its size for addresses, and joined chunks are a copy."""
         plan, operands = self.plan, self.operands
         threads = 32 * plan.num_warps
-        kept, rest = sum(operands[: plan.IN_REGISTERS]), operands[plan.IN_REGISTERS :]
+        kept, rest = sum(operands[:number]), operands[number:]
         weights = self.weight_bytes / sum(operands) / 4 / threads  # of a chunk
         inputs = INPUTS[backward] * plan.BLOCK_B * plan.BLOCK_H / threads
-        joined = 0 if plan.JOIN == 1 else plan.SPLIT * plan.BLOCK_B * operands[0] * plan.BLOCK_K * self.itemsize / 4 / threads
+        operand = plan.SPLIT * plan.BLOCK_B * operands[0] * plan.BLOCK_K * self.itemsize / 4 / threads
         first = self.words_per_thread + inputs
         second = self.words_per_thread * sum(rest) / sum(operands) + weights * sum(rest[:1]) + 2 * inputs
-        return self.sums_per_thread + weights * kept + joined + max(first, second)
+        return self.sums_per_thread + weights * kept + operand * (0.125 if plan.JOIN == 1 else 1.125) + max(first, second)
 
     def tuned(self, backward: bool, tensor_cores: bool) -> Iterator[_Candidate]:
         """With each way to cut the sum into operands, the smallest first, and as many weights in registers as fit."""
@@ -203,12 +203,9 @@ class _Candidate:
         cuts += [(plan.BLOCK_K, 1 << bit) for bit in range(1, 5) if chunks > 3 and 1 << bit <= min(chunks, most)]
         for block_k, join in cuts or [(plan.BLOCK_K, 1)]:
             cut = replace(self, plan=replace(plan, BLOCK_K=block_k, JOIN=join))
-            for number in range(len(cut.operands), 0, -1):
-                with_weights = replace(cut, plan=replace(cut.plan, IN_REGISTERS=number))
-                if with_weights.registers(backward) <= REGISTERS[backward]:
-                    cut = with_weights
-                    break
-            yield cut
+            numbers = range(len(cut.operands), 0, -1)
+            kept = next((number for number in numbers if cut.registers(backward, number) <= REGISTERS[backward]), 0)
+            yield replace(cut, plan=replace(cut.plan, IN_REGISTERS=kept)) if kept else cut
 
     def refusals(self, B: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> Iterator[tuple[str, float, str]]:
         """Why it does not fit, for each limit that it passes: its name, the amount, and words. Nothing if it fits."""
