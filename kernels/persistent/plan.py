@@ -119,8 +119,9 @@ MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step 
 # `_Candidate.registers` where some of them are weights, likewise.
 WORDS_PER_THREAD = {(False, True): 40, (True, True): 128, (False, False): 16, (True, False): 64}
 WORDS_AND_SUMS = {False: 112, True: 96}
-REGISTERS = {False: 196, True: 211}
+REGISTERS = {False: 196, True: 210}
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
+MOST_CHUNKS = 24  # of a part: each is code of its own, and the larger sizes are tried with more padding instead
 OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
 
 
@@ -306,7 +307,7 @@ def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward:
                     break  # padding alone is no reason to run out of SMs
                 part, remainder = divmod(summed_gates * h_pad, split * parts)
                 block_k = min(part & -part, 256 if tensor_cores else 32)
-                if remainder or block_k < 16:
+                if remainder or block_k < 16 or part > MOST_CHUNKS * block_k:
                     continue
                 plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms, PARTS=parts)
                 separate = split > 1 and block_h >= 16  # a product of its own for each of three gates
