@@ -6,12 +6,14 @@ from rnnfast.backends import BACKENDS, FallbackWarning, use_backend
 from rnnfast.cells import GRUCell, LSTMCell, RNNCell
 from rnnfast.explain import Explanation, explain
 from rnnfast.nn import GRU, LSTM, RNN
+from rnnfast.ops import FLOP_FORMULAS
 from rnnfast.tuning import TuningWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BACKENDS",
+    "FLOP_FORMULAS",
     "GRU",
     "LSTM",
     "RNN",

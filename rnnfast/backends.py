@@ -15,13 +15,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from rnnfast import transforms
 
 __all__ = [
     "BACKENDS",
@@ -39,15 +41,8 @@ BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_RANGE = ((3, 6), (3, 10))  # from, below
 
-_F = TypeVar("_F", bound=Callable)
 _known: dict[str, str | None] = {}  # what was found of Triton and of each device; functools.cache would make Dynamo warn
 _in_context: ContextVar[str | None] = ContextVar("rnnfast_backend", default=None)
-
-
-def _constant(function: _F) -> _F:
-    """``torch.compiler.assume_constant_result`` without importing Dynamo, and with it Triton, along with rnnfast."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 class FallbackWarning(UserWarning):
@@ -83,7 +78,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         _in_context.reset(token)
 
 
-@_constant
+@transforms.constant
 def asked(own: str | None) -> tuple[str | None, str]:
     """The backend asked for by name, or None, and by whom. `own` is the module's or function's ``backend=``."""
     for name, source in (
@@ -105,7 +100,7 @@ _environment = os.environ._data  # type: ignore[attr-defined]
 _settings = tuple(os.environ.encodekey(name) for name in ("RNNFAST_BACKEND", "RNNFAST_STRICT"))
 
 
-@_constant
+@transforms.constant
 def cpu_is_torchs(own: str | None) -> bool:
     """Whether PyTorch's own layer runs any call on CPU tensors, as far as can be told in a fraction of a microsecond.
 
@@ -116,8 +111,11 @@ def cpu_is_torchs(own: str | None) -> bool:
         return False
     if own is None:
         backend, strict_setting = _settings
-        return backend not in _environment and strict_setting not in _environment and bool(_known.get("cpu:None"))
-    return own == "torch"
+        if backend in _environment or strict_setting in _environment or not _known.get("cpu:None"):
+            return False
+    elif own != "torch":
+        return False
+    return transforms.none()
 
 
 def triton_obstacle() -> str | None:
@@ -181,21 +179,7 @@ def user_level() -> int:
     return level
 
 
-def _transforms() -> str | None:
-    """Ways of running a function for which the operators have no rule."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
-        return "the call is inside a torch.func transform, which the kernels' operators do not support yet"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is on, which the kernels' operators do not support yet"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace is on: a trace should hold PyTorch's own operators only"
-    onnx: Any = sys.modules.get("torch.onnx")
-    if onnx is not None and onnx.is_in_onnx_export():
-        return "the model is being exported to ONNX, which knows PyTorch's own operators only"
-    return None
-
-
-@_constant
+@transforms.constant
 def _tensor_obstacles(kind: str, index: int | None, dtype: torch.dtype) -> tuple[str, ...]:
     autocast = "autocast is on: on the CPU, PyTorch's own layer decides what it casts"
     return tuple(
@@ -205,18 +189,21 @@ def _tensor_obstacles(kind: str, index: int | None, dtype: torch.dtype) -> tuple
             device_obstacle(kind, index),
             None if dtype in DTYPES else f"the dtype is {dtype}: the kernels take float16, bfloat16 and float32",
             autocast if kind == "cpu" and torch.is_autocast_enabled("cpu") else None,
-            _transforms(),
+            transforms.obstacle(),
         )
         if reason
     )
 
 
-def tensor_obstacles(tensor: Tensor) -> tuple[str, ...]:
-    """All that keeps the Triton kernels from taking a tensor like this, here and now; empty if nothing does."""
-    return _tensor_obstacles(tensor.device.type, tensor.device.index, tensor.dtype)
+def tensor_obstacles(tensor: Tensor, weights: Iterable[Any] = ()) -> tuple[str, ...]:
+    """All that keeps the Triton kernels from taking a tensor like this and `weights`, here and now; empty if nothing does."""
+    found = _tensor_obstacles(tensor.device.type, tensor.device.index, tensor.dtype)
+    if transforms.expanded(weights):
+        found += ("the weights are those of call_for_per_sample_grads, which the kernels do not know",)
+    return found
 
 
-@_constant
+@transforms.constant
 def settle(name: str | None, source: str, obstacles: tuple[str, ...]) -> str:
     """The backend that runs: `name` if asked for and free of obstacles, "triton" where possible, else "torch".
 

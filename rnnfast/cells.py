@@ -11,51 +11,23 @@ import torch
 from torch import Tensor
 
 from rnnfast import backends, ops, reference
-from rnnfast.nn import _Recurrent
+from rnnfast.dispatch import Dispatched
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 _LAYERS = {"triton": ops.layer, "reference": reference.layer}
 
 
-class _Cell(torch.nn.RNNCellBase):
+class _Cell(Dispatched, torch.nn.RNNCellBase):
     """The common ``forward``. A mixin: it stands before torch.nn's class among the bases."""
 
-    backend: str | None = None  # also what a cell pickled by torch.nn has
-    mode: Any  # the cell in `rnnfast.reference`'s words
-
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        backends.check_name(backend)
-        self.backend = backend
-
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        name, source = backends.asked(self.backend)
-        if name != "torch":
-            obstacles = self._obstacles(input, name)
-            if obstacles:
-                backends.settle(name, source, obstacles)
-            elif self._is_plain(input, hx):
-                return self._run(name or "triton", input, hx)
-        return super().forward(input, hx)  # type: ignore[misc]
-
-    __prepare_scriptable__ = _Recurrent.__prepare_scriptable__
-
-    def _states(self, hx: Any) -> tuple[Any, ...]:
-        """hx as a tuple of states, empty if absent."""
-        if hx is None:
-            return ()
-        return tuple(hx) if self.mode == "lstm" and isinstance(hx, (tuple, list)) else (hx,)
+        return self._dispatch(input, hx)
 
     def _weights(self) -> tuple[Any, ...]:
         return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
-    def _obstacles(self, input: Any, name: str | None) -> tuple[str, ...]:
-        """What keeps the backend `name`, or "triton" if None, from running a call that is plain; see `_is_plain`."""
-        return () if name == "reference" or not isinstance(input, Tensor) else backends.tensor_obstacles(input)
-
     def _is_plain(self, input: Any, hx: Any) -> bool:
-        """Whether the tensors of this call all fit. If not it goes to torch.nn, to be served or refused there."""
         if not isinstance(input, Tensor) or input.dim() not in (1, 2) or input.numel() == 0 or self.mode not in reference.GATES:
             return False
         states, (w_ih, w_hh, *biases) = self._states(hx), self._weights()
@@ -85,9 +57,6 @@ class _Cell(torch.nn.RNNCellBase):
         if input.dim() == 1:
             last = tuple(state[0] for state in last)
         return last if self.mode == "lstm" else last[0]
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", backend={self.backend!r}" if self.backend not in (None, "auto") else "")
 
 
 _DOC = """One step of `rnnfast.{layer}`, a drop-in for torch.nn.{layer}Cell.

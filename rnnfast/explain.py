@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import backends, families, sequences, tuning
+from rnnfast.dispatch import Dispatched
 from rnnfast.nn import _Recurrent
 from rnnfast.sequences import Sequences
 
@@ -47,14 +48,14 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
     """Say which backend will run ``module(input, hx, **options)`` as things stand now, and why not another. Runs nothing.
 
     Args:
-        module: an `rnnfast.LSTM`, `rnnfast.GRU` or `rnnfast.RNN`.
+        module: an `rnnfast.LSTM`, `rnnfast.GRU` or `rnnfast.RNN`, or a cell of these.
         input, hx, options: as for the call.
 
     Returns:
         An `Explanation`; its ``str`` is for people.
 
     Raises:
-        TypeError: if `module` is not a layer of rnnfast, or for an option that is none.
+        TypeError: if `module` is neither a layer nor a cell of rnnfast, or for an option that is none.
         TypeError, RuntimeError, ValueError: for wrong options, as the call would.
 
     Example:
@@ -64,8 +65,11 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
           how: PyTorch's own layer, on ATen
           not triton: the tensors are on the CPU, where the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)
     """
-    if not isinstance(module, _Recurrent):
-        raise TypeError(f"module should be an rnnfast.LSTM, GRU or RNN, got {type(module).__name__}")
+    if not isinstance(module, Dispatched):
+        raise TypeError(f"module should be an rnnfast.LSTM, GRU or RNN, or a cell, got {type(module).__name__}")
+    layer = module if isinstance(module, _Recurrent) else None
+    if options and layer is None:
+        raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")
     packed = isinstance(input, PackedSequence)
     tensor = input.data if isinstance(input, PackedSequence) else input
     given = None
@@ -78,7 +82,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         obstacles += ("torch.nn itself serves or refuses a call of this form",)
         backend = "torch"
     else:
-        given = module._read(input, hx, **options) if options else sequences.Sequences()
+        given = layer._read(input, hx, **options) if layer and options else sequences.Sequences()
         backend = "torch" if name == "torch" or module._obstacles(input, name) else name or "triton"
         if name is None and backend == "triton" and not options and module._torch_wins(input, hx):
             backend, by = "torch", "measured as the fastest for this call by rnnfast tune"
@@ -87,8 +91,15 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
     if backends.strict() and name != "torch" and module._obstacles(input, name):
         by += "; RNNFAST_STRICT is set, so the call raises"
     tuned = None
-    if isinstance(input, Tensor) and not options and not module.proj_size and not obstacles and name in (None, "triton"):
-        tuned = module._shape(input, hx)
+    if (
+        layer
+        and isinstance(input, Tensor)
+        and not options
+        and not layer.proj_size
+        and not obstacles
+        and name in (None, "triton")
+    ):
+        tuned = layer._shape(input, hx)
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (tensor, *module.parameters()))
     details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, input, given, training)
     return Explanation(backend, by, obstacles, call, details, _tuning(tuned, tensor.device) if tuned else "")
@@ -110,24 +121,27 @@ def _tuning(shape: tuning.Shape, device: torch.device) -> str:
     return f"by {table.path}, measured at {entry.shape}"
 
 
-def _torch(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences | None, training: bool) -> str:
+def _torch(module: Dispatched, input: Tensor | PackedSequence, given: Sequences | None, training: bool) -> str:
     if given and (given.resets is not None or given.details):
         return "the equations in plain PyTorch, one time step after another: PyTorch's own layer has no resets, states or gates"
+    if not isinstance(module, _Recurrent):
+        return "PyTorch's own cell"
     tensor = input.data if isinstance(input, PackedSequence) else input
     cudnn = tensor.is_cuda and torch.backends.cudnn.is_acceptable(tensor)
     lengths = ", on rows packed by their lengths, which are read on the CPU" if given and given.only_lengths else ""
     return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}{lengths}"
 
 
-def _reference(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences | None, training: bool) -> str:
+def _reference(module: Dispatched, input: Tensor | PackedSequence, given: Sequences | None, training: bool) -> str:
     return "the equations in plain PyTorch, one time step after another"
 
 
-def _triton(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences, training: bool) -> str:
+def _triton(module: Dispatched, input: Tensor | PackedSequence, given: Sequences, training: bool) -> str:
     from rnnfast.kernels import step
 
-    directions = 2 if module.bidirectional else 1
-    extras = "; the projection is one matrix with the recurrent weights" if module.proj_size else ""
+    layer = module if isinstance(module, _Recurrent) else None
+    layers, directions = (layer.num_layers, 2 if layer.bidirectional else 1) if layer else (1, 1)
+    extras = "; the projection is one matrix with the recurrent weights" if layer and layer.proj_size else ""
     marked = given.marked
     if isinstance(input, PackedSequence):
         tensor, sizes = input.data, input.batch_sizes
@@ -136,20 +150,19 @@ def _triton(module: _Recurrent, input: Tensor | PackedSequence, given: Sequences
         extras += "; packed rows are padded inside" if marked else ""
     else:
         tensor = input
-        steps, rows = (tensor.shape[0], 1) if tensor.dim() == 2 else tensor.shape[:2]
-        if tensor.dim() == 3 and module.batch_first:
+        sizes = tensor.shape[:-1] if layer else (1, *tensor.shape[:-1])
+        steps, rows = (*sizes, 1)[:2]
+        if tensor.dim() == 3 and layer and layer.batch_first:
             steps, rows = rows, steps
     kind = tensor.device.type
     dtype = torch.get_autocast_dtype(kind) if backends.autocast(kind) else tensor.dtype
-    cell = module.mode.lower()
-    times = f"{module.num_layers} layers x {directions} directions x"
+    cell, units = module.mode.lower(), int(module.hidden_size)  # type: ignore[arg-type]
+    times = f"{layers} layers x {directions} directions x"
 
     def words(backward: bool) -> str:
         keeps = backward or training
-        choice = families.pick(
-            cell, steps, rows, module.hidden_size, dtype, families.precision(), backward, keeps, tensor.device
-        )
-        if marked or (backward and given.all_states and module.mode == "LSTM"):
+        choice = families.pick(cell, steps, rows, units, dtype, families.precision(), backward, keeps, tensor.device)
+        if marked or (backward and given.all_states and cell == "lstm"):
             choice = families.step_only(choice)
         if choice.persistent is not None:
             launch = f"one launch for {min(choice.persistent.steps, steps)} time steps: {times} {steps} steps"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rnnfast import backends, families, ops, reference, sequences
+from rnnfast import backends, families, ops, reference, sequences, transforms
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -159,12 +159,13 @@ def _layer(
     if not wanted.details:
         if not given and name is None and settled == "triton" and _torch_wins(*arguments):
             settled = "torch"
-        run = {"triton": ops.layer, "reference": reference.layer, "torch": reference.layer if given else _torch_layer}[settled]
+        plain = given or transforms.equations_stand_in(x.is_cpu)
+        run = {"triton": ops.layer, "reference": reference.layer, "torch": reference.layer if plain else _torch_layer}[settled]
     else:
         run = ops.trace if settled == "triton" else reference.trace
     if recompute and settled == "triton":
         given["recompute"] = True
-    elif recompute and torch.is_grad_enabled():
+    elif recompute and torch.is_grad_enabled() and not transforms.inside():  # torch.func refuses PyTorch's checkpoint
         run = partial(checkpoint, run, use_reentrant=False)
     if not wanted.details:
         return run(*arguments, reverse=reverse, **given)
@@ -174,7 +175,7 @@ def _layer(
 
 def _torch_wins(cell: str, x: Tensor, hx: _States | None, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> bool:
     """As of the modules, for a module of one layer and direction."""
-    if torch.compiler.is_compiling() or not families.measured(x.device):
+    if torch.compiler.is_compiling() or transforms.inside() or not families.measured(x.device):
         return False
     T, B, I = x.shape
     tensors = (x, *(hx or ()), w_ih, w_hh, *biases)

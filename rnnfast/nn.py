@@ -16,7 +16,8 @@ from torch._guards import TracingContext
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from rnnfast import backends, families, ops, ops_dropout, reference, sequences, tuning
+from rnnfast import backends, families, ops, ops_dropout, reference, sequences, transforms, tuning
+from rnnfast.dispatch import Dispatched
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -32,16 +33,14 @@ def _permuted(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor,
     return states if order is None else tuple(state.index_select(1, order) for state in states)
 
 
-class _Recurrent(torch.nn.RNNBase):
+class _Recurrent(Dispatched, torch.nn.RNNBase):
     """The common ``forward``. A mixin: it stands before torch.nn's class among the bases."""
 
-    backend: str | None = None  # these two also what a module pickled by torch.nn has
-    recompute: bool = False
+    recompute: bool = False  # also what a module pickled by torch.nn has
 
-    def __init__(self, *args: Any, backend: str | None = None, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        backends.check_name(backend)
-        self.backend, self.recompute = backend, recompute
+        self.recompute = recompute
 
     def forward(  # type: ignore[override]
         self,
@@ -60,20 +59,7 @@ class _Recurrent(torch.nn.RNNBase):
             return self._forward_with(options, input, hx)
         if isinstance(input, Tensor) and input.is_cpu and not self.recompute and backends.cpu_is_torchs(self.backend):
             return super().forward(input, hx)
-        name, source = backends.asked(self.backend)
-        if name != "torch":
-            obstacles = self._obstacles(input, name)
-            if obstacles:
-                backends.settle(name, source, obstacles)
-            elif self._is_plain(input, hx) and not (name is None and self._torch_wins(input, hx)):
-                return self._run(name or "triton", input, hx)
-        if isinstance(input, torch.fx.Proxy):  # torch.fx takes modules of torch.nn as they are: so it shall ours
-            tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
-        return self._by_torch(input, hx)
-
-    def __prepare_scriptable__(self) -> Any:
-        raise RuntimeError("torch.jit.script does not know rnnfast's layers: script rnnfast.restore(model, every=True)")
+        return self._dispatch(input, hx)
 
     def _read(
         self,
@@ -100,18 +86,25 @@ class _Recurrent(torch.nn.RNNBase):
     def _forward_with(self, options: sequences.Sequences, input: Any, hx: Any) -> Any:
         name, source = backends.asked(self.backend)
         backend = backends.settle(name, source, () if name == "torch" else self._obstacles(input, name))
-        if backend == "torch" and options.only_lengths:
+        if backend == "torch" and options.only_lengths and not self._equations_stand_in(input):
             return self._by_packing(options.lengths, input, hx)
         return self._run("reference" if backend == "torch" else backend, input, hx, options)
 
     def _by_torch(self, input: Any, hx: Any) -> Any:
-        """torch.nn's own layer. Of a packed call, torch.nn.LSTM does not check the sizes of the states, and crashes."""
+        """Of a packed call, torch.nn.LSTM does not check the sizes of the states, and crashes: here it does."""
+        if isinstance(input, torch.fx.Proxy):  # torch.fx takes modules of torch.nn as they are: so it shall ours
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
         states = self._states(hx)
         if isinstance(input, PackedSequence) and len(states) == 2 and all(isinstance(state, Tensor) for state in states):
             self.check_forward_args(input.data, hx, input.batch_sizes)
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(super().forward, input, hx, use_reentrant=False)
-        return super().forward(input, hx)
+        if self._checkpoints():
+            return checkpoint(super()._by_torch, input, hx, use_reentrant=False)
+        return super()._by_torch(input, hx)
+
+    def _checkpoints(self) -> bool:
+        """Whether ``recompute`` is the business of PyTorch's checkpoint, which torch.func refuses: there all is kept."""
+        return self.recompute and torch.is_grad_enabled() and not transforms.inside()
 
     def _by_packing(self, lengths: Any, input: Tensor, hx: Any) -> Any:
         """torch.nn's own layer on rows of several lengths. It takes no empty row: those are run for a step of zeros, and then
@@ -130,12 +123,6 @@ class _Recurrent(torch.nn.RNNBase):
         )
         return output.masked_fill(row, 0), hidden if self.mode == "LSTM" else hidden[0]
 
-    def _states(self, hx: Any) -> tuple[Tensor, ...]:
-        """hx as a tuple of states, empty if absent."""
-        if hx is None:
-            return ()
-        return tuple(hx) if self.mode == "LSTM" and isinstance(hx, (tuple, list)) else (hx,)
-
     def _state_shapes(self, input: Any) -> tuple[tuple[int, ...], ...]:
         """Those of hx's states, for an input of the right rank."""
         directions = 2 if self.bidirectional else 1
@@ -147,7 +134,6 @@ class _Recurrent(torch.nn.RNNBase):
         return tuple((self.num_layers * directions, *batch, width) for width in widths)
 
     def _is_plain(self, input: Any, hx: Any) -> bool:
-        """Whether the tensors of this call all fit. If not it goes to torch.nn, to be served or refused there."""
         if isinstance(input, PackedSequence):
             x = input.data
             if not sequences.consistent(input):
@@ -188,15 +174,9 @@ class _Recurrent(torch.nn.RNNBase):
         """The weights of each layer and direction, looked up by name at each call: a replaced weight is never missed."""
         return [[getattr(self, name, None) for name in names] for names in self._all_weights]
 
-    def _obstacles(self, input: Any, name: str | None) -> tuple[str, ...]:
-        """What keeps the backend `name`, or "triton" if None, from running a call that is plain; see `_is_plain`."""
-        tensor = input.data if isinstance(input, PackedSequence) else input
-        return () if name == "reference" or not isinstance(tensor, Tensor) else backends.tensor_obstacles(tensor)
-
     def _torch_wins(self, input: Any, hx: Any) -> bool:
-        """Whether PyTorch's own layer was measured as the fastest for this plain call. Not in compiled code, where PyTorch
-        unrolls it."""
-        if torch.compiler.is_compiling() or not isinstance(input, Tensor) or self.proj_size:
+        """Not in compiled code, where PyTorch unrolls its layer, nor inside a transform."""
+        if torch.compiler.is_compiling() or transforms.inside() or not isinstance(input, Tensor) or self.proj_size:
             return False
         if not families.measured(input.device):
             return False
@@ -229,7 +209,7 @@ class _Recurrent(torch.nn.RNNBase):
         layer = (_TRACES if wants_details else _LAYERS)[backend]
         if self.recompute and backend == "triton":
             layer = partial(layer, recompute=True)
-        elif self.recompute and torch.is_grad_enabled():
+        elif self._checkpoints():
             layer = partial(checkpoint, layer, use_reentrant=False)
 
         last_states, all_states, all_gates = [], [], []
@@ -247,13 +227,14 @@ class _Recurrent(torch.nn.RNNBase):
                 last_states.append(last)
                 seen.append(details)
             drops = self.dropout and self.training and index < self.num_layers - 1
-            if wants_details or not drops or backend != "triton":
+            fused = drops and backend == "triton" and not transforms.inside()
+            if wants_details or not fused:
                 x = _joined(outputs)
             if wants_details:
                 cells, gates = zip(*seen, strict=True)
                 all_states.append((x, *(_joined(c) for c in zip(*cells, strict=True))))
                 all_gates.append(torch.stack(gates, dim=2))
-            if drops and backend == "triton":
+            if fused:
                 x = ops_dropout.dropout(outputs, self.dropout)
             elif drops:
                 x = torch.dropout(x, self.dropout, train=True)  # whose errors are torch.nn.LSTM's
@@ -278,7 +259,7 @@ class _Recurrent(torch.nn.RNNBase):
         return results
 
     def extra_repr(self) -> str:
-        text = super().extra_repr() + (f", backend={self.backend!r}" if self.backend not in (None, "auto") else "")
+        text = super().extra_repr()
         if TracingContext.try_get() and not torch._dynamo.config.allow_rnn:
             # Dynamo is about to refuse this layer, and puts its repr into the message
             text += "; to compile rnnfast layers, call rnnfast.enable_compile() once before"

@@ -3,8 +3,8 @@
     forward    for one chunk of steps after another: W_ih x of the chunk, one GEMM through PyTorch into a float32 buffer that
                does not grow with T; then the recurrence over the chunk, on the kernels that
                `rnnfast.families` chose.
-    backward   the recurrence in reverse, which writes the gate gradients of all steps; then, in `_backward`, each weight,
-               bias and input gradient as one GEMM or sum over T * B, through PyTorch, and only those that are needed.
+    backward   the recurrence in reverse, which writes the gate gradients of all steps; then, in `rnnfast.ops_autograd`, each
+               weight, bias and input gradient as one GEMM or sum over T * B, through PyTorch, and only those that are needed.
 
 Inside, everything is time-major and contiguous. Kept for backward, in bytes per unit and step, e being the size of an
 element: LSTM 4 e + 4 (gates and the float32 cell state), GRU 4 e, RNN nothing; besides the layer's input and its output, which
@@ -20,12 +20,13 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from rnnfast import families, ops_marks, reference
+from rnnfast import families, ops_autograd, ops_marks, reference, transforms
 from rnnfast.families import precision
 from rnnfast.reference import GATES, GRADS, PADDED, RESETS, SAVED, STARTS
 
-__all__ = ["backward", "forward", "precision"]
+__all__ = ["FLOP_FORMULAS", "backward", "forward", "precision"]
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -59,6 +60,16 @@ def _project(x: Tensor, w_ih: Tensor) -> Tensor:
     else:
         product = torch.mm(rows, w_ih.t(), out_dtype=torch.float32)
     return product.view(*x.shape[:2], -1)
+
+
+def _refuse_forward_mode() -> None:
+    """rnnfast's layers never come here with it, but compiled and exported programs may, and PyTorch would take the derivative
+    of an operator without a rule for zero."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "rnnfast's operators have no forward-mode derivative, and this program calls them itself, for it was compiled or "
+            "exported outside of forward mode: run the layer as it is, or compile within rnnfast.use_backend('reference')"
+        )
 
 
 @torch.library.custom_op("rnnfast::forward", mutates_args=())
@@ -101,6 +112,7 @@ def forward(
     """
     from rnnfast.kernels import cells, plan
 
+    _refuse_forward_mode()
     spec = cells.CELLS[cell]
     T, B, _ = x.shape
     H = w_hh.shape[1]
@@ -201,6 +213,7 @@ def backward(
     """
     from rnnfast.kernels import cells, gates, plan
 
+    _refuse_forward_mode()
     spec = cells.CELLS[cell]
     T, B, H = y.shape
     with _on_device(y):
@@ -293,69 +306,35 @@ def _entering(begin: int, steps: int, y: Tensor, h0: Tensor | None, reverse: boo
 
 
 def _setup_context(ctx, inputs, output):
-    cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save, marks, lengths, reset_h, reset_c, recompute = inputs
-    if not save:
+    if not inputs[9]:
         raise RuntimeError("rnnfast::forward was called with save=False on inputs that require gradients")
-    y, _, _, saved, c = output
-    ctx.cell, ctx.reverse, ctx.recompute = cell, reverse, recompute
-    ctx.mark_non_differentiable(saved)
-    ctx.set_materialize_grads(False)
-    biases = (b_ih, b_hh) if recompute else (None, None)
-    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, *biases, y, saved, c, marks, lengths, reset_h, reset_c)
+    ops_autograd.setup_context(ctx, inputs, output)
 
 
-def _backward(ctx, dy, dh_n, dc_n, _d_saved, dcs):
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, saved, c, marks, lengths, reset_h, reset_c = ctx.saved_tensors
-    needs = (*ctx.needs_input_grad, *[False] * 5)[:15]  # PyTorch leaves out trailing inputs that are their default
-    _, need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, *_, need_reset_h, need_reset_c, _ = needs
-    need_starts = need_h0 if marks is None else need_h0 or need_c0 or need_reset_h or need_reset_c
-    marked = (marks, lengths, reset_h, reset_c)
-    again = (x, w_ih, b_ih, b_hh) if ctx.recompute else (None,) * 4
-    d_gates, dh0, dc0, d_reset_h, d_reset_c = backward(
-        ctx.cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, ctx.reverse, need_starts, dcs, *marked, *again
-    )
-
-    T, B, H = y.shape
-    sides = GATES[ctx.cell] * H
-    kept_apart = d_gates.shape[2] > sides  # the last gate's two sides: the input side is stored first, see Cell.grads
-    rows = d_gates.view(T * B, -1)
-    d_input, d_hidden = rows[:, :sides], rows[:, -sides:]
-    dx = dw_ih = dw_hh = db_ih = db_hh = None
-    if need_x:
-        dx = (d_input @ (w_ih.roll(H, 0) if kept_apart else w_ih)).view(T, B, -1)
-    if need_w_ih:
-        if lengths is not None:
-            x = x.masked_fill((marks == PADDED)[..., None], 0)  # a NaN in padding times a gradient of 0 would be one
-        dw_ih = d_input.t() @ x.reshape(T * B, -1)
-        dw_ih = dw_ih.roll(-H, 0) if kept_apart else dw_ih
-    if need_w_hh:
-        # step t met y[t - 1], or y[t + 1] in reverse; the first step met h0
-        first, met, by = (rows[-B:], y[1:], d_hidden[:-B]) if ctx.reverse else (rows[:B], y[:-1], d_hidden[B:])
-        if marks is not None:
-            dw_hh = d_hidden.t() @ ops_marks.entered(y, h0, reset_h, marks, ctx.reverse).view(T * B, H)
-        else:
-            dw_hh = by.t() @ met.reshape((T - 1) * B, H)
-            if h0 is not None:
-                dw_hh = torch.addmm(dw_hh, first[:, -sides:].t(), h0)
-    if need_b_ih:
-        db_ih = d_input.sum(0)
-        db_ih = db_ih.roll(-H, 0) if kept_apart else db_ih
-    if need_b_hh:
-        db_hh = d_hidden.sum(0)
-    grads = (dx, dh0 if need_h0 else None, dc0 if need_c0 else None, dw_ih, dw_hh, db_ih, db_hh)
-    resets = (d_reset_h if need_reset_h else None, d_reset_c if need_reset_c else None)
-    return None, *grads, None, None, None, None, *resets, None
+torch.library.register_autograd("rnnfast::forward", ops_autograd.backward, setup_context=_setup_context)
+torch.library.register_autograd("rnnfast::backward", ops_autograd.refuse)
+torch.library.register_vmap("rnnfast::forward", ops_autograd.vmap_forward)
+torch.library.register_vmap("rnnfast::backward", ops_autograd.vmap_backward)
 
 
-def _double_backward(ctx, *_):
-    raise RuntimeError(
-        "double backward through the Triton kernels is not supported yet: run this layer with backend='reference', "
-        "or on a CPU with backend='torch'"
-    )
+def _forward_flops(cell, x, h0, c0, w_ih, w_hh, *_, **options) -> int:
+    """W_ih x of all steps, W_hh h of all but a first one that begins from zeros. A multiplication and an addition are two."""
+    (T, B, I), (rows, H) = x, w_hh
+    return 2 * B * rows * (T * I + (T - (h0 is None)) * H)
 
 
-torch.library.register_autograd("rnnfast::backward", _double_backward)
-torch.library.register_autograd("rnnfast::forward", _backward, setup_context=_setup_context)
+def _backward_flops(
+    cell, dy, dh_n, dc_n, y, saved, c, h0, c0, w_hh, reverse, need_starts,
+    dcs=None, marks=None, lengths=None, reset_h=None, reset_c=None, x=None, *_, **options,
+) -> int:  # fmt: skip
+    """The gradient of each h_{t-1}, that of an initial one if it is wanted, and both sides of gates that were not kept."""
+    (T, B, _), (rows, H) = y, w_hh
+    again = T * (x[2] + H) if x is not None and SAVED[cell] else 0
+    return 2 * B * rows * (H * (T - 1 + need_starts) + again)
+
+
+# for FlopCounterMode(custom_mapping=...): its own table is in a module that imports Triton
+FLOP_FORMULAS = {torch.ops.rnnfast.forward: _forward_flops, torch.ops.rnnfast.backward: _backward_flops}
 
 
 def layer(*args, **options) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -397,19 +376,21 @@ def _unroll(
     marks = None
     if lengths is not None or resets is not None:
         marks = reference.marks(x, lengths, resets, reverse)
-    save = details or (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
-    run = _plain if w_hr is None else _projected
-    y, h_n, c_n, saved, cs = run(cell, tensors, reverse, save, marks, lengths, recompute and not details)
+    run = forward if not transforms.inside() else ops_autograd.Layer.apply
+    needed = run is not forward or any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    save = details or (torch.is_grad_enabled() and needed)
+    layout = _plain if w_hr is None else _projected
+    y, h_n, c_n, saved, cs = layout(run, cell, tensors, reverse, save, marks, lengths, recompute and not details)
     last = (h_n, c_n) if cell == "lstm" else (h_n,)
     return y, last, saved, cs, marks
 
 
-def _plain(cell, tensors, reverse, save, marks, lengths, recompute):
+def _plain(run, cell, tensors, reverse, save, marks, lengths, recompute):
     *layer, reset_h, reset_c, _ = tensors
-    return forward(cell, *layer, reverse, save, marks, lengths, reset_h, reset_c, recompute)
+    return run(cell, *layer, reverse, save, marks, lengths, reset_h, reset_c, recompute)
 
 
-def _projected(cell, tensors, reverse, save, marks, lengths, recompute):
+def _projected(run, cell, tensors, reverse, save, marks, lengths, recompute):
     """An LSTM with projection as one without: m_t = o tanh(c_t) gives h_t = W_hr m_t and W_hh h_{t-1} = (W_hh W_hr) m_{t-1}, so
     the kernels run on m and that one matrix. An h that is given, not being W_hr m, comes in at its steps by the input."""
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr = tensors
@@ -421,7 +402,7 @@ def _projected(cell, tensors, reverse, save, marks, lengths, recompute):
         given = torch.where(codes == STARTS, start, torch.where(codes == RESETS, anew, zeros))
         x, w_ih = torch.cat([x, given], dim=2), torch.cat([w_ih, w_hh], dim=1)
     m0 = None if c0 is None else x.new_zeros(B, H)  # a kernel takes both states or none
-    m, m_n, c_n, saved, cs = forward(
+    m, m_n, c_n, saved, cs = run(
         cell, x, m0, c0, w_ih, w_hh @ w_hr, b_ih, b_hh, reverse, save, marks, lengths, None, reset_c, recompute
     )
     h_n = m_n @ w_hr.t()

@@ -6,8 +6,13 @@ checkpointing makes them again, a CUDA graph draws anew at each replay. Kept for
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from rnnfast import ops_autograd
 
 __all__ = ["dropout", "dropout_joined"]
 
@@ -42,7 +47,7 @@ def _dropout_apart(joined: Tensor, seed: Tensor, p: float, directions: int) -> t
     first, second = (joined.new_empty(T, B, W // directions) if n < directions else joined.new_empty(0) for n in (0, 1))
     if joined.numel():
         sides = [side.view(T * B, -1) if side.numel() else None for side in (first, second)]
-        kernel.apply(joined.contiguous().view(T * B, W), *sides, seed, p, backward=True)
+        kernel.apply(joined.contiguous().view(T * B, W), sides[0], sides[1], seed, p, backward=True)
     return first, second
 
 
@@ -65,7 +70,20 @@ def _setup_joined(ctx, inputs, output):
 
 
 def _backward_joined(ctx, grad):
-    first, second = _dropout_apart(grad, ctx.saved_tensors[0], ctx.p, ctx.directions)
+    (seed,) = ctx.saved_tensors
+
+    def run(grad):
+        if forward_ad._current_level < 0:
+            return _dropout_apart(grad, seed, ctx.p, ctx.directions)
+        # an operator has no tangent, a product has
+        return tuple(
+            part * mask
+            for part, mask in zip(
+                grad.chunk(ctx.directions, -1), _dropout_apart(torch.ones_like(grad), seed, ctx.p, ctx.directions), strict=False
+            )
+        )
+
+    first, second = (*ops_autograd.batched(run, (grad,)), None)[:2]
     return first, second if ctx.directions == 2 else None, None, None
 
 
@@ -75,11 +93,17 @@ def _setup_apart(ctx, inputs, output):
 
 
 def _backward_apart(ctx, first, second):
-    return dropout_joined(first, second if ctx.directions == 2 else None, ctx.saved_tensors[0], ctx.p), None, None, None
+    def run(*parts):
+        return (dropout_joined(*(*parts, None)[:2], ctx.saved_tensors[0], ctx.p),)
+
+    (joined,) = ops_autograd.batched(run, (first, second)[: ctx.directions])
+    return joined, None, None, None
 
 
 dropout_joined.register_autograd(_backward_joined, setup_context=_setup_joined)
 _dropout_apart.register_autograd(_backward_apart, setup_context=_setup_apart)
+dropout_joined.register_vmap(partial(ops_autograd.vmap_each, dropout_joined))
+_dropout_apart.register_vmap(partial(ops_autograd.vmap_each, _dropout_apart))
 
 
 def dropout(directions: list[Tensor], p: float) -> Tensor:

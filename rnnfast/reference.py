@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, relu, sigmoid, stack, tanh
 from torch.nn.functional import linear
 
-__all__ = ["GATES", "gru_step", "layer", "lstm_step", "marks", "rnn_relu_step", "rnn_tanh_step", "trace"]
+__all__ = ["GATES", "gru_step", "layer", "lstm_step", "marks", "rnn_relu_step", "rnn_tanh_step", "trace", "unroll"]
 
 States = tuple[Tensor, ...]
 Step = tuple[States, States]  # the new states, the gate activations in gate order
@@ -136,24 +136,42 @@ def trace(
         ``y`` (T, B, H); the states after the last step taken; the cell states of all steps, ``(c,)`` with c (T, B, H), or
         ``()``; the gate activations of all steps (T, B, G, H), without gradient.
     """
+    codes = None if lengths is None and resets is None else marks(x, lengths, resets, reverse)
+    return unroll(cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, reverse=reverse, codes=codes, reset_to=reset_to)
+
+
+def unroll(
+    cell: str,
+    x: Tensor,
+    states: States | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None = None,
+    *,
+    reverse: bool,
+    codes: Tensor | None,
+    reset_to: States | None,
+) -> tuple[Tensor, States, tuple[Tensor, ...], Tensor]:
+    """`trace`, of which lengths and resets are known as `codes`, the (T, B) of `marks`; None for neither."""
     T, B, _ = x.shape
     zeros = (x.new_zeros(B, w_hh.shape[1]), x.new_zeros(B, w_hh.shape[0] // GATES[cell]))[: 2 if cell == "lstm" else 1]
     start, reset = states or zeros, reset_to or zeros
-    marked = lengths is not None or resets is not None
-    if marked:
-        codes = marks(x, lengths, resets, reverse)[..., None]
+    if codes is not None:
+        codes = codes[..., None]
         x = x.masked_fill(codes == PADDED, 0)  # a NaN in padding would reach gradients as 0 * NaN
     states = start
     steps: list[States] = [()] * T
     for t in reversed(range(T)) if reverse else range(T):
         before = states
-        if marked:
+        if codes is not None:
             states = _select(codes[t] == STARTS, start, _select(codes[t] == RESETS, reset, states))
         states, gates = STEPS[cell](x[t], states, w_ih, w_hh, b_ih, b_hh)
         if w_hr is not None:
             states = (linear(states[0], w_hr), *states[1:])
         steps[t] = (*states, torch.cat(gates, dim=1).detach())
-        if marked:
+        if codes is not None:
             padded = codes[t] == PADDED
             steps[t] = tuple(tensor.masked_fill(padded, 0) for tensor in steps[t])
             states = _select(padded, before, states)

@@ -13,6 +13,8 @@ import torch
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnfast import transforms
+
 __all__ = ["Sequences", "consistent", "given", "packed_like", "padded", "read"]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -114,7 +116,7 @@ def _read_lengths(lengths: Any, x: Tensor) -> Tensor | None:
     """`lengths` as (B,) int64 on the device of `x`, (T, B, I), in 0..T.
 
     Those on a CPU are checked. Those on another device are not, which would wait for it: they count as 0 or T where they are
-    out of range; nor are they while compiling.
+    out of range; nor are they while compiling, or where vmap maps over them.
     """
     if lengths is None:
         return None
@@ -129,7 +131,9 @@ def _read_lengths(lengths: Any, x: Tensor) -> Tensor | None:
         raise RuntimeError(f"Expected lengths of size ({B},), one for each row of the batch, got {tuple(lengths.shape)}")
     if lengths.device.type != "cpu":
         _same_device("lengths", lengths, x)
-    elif not torch.compiler.is_compiling() and not (int(lengths.min()) >= 0 and int(lengths.max()) <= T):
+    elif not (torch.compiler.is_compiling() or transforms.maybe_mapped(lengths)) and not (
+        int(lengths.min()) >= 0 and int(lengths.max()) <= T
+    ):
         raise RuntimeError(f"lengths must be from 0 to the {T} steps of the input, got {lengths.tolist()}")
     return lengths.to(x.device, torch.int64, non_blocking=True).clamp(0, T)
 
@@ -178,13 +182,29 @@ def padded(packed: PackedSequence, options: Sequences | None) -> tuple[Tensor, S
     T = sizes.numel()
     if int(sizes[0]) == int(sizes[-1]):
         return data.reshape(T, -1, data.shape[1]), options
-    x, lengths = _VF._pad_packed_sequence(data, sizes, False, 0.0, T)  # type: ignore[attr-defined]
+    if transforms.inside():  # where PyTorch's own has no rule
+        x = data.new_zeros(T * int(sizes[0]), data.shape[1]).index_copy(0, _positions(packed), data).view(T, -1, data.shape[1])
+        lengths = _lengths(sizes)
+    else:
+        x, lengths = _VF._pad_packed_sequence(data, sizes, False, 0.0, T)  # type: ignore[attr-defined]
     return x, replace(options or Sequences(), lengths=lengths.to(data.device, non_blocking=True))
 
 
 def packed_like(packed: PackedSequence, tensor: Tensor) -> PackedSequence:
     """(T, B, ...), rows in the order of `packed`, packed as that is."""
     sizes = packed.batch_sizes
-    lengths = (sizes[:, None] > torch.arange(int(sizes[0]))).sum(0)
-    data, _ = _VF._pack_padded_sequence(tensor, lengths, False)  # type: ignore[attr-defined]
+    if transforms.inside():
+        data = tensor.flatten(0, 1).index_select(0, _positions(packed))
+    else:
+        data, _ = _VF._pack_padded_sequence(tensor, _lengths(sizes), False)  # type: ignore[attr-defined]
     return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices)
+
+
+def _lengths(sizes: Tensor) -> Tensor:
+    return (sizes[:, None] > torch.arange(int(sizes[0]))).sum(0)
+
+
+def _positions(packed: PackedSequence) -> Tensor:
+    """Of each packed step, its place among the steps of all rows, t * B + b."""
+    sizes = [int(size) for size in packed.batch_sizes]
+    return torch.tensor([t * sizes[0] + b for t, size in enumerate(sizes) for b in range(size)], device=packed.data.device)

@@ -85,6 +85,22 @@ def everything(call, tensors, dtype):
     return {f"output {n}": out for n, out in enumerate(outputs)} | dict(zip(copies, grads, strict=True))
 
 
+def second(call, tensors, dtype):
+    """The gradients of all tensors, as of `everything` but of a loss that is no sum of outputs, and those of a sum of them."""
+    copies = {name: tensor.detach().to(dtype).clone().requires_grad_() for name, tensor in tensors.items()}
+    generator = torch.Generator().manual_seed(6)
+
+    def mixed(values):
+        return sum((value * torch.randn(value.shape, generator=generator).to(value)).sum() for value in values)
+
+    loss = mixed([out.square() for out in call(copies) if out.requires_grad])
+    first = torch.autograd.grad(loss, list(copies.values()), create_graph=True)
+    found = torch.autograd.grad(mixed(first), list(copies.values()), allow_unused=True)
+    return {f"first {name}": grad.detach() for name, grad in zip(copies, first, strict=True)} | {
+        name: torch.zeros_like(copies[name]) if grad is None else grad for name, grad in zip(copies, found, strict=True)
+    }
+
+
 def by_module(layer, options):
     """A call for `everything`: the module `layer` on the tensors x, hx0, hx1, reset_to0, reset_to1, the rest its parameters."""
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
-from rnnfast import backends, functional, nn, ops, reference
+from rnnfast import backends, functional, nn, ops, reference, transforms
 from rnnfast.kernels import step
 
 T, B, I, H = 3, 2, 3, 4
@@ -90,6 +90,7 @@ def test_short_cut_on_the_cpu(setting, monkeypatch, ran):
     """A CPU tensor goes to PyTorch's own layer with no more ado where it is known that nothing else can run it, unless
     anything is set, at whatever time it is."""
     monkeypatch.setattr(backends, "_known", {"triton": None, "cpu:None": "no interpreter"})
+    monkeypatch.delitem(sys.modules, transforms._EXPANDED, raising=False)  # of another test
     module, x = rnnfast.GRU(I, H), torch.zeros(1, 1, I)
     looked, asked = [], backends.asked
     monkeypatch.setattr(backends, "asked", lambda own: (looked.append(own), asked(own))[1])
@@ -426,7 +427,7 @@ def test_explain_the_rest(device):
 @pytest.mark.parametrize("foreign", [torch.nn.LSTM(I, H), torch.nn.Linear(I, H), rnnfast.LSTM, None])
 def test_explain_foreign(foreign):
     """explain answers for rnnfast's own layers only."""
-    with pytest.raises(TypeError, match=r"module should be an rnnfast\.LSTM, GRU or RNN, got "):
+    with pytest.raises(TypeError, match=r"module should be an rnnfast\.LSTM, GRU or RNN, or a cell, got "):
         rnnfast.explain(foreign, torch.zeros(T, B, I))
 
 
@@ -493,84 +494,33 @@ def test_explain_agrees_with_forward(device, data):
 # What PyTorch can do to a function
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_func_transforms(name, device, ran):
-    """torch.func.grad and jacrev, over input or weights, run on PyTorch's own layer and give its values."""
-    ours, theirs = (getattr(namespace, name)(I, H, device=device) for namespace in (rnnfast, torch.nn))
-    ours.load_state_dict(theirs.state_dict())
-    x, found = torch.randn(T, B, I, device=device), []
-    for module in (ours, theirs):
-        given = dict(module.named_parameters())
-        weights = lambda w, m=module: torch.func.functional_call(m, w, (x,))[0].square().sum()  # noqa: E731
-        try:
-            by_weights = torch.func.grad(weights)(given)
-            by_input = torch.func.jacrev(lambda x, m=module: m(x)[0].sum(0))(x)
-            found.append([by_input, *by_weights.values()])
-        except RuntimeError as error:
-            assert device == "cuda"  # cuDNN's layer has no rule for some of these
-            found.append(str(error))
-    if isinstance(found[1], str):
-        assert found[0] == found[1]
-    else:
-        assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True))
-    assert set(ran) == {"torch"}
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_vmap(name, device):
-    """vmap does what it does to torch.nn: the same values or the same error."""
-    ours, theirs = (getattr(namespace, name)(I, H, device=device) for namespace in (rnnfast, torch.nn))
-    ours.load_state_dict(theirs.state_dict())
-    x, found = torch.randn(2, T, B, I, device=device), []
-    for module in (ours, theirs):
-        try:
-            found.append(torch.func.vmap(lambda x, m=module: m(x)[0])(x))
-        except RuntimeError as error:
-            found.append(str(error))
-    assert torch.equal(*found) if isinstance(found[1], torch.Tensor) else found[0] == found[1]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit.script, inside PyTorch
-@pytest.mark.parametrize("over", ["input", "weights"])
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_forward_mode(name, over, backend, device):
-    """Forward-mode derivatives are never silently zero: they are those of central differences, or PyTorch's error."""
-    ours = getattr(rnnfast, name)(I, H, device=device, backend=backend)
-    exact = getattr(rnnfast, name)(I, H, device=device, dtype=torch.float64, backend="reference")
-    exact.load_state_dict(ours.state_dict())
-    given = {"input": torch.randn(T, B, I, device=device), **{n: w.detach() for n, w in ours.named_parameters()}}
-    moved = {n: torch.randn_like(v) for n, v in given.items() if (n == "input") == (over == "input")}
-
-    def call(module, tensors):
-        tensors = dict(tensors)
-        x = tensors.pop("input")
-        return torch.func.functional_call(module, tensors, (x,))[0]
-
-    shifted = [
-        call(exact, {n: v.double() + sign * 1e-5 * moved[n].double() if n in moved else v.double() for n, v in given.items()})
-        for sign in (1, -1)
-    ]
-    expected = (shifted[0] - shifted[1]) / 2e-5
-    with torch.backends.mkldnn.flags(enabled=False), forward_ad.dual_level():  # oneDNN's LSTM refuses
-        duals = {n: forward_ad.make_dual(v, moved[n]) if n in moved else v for n, v in given.items()}
-        try:
-            tangent = forward_ad.unpack_dual(call(ours, duals)).tangent
-        except NotImplementedError:
-            assert device == "cuda"  # cuDNN's refuses
-            return
-    assert tangent is not None
-    torch.testing.assert_close(tangent.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_transforms_are_named(device):
-    """Inside a transform, asked for the kernels by name: the warning says which transform it is."""
+def test_transforms(device, ran):
+    """torch.func's reverse mode and vmap run on the kernels; forward mode and functionalize do not, and the warning says so.
+    (Their values: test_func.py.)"""
     module, x = rnnfast.GRU(I, H, device=device, backend="triton"), torch.randn(T, B, I, device=device)
-    with pytest.warns(rnnfast.FallbackWarning, match="inside a torch.func transform"):
-        torch.func.grad(lambda x: module(x)[0].sum())(x)
+    torch.func.vmap(torch.func.grad(lambda x: module(x)[0].sum()))(x[None])
+    assert ran == ["triton"]
     with pytest.warns(rnnfast.FallbackWarning, match="forward-mode differentiation is on"), forward_ad.dual_level():
         module(x)
+    with pytest.warns(rnnfast.FallbackWarning, match="inside torch.func.functionalize"):
+        torch.func.functionalize(lambda x: module(x)[0])(x)
     assert rnnfast.explain(module, x).backend == "triton"
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN's layer has no rule for most of this")
+def test_reverse_mode_is_torchs(name, ran):
+    """On CPU tensors without the kernels, torch.func's reverse mode runs on PyTorch's own layer: bitwise its values."""
+    ours, theirs = (getattr(namespace, name)(I, H) for namespace in (rnnfast, torch.nn))
+    ours.load_state_dict(theirs.state_dict())
+    ours.backend = "torch"
+    x, found = torch.randn(T, B, I), []
+    for module in (ours, theirs):
+        weights = lambda w, m=module: torch.func.functional_call(m, w, (x,))[0].square().sum()  # noqa: E731
+        by_weights = torch.func.grad(weights)(dict(module.named_parameters()))
+        by_input = torch.func.jacrev(lambda x, m=module: m(x)[0].sum(0))(x)
+        found.append([by_input, *by_weights.values()])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True)) and set(ran) == {"torch"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -583,19 +533,6 @@ def test_trace(name, device):
     x = torch.randn(T + 2, B, I, device=device)
     with rnnfast.use_backend("torch"):
         torch.testing.assert_close(traced(x), module(x))
-
-
-@pytest.mark.parametrize("over", ["input", "bias", "upstream"])
-def test_double_backward_is_refused(over, device):
-    """A second derivative through the kernels is an error that says so, never a wrong number; the first is there."""
-    module, x = rnnfast.LSTM(I, H, device=device), torch.randn(2, 1, I, device=device, requires_grad=over == "input")
-    y = module.requires_grad_(over != "input")(x)[0]
-    upstream = torch.ones_like(y, requires_grad=over == "upstream")
-    of = x if over == "input" else module.bias_hh_l0
-    (grad,) = torch.autograd.grad(y, of, upstream, create_graph=True)
-    assert grad.requires_grad
-    with pytest.raises((RuntimeError, NotImplementedError), match="double backward through the Triton kernels"):
-        torch.autograd.grad(grad.square().sum(), upstream if over == "upstream" else of)
 
 
 def test_autocast_on_the_cpu():

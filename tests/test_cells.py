@@ -175,3 +175,17 @@ def test_constructor_arguments(name, arguments):
     assert said[0] == said[1]
     if "nonlinearity" in arguments[1] and name == "RNNCell":
         assert outcome(made[0], torch.zeros(B, 3)) == outcome(made[1], torch.zeros(B, 3))
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_explain(name, device):
+    """explain says of a cell what runs it: one step on the kernels, PyTorch's own, or an error for an option of layers."""
+    cell = getattr(rnnfast, name)(I, H, device=device, backend="triton")
+    for x in (torch.zeros(B, I, device=device), torch.zeros(I, device=device)):
+        explained = rnnfast.explain(cell, x)
+        assert explained.backend == "triton" and "1 layers x 1 directions x 1 steps" in explained.details
+    cell.backend = "torch"
+    assert rnnfast.explain(cell, x).details == "PyTorch's own cell"
+    assert rnnfast.explain(cell, x.double()).backend == "torch"
+    with pytest.raises(TypeError, match=f"{name} takes no lengths"):
+        rnnfast.explain(cell, x, lengths=[1])

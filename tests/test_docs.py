@@ -18,6 +18,7 @@ PAGES = {path: re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8
 MODULES = ["rnnfast", *(f"rnnfast.{module.name}" for module in pkgutil.iter_modules(rnnfast.__path__) if module.name[0] != "_")]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # inside PyTorch's forward mode
 @pytest.mark.parametrize("page", [page for page, programs in PAGES.items() if programs], ids=lambda page: page.name)
 def test_programs(page):
     """One after another in one namespace, as a reader would try them, on PyTorch's own layer."""

@@ -177,6 +177,7 @@ def test_old_pickles(name, device):
 def test_no_reference_cycles(device):
     """What forward keeps is freed with its outputs, at once, without the garbage collector."""
     ours, _ = pair("LSTM", device, num_layers=2, bidirectional=True)
+    ours(torch.zeros(2, B, I, device=device))  # the first call imports Triton, and leaves frames to the collector
     gc.collect()
     gc.disable()
     try:
