@@ -149,22 +149,28 @@ def settings(family: str, tf32: bool) -> Iterator[None]:
         del os.environ["RNNFAST_KERNELS"]
 
 
-def run_layer(driver: StandInDriver, cell: str, dtype: torch.dtype, hidden: int, T: int, B: int) -> dict[str, list[Launch]]:
-    """The launches of "training" and "backward", a layer's two halves, and of "inference"."""
+def run_layer(
+    driver: StandInDriver, cell: str, dtype: torch.dtype, hidden: int, T: int, B: int, marked: bool = False
+) -> dict[str, list[Launch]]:
+    """The launches of "training" and "backward", a layer's two halves, and of "inference"; `marked`: with lengths, resets, and
+    gradients of the states that they begin from."""
     from rnnfast import ops
     from rnnfast.reference import GATES
 
     rows = GATES[cell] * hidden
     weights = [torch.zeros(*shape, dtype=dtype) for shape in ((rows, 8), (rows, hidden), (rows,), (rows,))]
     x = torch.zeros(T, B, 8, dtype=dtype, requires_grad=True)
-    states = tuple(torch.zeros(B, hidden, dtype=dtype) for _ in range(2 if cell == "lstm" else 1))
+    states = tuple(torch.zeros(B, hidden, dtype=dtype, requires_grad=marked) for _ in range(2 if cell == "lstm" else 1))
+    options = {}
+    if marked:
+        options = {"lengths": torch.full((B,), T), "resets": torch.zeros(T, B, dtype=torch.bool), "reset_to": states}
     marks = [len(driver.launches)]
-    y, last = ops.layer(cell, x, states, *weights)
+    y, last = ops.layer(cell, x, states, *weights, **options)
     marks.append(len(driver.launches))
     sum(out.sum() for out in (y, *last)).backward()
     marks.append(len(driver.launches))
     with torch.no_grad():
-        ops.layer(cell, x, None, *weights)
+        ops.layer(cell, x, None, *weights, **options)
     marks.append(len(driver.launches))
     phases = ("training", "backward", "inference")
     return {phase: driver.launches[slice(*marks[at : at + 2])] for at, phase in enumerate(phases)}

@@ -2,10 +2,12 @@
 
     python -m benchmarks.static [--arch 80 90 100] [--json FILE] [--jobs N] [--fresh]
                                 [--family step] [--cells lstm gru] [--dtypes float16 tf32] [--hidden 128 768] [--batch 1 16]
+                                [--marked]
     python -m benchmarks.static --show-terms LSTM 768 16
 
 For each shape the persistent kernels where they have a plan, else the step kernels and why. Without --cells, --dtypes, --hidden
-or --batch: the standard table, `STANDARD`. What the columns and the JSON's keys mean: docs/static.md.
+or --batch: the standard table, `STANDARD`. With --marked the kernels as they are compiled for lengths and resets. What the
+columns and the JSON's keys mean: docs/static.md.
 
 No GPU has measured any of it.
 """
@@ -36,14 +38,15 @@ SCHEMA = 1
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 HIDDEN = (128, 256, 512, 768, 1024, 1536, 2048)
 BATCH = (1, 8, 16, 32, 64, 128, 256)
-IDENTITY = ("arch", "cell", "dtype", "hidden", "batch", "family", "direction", "training")  # of a row
+IDENTITY = ("arch", "cell", "dtype", "hidden", "batch", "family", "direction", "training", "marked")  # of a row
+HELPERS = ("clear_kernel", "pack_kernel")  # launched once a launch of a persistent kernel
 STEPS = (3, 1)  # numbers of time steps: neither may make a kernel of its own
 
 
 class Job(NamedTuple):
     """The shapes that one process compiles one after another: kernels that several batch sizes share are compiled once.
 
-    `family` is the one asked for: "persistent" runs the step kernels where it has no plan.
+    `family` is the one asked for: "persistent" runs the step kernels where it has no plan. `marked`: for lengths and resets.
     """
 
     family: str
@@ -52,6 +55,7 @@ class Job(NamedTuple):
     dtype: str
     hidden: int
     batches: tuple[int, ...]
+    marked: bool = False
 
 
 STANDARD = (  # family, cells, dtypes, hidden sizes, batch sizes
@@ -64,10 +68,10 @@ STANDARD = (  # family, cells, dtypes, hidden sizes, batch sizes
 )
 
 
-def jobs_of(table, archs: list[int]) -> list[Job]:
+def jobs_of(table, archs: list[int], marked: bool = False) -> list[Job]:
     """The jobs of a table like `STANDARD`, the longest first, as far as one can know."""
     jobs = [
-        Job(family, arch, *case, batches)
+        Job(family, arch, *case, batches, marked)
         for arch in archs
         for family, *axes, batches in table
         for case in itertools.product(*axes)
@@ -86,17 +90,18 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
     rows, codes = [], {}
     with settings(job.family, tf32), pretend_gpu(job.arch) as driver:
         for B in job.batches:
-            runs = [run_layer(driver, job.cell, element, job.hidden, T, B) for T in STEPS]
+            runs = [run_layer(driver, job.cell, element, job.hidden, T, B, job.marked) for T in STEPS]
             built = compiled()
             for (direction, training), phase in static_text.PHASES.items():
                 backward = direction == "backward"
-                launches = [[each for each in run[phase] if each.kernel != "clear_kernel"] for run in runs]
+                launches = [[each for each in run[phase] if each.kernel not in HELPERS] for run in runs]
                 variants = {each.compiled for run in launches for each in run}
                 first = launches[0][0]
                 if first.compiled not in codes:
                     codes[first.compiled] = counts.code_of(built[first.compiled])
                 code = codes[first.compiled]
-                choice = families.choose(job.family, cell.gates, B, job.hidden, element.itemsize, precision, backward, limits)
+                sizes = (cell.gates, B, job.hidden, element.itemsize, precision, backward)
+                choice = families.choose(job.family, *sizes, limits, job.marked)
                 repeats = 1 if choice.persistent else STEPS[0]  # of a launch, for so many steps
                 about = (code, cell, job.hidden, element.itemsize, backward)
                 if choice.persistent is None:
@@ -116,6 +121,7 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                         "batch": B,
                         "direction": direction,
                         "training": training,
+                        "marked": job.marked,
                         "family": "step" if choice.persistent is None else "persistent",
                         "why_step": choice.reason,
                         "kernel": first.kernel,
@@ -172,7 +178,7 @@ def build(jobs: list[Job], workers: int) -> list[dict]:
         for row in found:
             phase = list(static_text.PHASES).index((row["direction"], row["training"]))
             kind = CELLS.index(row["cell"]), list(DTYPES).index(row["dtype"])
-            key = row["arch"], *kind, row["hidden"], row["batch"], phase, row["family"]
+            key = row["arch"], *kind, row["hidden"], row["batch"], phase, row["family"], row["marked"]
             if key not in rows or row["why_step"]:
                 rows[key] = row | {"compile_seconds": seconds.get(row["compiled"])}
     return [rows[key] for key in sorted(rows)]
@@ -186,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
     parser.add_argument("--hidden", type=_positive, nargs="+")
     parser.add_argument("--batch", type=_positive, nargs="+")
+    parser.add_argument("--marked", action="store_true", help="the kernels for lengths and resets")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--fresh", action="store_true", help="compile everything anew, to time it: Triton's cache is not used")
@@ -217,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if args.fresh:
             os.environ["TRITON_CACHE_DIR"] = folder
-        rows = build(jobs_of(table, args.arch), args.jobs)
+        rows = build(jobs_of(table, args.arch, args.marked), args.jobs)
     lines = static_text.show_terms(rows) if args.show_terms else static_text.show(rows)
     print("\n".join(lines))
     if args.json:

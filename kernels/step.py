@@ -71,7 +71,8 @@ def forward_step_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    offs_b, mask_b = batch_rows(order_ptr, B, HAS_ORDER, BLOCK_B)
+    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), order_ptr, B, HAS_ORDER)
+    mask_b = offs_b < B
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
     row = t.to(tl.int64) * B + offs_b
@@ -183,7 +184,8 @@ def backward_step_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    offs_b, mask_b = batch_rows(order_ptr, B, HAS_ORDER, BLOCK_B)
+    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), order_ptr, B, HAS_ORDER)
+    mask_b = offs_b < B
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
     row = t.to(tl.int64) * B + offs_b

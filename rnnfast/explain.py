@@ -161,9 +161,7 @@ def _triton(module: Dispatched, input: Tensor | PackedSequence, given: Sequences
 
     def words(backward: bool) -> str:
         keeps = backward or training
-        choice = families.pick(cell, steps, rows, units, dtype, families.precision(), backward, keeps, tensor.device)
-        if marked or (backward and given.all_states and cell == "lstm"):
-            choice = families.step_only(choice)
+        choice = families.pick(cell, steps, rows, units, dtype, families.precision(), backward, keeps, tensor.device, marked)
         if choice.persistent is not None:
             launch = f"one launch for {min(choice.persistent.steps, steps)} time steps: {times} {steps} steps"
             return f"persistent kernels, {launch}; {choice.persistent.words(rows)}"

@@ -41,7 +41,6 @@ __all__ = [
     "precision",
     "run",
     "shape",
-    "step_only",
     "torch_wins",
 ]
 
@@ -65,6 +64,11 @@ class Choice:
     persistent: PersistentPlan | None = None
     reason: str = ""
 
+    @property
+    def tile(self) -> int:
+        """Batch rows of a program."""
+        return (self.persistent or self.step).BLOCK_B
+
 
 def asked() -> str:
     """The family that RNNFAST_KERNELS names, or "auto"."""
@@ -75,13 +79,14 @@ def asked() -> str:
 
 
 def choose(
-    family: str, gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, gpu: GpuLimits | None
-) -> Choice:
+    family: str, gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, gpu: GpuLimits | None,
+    marked: bool = False,
+) -> Choice:  # fmt: skip
     """The family asked for where it has a plan, else the step kernels. A pure function.
 
     Args:
         family: "step" or "persistent".
-        gates, B, H, itemsize, precision, backward: as in `rnnfast.kernels.persistent.plan.persistent_plan`.
+        gates, B, H, itemsize, precision, backward, marked: as in `rnnfast.kernels.persistent.plan.persistent_plan`.
         gpu: as `limits`.
     """
     from rnnfast.kernels.persistent.plan import NoPlan, persistent_plan
@@ -92,22 +97,27 @@ def choose(
         return Choice(step)
     if gpu is None:
         return Choice(step, reason="on a CPU the programs of a grid run one after another, and these wait for each other")
-    plan = persistent_plan(gates, B, H, itemsize, precision, backward, gpu)
+    plan = persistent_plan(gates, B, H, itemsize, precision, backward, gpu, marked)
     return Choice(step, reason=plan.reason) if isinstance(plan, NoPlan) else Choice(step, plan)
 
 
 def pick(
-    cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool, device: torch.device
-) -> Choice:
-    """What runs as things stand: by the environment, what was measured, the device, and what its driver has refused."""
-    family = asked()
+    cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool, device: torch.device,
+    marked: bool = False,
+) -> Choice:  # fmt: skip
+    """What runs as things stand: by the environment, what was measured, the device, and what its driver has refused. `marked`:
+    the call has lengths or resets."""
+    family, plan = asked(), None
     gpu = None if family == "step" else limits(device)
     if family == "auto":
-        choice = choose("step", GATES[cell], B, H, dtype.itemsize, precision, backward, gpu)
+        family = "step"
         if gpu is not None and (tuned := tuning.kernels(gpu, cell, T, B, H, *tuning.names(dtype, precision), training)):
-            choice = Choice(choice.step, tuned.backward if backward else tuned.forward)
-    else:
-        choice = choose(family, GATES[cell], B, H, dtype.itemsize, precision, backward, gpu)
+            plan = tuned.backward if backward else tuned.forward
+            if plan is not None and marked:  # what was measured was without, and may have no room for them
+                family, plan = "persistent", None
+    choice = choose(family, GATES[cell], B, H, dtype.itemsize, precision, backward, gpu, marked)
+    if plan is not None:
+        choice = Choice(choice.step, plan)
     if choice.persistent is None or strict():  # strict: tried again, to be refused again
         return choice
     refusal = _refusal(choice.persistent, device)
@@ -147,13 +157,6 @@ def shape(
 def precision() -> str:
     """The precision of a float32 recurrent product: "tf32" or "ieee", as PyTorch is set for cuDNN's recurrent layers."""
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-
-
-def step_only(choice: Choice) -> Choice:
-    """For a call with what only the step kernels take: lengths, resets, or a gradient of all cell states."""
-    if choice.persistent is None:
-        return choice
-    return Choice(choice.step, reason="lengths, resets and gradients of all cell states run on the step kernels")
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -107,8 +107,8 @@ def forward(
 
     Returns:
         y (T, B, H), zero in padding; h_n (B, H), c_n (B, H) or empty; and for backward the saved activations
-        (T, B, `Cell.saved` * H) and all cell states (T, B, H) in float32, each empty where nothing is kept, and with
-        anything in padding.
+        (T, B, `Cell.saved` * H) and all cell states (T, B, H) in float32, each empty where nothing is kept, zero in
+        padding too.
     """
     from rnnfast.kernels import cells, plan
 
@@ -117,17 +117,17 @@ def forward(
     T, B, _ = x.shape
     H = w_hh.shape[1]
     with _on_device(x):
-        y = (x.new_empty if lengths is None else x.new_zeros)(T, B, H)  # the kernels leave padding alone
-        c = x.new_empty(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
-        saved = x.new_empty((T, B, spec.saved * H) if save and spec.saved and not recompute else (0,))
+        new = x.new_empty if lengths is None else x.new_zeros  # the kernels leave padding alone
+        y = new(T, B, H)
+        c = new(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
+        saved = new((T, B, spec.saved * H) if save and spec.saved and not recompute else (0,))
         w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
         bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
-        choice = families.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device)
+        choice = families.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device, marks is not None)
         options = {}
         if marks is not None:
-            choice = families.step_only(choice)
             starts_c = (start_c, reset_c) if spec.carries_c else None
-            options = ops_marks.for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.step.BLOCK_B)
+            options = ops_marks.for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.tile)
         n = plan.chunk_steps(T, B) if choice.persistent is None else choice.persistent.steps
         for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
             choice = families.run(
@@ -225,17 +225,16 @@ def backward(
             for grad in (dh_n, dc_n)
         )
         w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
-        choice = families.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device)
+        choice = families.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device, marks is not None)
         options: dict[str, Tensor | None] = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
-            options = ops_marks.for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.step.BLOCK_B)
+            options = ops_marks.for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.tile)
             for name in ("starts_h", "starts_c") if need_starts else ():
                 starts = options[name]
                 options[f"d_{name}"] = None if starts is None else torch.zeros_like(starts, dtype=torch.float32)
         if dcs is not None:
             options["dcs"] = _dense(dcs)
-        choice = families.step_only(choice) if options else choice
         again = x is not None and spec.saved > 0
         n = plan.chunk_steps(T, B) if again else T
         entered = ops_marks.entered(y, h0, reset_h, marks, reverse) if again and marks is not None else None
@@ -345,8 +344,8 @@ def layer(*args, **options) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def trace(*args, **options) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """`rnnfast.reference.trace` on the Triton kernels, which keep the states and gates of all steps as they do for backward."""
-    y, last, saved, cs, marks = _unroll(*args, **options, details=True)
-    return y, last, *_details(args[0], y, saved, cs, marks)
+    y, last, saved, cs = _unroll(*args, **options, details=True)
+    return y, last, *_details(args[0], y, saved, cs)
 
 
 def _unroll(
@@ -365,7 +364,7 @@ def _unroll(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_to: tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
     h0, c0 = (*states, None)[:2] if states else (None, None)
     reset_h, reset_c = (*reset_to, None)[:2] if reset_to else (None, None)
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr)
@@ -382,7 +381,7 @@ def _unroll(
     layout = _plain if w_hr is None else _projected
     y, h_n, c_n, saved, cs = layout(run, cell, tensors, reverse, save, marks, lengths, recompute and not details)
     last = (h_n, c_n) if cell == "lstm" else (h_n,)
-    return y, last, saved, cs, marks
+    return y, last, saved, cs
 
 
 def _plain(run, cell, tensors, reverse, save, marks, lengths, recompute):
@@ -411,12 +410,9 @@ def _projected(run, cell, tensors, reverse, save, marks, lengths, recompute):
     return m @ w_hr.t(), h_n, c_n, saved, cs
 
 
-def _details(cell: str, y: Tensor, saved: Tensor, cs: Tensor, marks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+def _details(cell: str, y: Tensor, saved: Tensor, cs: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """The cell states and the gates of all steps, as `rnnfast.reference.trace` gives them."""
     T, B, _ = y.shape
     gates = saved.view(T, B, SAVED[cell], -1)[:, :, : GATES[cell]] if SAVED[cell] else y.detach()[:, :, None]
     cells = (cs,) if cell == "lstm" else ()
-    if marks is not None:
-        padded = (marks == PADDED)[..., None]
-        gates, cells = gates.masked_fill(padded[..., None], 0), tuple(c.masked_fill(padded, 0) for c in cells)
     return tuple(c.to(y.dtype) for c in cells), gates

@@ -35,7 +35,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 T, B, I, H = 3, 11, 5, 64  # two batch tiles, the second with masked rows
 
 
-def small_plan(gates, B, H, itemsize, precision, backward, limits) -> PersistentPlan:
+def small_plan(gates, B, H, itemsize, precision, backward, limits, marked=False) -> PersistentPlan:
     """Instead of a GPU's: 8 units a program, so that a small layer makes 8 programs a batch tile."""
     return PersistentPlan(8, 8, 32 if backward else 64, 2 if backward else 1, H, 4, 1 << 16, 1 << 20)
 

@@ -257,6 +257,52 @@ def test_operators_on_persistent_kernels(reverse, monkeypatch):
 
 
 @on_cpu
+def test_marked_calls_have_plans_of_their_own(monkeypatch):
+    """With room for the marks, where others were measured as the fastest too; where there is none, the step kernels."""
+    call = ("lstm", 100, 64, 512, torch.float16, "half", False, False, CPU)
+    plans, marked = (persistent_plans(4, 64, 512, 2, "half", False, GPUS["H100"], marked=marked) for marked in (False, True))
+    assert marked and plans[0] != marked[0]
+    shape = tuning.Shape("lstm", "float16", "half", 100, 64, 8, 512, 1, 1, False)
+    monkeypatch.setenv("RNNFAST_KERNELS", "auto")
+    with families.assume(GPUS["H100"]), tuning.assume(GPUS["H100"], [tuning.Entry(shape, "triton", plans[0])]):
+        assert families.pick(*call).persistent == plans[0]
+        assert families.pick(*call, marked=True).persistent == marked[0]
+        monkeypatch.setattr("rnnfast.kernels.persistent.plan.RESERVE", {True: 1000})
+        persistent.plan._rank.cache_clear()
+        choice = families.pick(*call, marked=True)
+        assert choice.persistent is None and "fit in registers" in choice.reason
+    persistent.plan._rank.cache_clear()
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_marked_calls_on_persistent_kernels(name, monkeypatch):
+    """Both directions of a layer with lengths, resets, states to restart from and a loss of every state, on an H100's plans:
+    the step kernels' outputs and gradients, and no step kernel runs."""
+    T, B, H = 4, 10, 40
+    module = getattr(rnnfast, name)(3, H, bidirectional=True, backend="triton")
+    given = [torch.randn(T, B, 3), *(torch.randn(2, B, H) for _ in range(4))]
+    options = {"lengths": [0, 4, 1, 3, 2, 1, 4, 0, 2, 1], "resets": torch.rand(T, B) < 0.3, "return_all_states": True}
+    monkeypatch.setattr(persistent.plan, "ROWS", 3 * B)
+    monkeypatch.setattr(persistent, "ROWS", 3 * B)
+    found = []
+    for family in ("step", "persistent"):
+        x, *states = (tensor.clone().requires_grad_() for tensor in given)
+        hx, reset_to = ((states[0], states[1]), (states[2], states[3])) if name == "LSTM" else (states[0], states[2])
+        monkeypatch.setenv("RNNFAST_KERNELS", family)
+        with families.assume(GPUS["H100"]), together(2) as happened:
+            y, _, (every,) = module(x, hx, reset_to=reset_to, **options)
+            loss = sum(tensor.square().sum() for tensor in (y, *every))
+            used = [x, *(states if name == "LSTM" else states[::2]), *module.parameters()]
+            found.append([y, *every, *torch.autograd.grad(loss, used)])
+    assert {kernel for kernel, _ in happened.grids} == {
+        "pack_kernel", "clear_kernel", "persistent_forward_kernel", "persistent_backward_kernel",
+    }  # fmt: skip
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@on_cpu
 def test_explain(layer, monkeypatch):
     """The family, its plan in words for either direction, or why there is none."""
     x = torch.zeros(7, 2, 3)

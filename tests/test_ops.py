@@ -60,6 +60,28 @@ def test_opcheck(cell, bare, grad, device):
         torch.library.opcheck(ops.backward, (cell, *upstream, y, saved, c, *states, w_hh, bare, not bare))
 
 
+@pytest.mark.parametrize("cell, reverse", [("lstm", False), ("gru", True)])
+def test_opcheck_of_marked_calls(cell, reverse, device):
+    """With lengths and resets: what is returned of padding is the same in every run too."""
+    tensors = make(cell, device)
+    lengths = torch.tensor([2, 0, T], device=device)
+    resets = torch.zeros(T, B, dtype=torch.bool, device=device)
+    resets[1] = True
+    marks = reference.marks(tensors["x"], lengths, resets, reverse)
+    states = [torch.randn(B, H, device=device, requires_grad=True) for _ in range(2 if cell == "lstm" else 1)]
+    marked = (marks, lengths, *states)
+    torch.library.opcheck(ops.forward, (*op_args(cell, tensors, reverse, True), *marked))
+    with torch.no_grad():
+        y, h_n, _, saved, c = ops.forward(*op_args(cell, tensors, reverse, True), *marked)
+        padded = marks == reference.PADDED
+        assert all(not kept[padded].any() for kept in (y, saved, c) if kept.numel())
+        dcs = torch.randn_like(c) if cell == "lstm" else None
+        start = [tensors[name].detach() if name in tensors else None for name in ("h0", "c0", "w_hh")]
+        detached = [tensor.detach() for tensor in marked]
+        args = (cell, torch.randn_like(y), torch.randn_like(h_n), None, y, saved, c, *start, reverse, True, dcs, *detached)
+        torch.library.opcheck(ops.backward, args)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cell", CELLS)

@@ -98,7 +98,7 @@ def test_explain(device):
 
 @pytest.mark.parametrize("options", [{"lengths": [1, 2, 2]}, {"return_all_states": True}], ids=str)
 def test_explain_the_family(options, device, monkeypatch):
-    """Asked for the persistent kernels: the step kernels run, forward or backward, and it is said why."""
+    """Asked for the persistent kernels these calls run on them where there is a plan; else it is said why not."""
     from rnnfast import families
     from rnnfast.kernels.persistent.plan import GPUS
 
@@ -106,6 +106,6 @@ def test_explain_the_family(options, device, monkeypatch):
     ours, x = rnnfast.LSTM(32, 32, device=device), torch.randn(T, B, 32, device=device)
     with families.assume(GPUS["H100"]):
         text = str(rnnfast.explain(ours, x, **options))
-        assert "persistent kernels" in str(rnnfast.explain(ours, x))
-    assert "not persistent: lengths, resets and gradients of all cell states run on the step kernels" in text
-    assert ("persistent kernels, one launch" in text) == ("lengths" not in options)
+        large = rnnfast.LSTM(1, 2200, device=device)
+        assert "not persistent: no tiles fit" in str(rnnfast.explain(large, torch.zeros(T, B, 1, device=device), **options))
+    assert "forward: persistent kernels, one launch" in text and "backward: persistent kernels, one launch" in text

@@ -23,8 +23,7 @@ BUILD = """
 import json, sys
 from benchmarks.static import build, jobs_of
 
-table, archs = map(json.loads, sys.argv[1:])
-print(json.dumps(build(jobs_of(table, archs), 1)))
+print(json.dumps(build(jobs_of(*map(json.loads, sys.argv[1:])), 1)))
 """
 
 # What makes a product's redundancy more than 1: of which rows, how many times, and why.
@@ -54,9 +53,9 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def check(table, arch):
+def check(table, arch, marked=False):
     """Compile `table` and hold what matters of each row; returns the rows."""
-    rows = json.loads(run("-c", BUILD, json.dumps(table), f"[{arch}]"))
+    rows = json.loads(run("-c", BUILD, json.dumps(table), f"[{arch}]", json.dumps(marked)))
     plans: dict[tuple, set[str]] = {}
     for row in rows:
         name = " ".join(str(row[key]) for key in static.IDENTITY) + f": {row['plan']}"
@@ -72,7 +71,7 @@ def check(table, arch):
         if row["family"] == "step":
             assert row["launches"] == 1, name  # a step
             continue
-        assert row["weights_reread_bytes"] == 0, name
+        assert row["weights_reread_bytes"] == 0 or marked, name  # whose own loads count as such
         assert row["round_trips"] == 1, name
         # words of one width, stored and loaded strongly; nothing loaded ahead of its poll; resident or refused
         assert row["exchange"] == "ld.volatile b32, st.cg b32", name
@@ -119,6 +118,24 @@ def test_persistent_kernels():
     text = "\n".join(static_text.show(rows))
     assert "[1] no tiles fit: " in text
     assert "Spills, weights re-read, redundancy over 1.05, variants: " in text
+
+
+def test_marked_kernels():
+    """Those for lengths and resets, of either family."""
+    rows = check([("step", ["lstm"], ["float16"], [50], [3]), ("persistent", ["gru"], ["float16"], [256], [3])], 90, True)
+    assert [row["family"] for row in rows] == ["step"] * 3 + ["persistent"] * 3 and all(row["marked"] for row in rows)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_marked_table(arch):
+    """The main sizes, where the persistent kernels are close to the limit of registers, and one that is padded."""
+    cells, dtypes = ["lstm", "gru", "rnn_tanh"], ["float16", "bfloat16", "tf32"]
+    check(
+        [("persistent", cells, dtypes, [29, 256, 512, 768, 1024], [16, 64]), ("step", cells, dtypes, [29, 512], [16])],
+        arch,
+        True,
+    )
 
 
 @pytest.mark.sweep

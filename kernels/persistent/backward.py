@@ -9,6 +9,11 @@ With PARTS > 1 that many programs, one beside another, share the sums of all the
 them, but only its own part of the summed axis, and so gathers only that part of the gate gradients. A second exchange, of
 float32 sums, then brings each program the PARTS partial sums of its own units, which it adds in a fixed order.
 
+With marks (`rnnfast.kernels.marks`) the gate gradients of a row that does not run are zero, and the gradients of its last
+states wait in their owner's registers. Where a state began anew, its owner adds the whole gradient of what entered to that of
+the initial or the reset state, and goes on from zero. A tile begins with the last step at which one of its rows runs, and ends
+with the first. Without, HAS_MARKS is off and the arguments that go with it are None.
+
 Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, GATES = G rounded up to a power of two,
 D blocks of gate gradients, K the summed axis, here G * H_PAD. ROWS are the units whose sums a program has a part in. A step's
 row is t * B + b. Next and before are meant in forward's order: this kernel comes from the next step and goes on to the one
@@ -18,6 +23,7 @@ before.
 import triton
 import triton.language as tl
 
+from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, RESETS, STARTS, anew, batch_rows, entering, unpacked
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
     add_product,
@@ -43,10 +49,14 @@ def _load_step(
     h0_ptr,
     c_ptr,
     c0_ptr,
+    dcs_ptr,
+    starts_h_ptr,
+    starts_c_ptr,
     t,
     dt,
     t_first,
     has_first,
+    marks,
     offs_b,
     offs_h,
     mask,
@@ -55,26 +65,70 @@ def _load_step(
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
     HAS_DY: tl.constexpr,
+    HAS_DCS: tl.constexpr,
+    HAS_MARKS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):
-    """What step t needs besides the gate gradients of the next: dy or (), what was saved, and the states before it."""
+    """What step t needs besides the gate gradients of the next: dy or (), the gradient of c or (), what was saved, and the
+    states before it; with marks, of the rows that run."""
+    if HAS_MARKS:
+        mark = unpacked(marks, BLOCK_B)
+        mask = mask & (mark != PADDED)[:, None]
     row = t * batch + offs_b
     at = row[:, None] * H + offs_h[None, :]
     dy = ()
     if HAS_DY:
         dy = (tl.load(dy_ptr + at, mask=mask, other=0.0),)
+    dcs = ()
+    if HAS_DCS:
+        dcs = (tl.load(dcs_ptr + at, mask=mask, other=0.0),)
     saved = ()
     for s in tl.static_range(SAVED):
         tile = tl.load(saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
         saved = saved + (tile,)
-    # before the first step comes the initial state, or zeros
-    is_first = t == t_first
-    t_before = tl.where(is_first, 0, t + dt)
-    mask_before = mask & (offs_b < tl.where(is_first, has_first * batch, batch))[:, None]
-    at_before = (t_before * batch + offs_b)[:, None] * H + offs_h[None, :]
-    states = (tl.load(tl.where(is_first, h0_ptr, h_ptr) + at_before, mask=mask_before, other=0.0),)
+    if HAS_MARKS:
+        row_before = (t + dt) * batch + offs_b
+        h_rows = entering(h_ptr + row_before * H, starts_h_ptr, mark, offs_b, batch, H, False)
+        states = (tl.load(h_rows[:, None] + offs_h[None, :], mask=mask, other=0.0),)
+        if CARRIES_C:
+            c_rows = entering(c_ptr + row_before * H, starts_c_ptr, mark, offs_b, batch, H, False)
+            states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask, other=0.0),)
+    else:
+        # before the first step comes the initial state, or zeros
+        is_first = t == t_first
+        t_before = tl.where(is_first, 0, t + dt)
+        mask_before = mask & (offs_b < tl.where(is_first, has_first * batch, batch))[:, None]
+        at_before = (t_before * batch + offs_b)[:, None] * H + offs_h[None, :]
+        states = (tl.load(tl.where(is_first, h0_ptr, h_ptr) + at_before, mask=mask_before, other=0.0),)
+        if CARRIES_C:
+            states = states + (tl.load(tl.where(is_first, c0_ptr, c_ptr) + at_before, mask=mask_before, other=0.0),)
+    return dy, dcs, saved, states
+
+
+@triton.jit
+def _load_new_states(h_ptr, c_ptr, at, mask, CARRIES_C: tl.constexpr):
+    states = (tl.load(h_ptr + at, mask=mask, other=0.0),)
     if CARRIES_C:
-        states = states + (tl.load(tl.where(is_first, c0_ptr, c_ptr) + at_before, mask=mask_before, other=0.0),)
-    return dy, saved, states
+        states = states + (tl.load(c_ptr + at, mask=mask, other=0.0),)
+    return states
+
+
+@triton.jit
+def _nobody_runs(marks, marks_next, NEEDS_STARTS: tl.constexpr):
+    """Whether there is nothing to do at a step: no row runs, and none hands over the gradient of what entered the next."""
+    return ((marks & marks_next) if NEEDS_STARTS else marks) == ALL_PADDED
+
+
+@triton.jit
+def _load_both(pointers, size, mask):
+    """The gradients of the initial and the reset state, `size` elements apart."""
+    return tl.load(pointers, mask=mask, other=0.0), tl.load(pointers + size, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_both(pointers, size, tiles, mask):
+    tl.store(pointers, tiles[0], mask=mask)
+    tl.store(pointers + size, tiles[1], mask=mask)
 
 
 @triton.jit
@@ -95,14 +149,14 @@ def _side_by_side(d_gates, D: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr
 
 @triton.jit
 def _exchange_sums(
-    partial, words_ptr, index, offs_b, batch, mask, H_PAD: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr
+    partial, words_ptr, index, slots, batch, mask, H_PAD: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr
 ):
     """Publish partial sums (BLOCK_B, ROWS) of the units of this program and its partners; the whole sums (BLOCK_B, BLOCK_H) of
     this program's own. One row of words a part of the sum, unit by unit."""
     PARTS: tl.constexpr = ROWS // BLOCK_H
     own_part = tl.program_id(0) % PARTS
     first = tl.program_id(0) // PARTS * ROWS
-    row = words_ptr + ((index * batch + offs_b) * (PARTS * H_PAD))[:, None]
+    row = words_ptr + ((index * batch + slots) * (PARTS * H_PAD))[:, None]
     publish(row + (own_part * H_PAD + first + tl.arange(0, ROWS))[None, :], partial, mask, 1)
     own = row + (first + own_part * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
     parts = poll(own, mask, PARTS, H_PAD, 1, tl.float32, 1, 1)
@@ -124,14 +178,21 @@ def persistent_backward_kernel(
     c_ptr,  # (T, B, H) float32, c_t
     c0_ptr,  # (B, H) float32, the cell state before step t_first
     w_ptr,  # (G * H, H) W_hh
+    dcs_ptr,  # (T, B, H) float32, gradient of c_t from outside, besides the last one's
+    marks_ptr,  # (T, tiles) words of `pack_kernel`
+    order_ptr,  # (B,) int32, the batch rows in the order in which programs take them
+    starts_h_ptr,  # (2, B, H) initial and reset h
+    starts_c_ptr,  # (2, B, H) float32, initial and reset c
     # outputs
-    # (n, B, X_ROW) hidden-side gate gradients from X_OFFSET on, at index t_x, EMPTY on entry; unless PADDED those rows of
+    # (n, B, X_ROW) hidden-side gate gradients from X_OFFSET on, at index t_x, EMPTY on entry; unless APART those rows of
     # d_gates_ptr themselves
     exchange_ptr,
     sums_ptr,  # (steps, B, PARTS * H_PAD) float32 partial sums, EMPTY on entry; unused with PARTS = 1
     d_gates_ptr,  # (T * B, D * H) gate gradients
     d_h_ptr,  # (B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
     d_c_ptr,  # (B, H) float32, carried likewise: gradient of c_t
+    d_starts_h_ptr,  # (2, B, H) float32, added to: gradient of the initial and the reset h
+    d_starts_c_ptr,  # (2, B, H) float32, added to: gradient of the initial and the reset c
     # sizes
     t,  # the first step that this launch runs
     t_x,  # its index in the exchange
@@ -155,6 +216,10 @@ def persistent_backward_kernel(
     CARRIES_C: tl.constexpr,
     DIRECT: tl.constexpr,
     HAS_DY: tl.constexpr,
+    HAS_DCS: tl.constexpr,
+    HAS_MARKS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    NEEDS_STARTS: tl.constexpr,
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -167,22 +232,25 @@ def persistent_backward_kernel(
     IN_REGISTERS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    PADDED: tl.constexpr = H_PAD != H
+    UNITS_PADDED: tl.constexpr = H_PAD != H
+    APART: tl.constexpr = UNITS_PADDED or HAS_MARKS
     ROWS: tl.constexpr = PARTS * BLOCK_H
     OWN_K: tl.constexpr = G * H_PAD // PARTS
     PART: tl.constexpr = OWN_K // SPLIT
     CHUNKS: tl.constexpr = PART // BLOCK_K
     OPERANDS: tl.constexpr = operands(CHUNKS, JOIN)
-    X_ROW: tl.constexpr = G * H_PAD if PADDED else D * H
-    X_OFFSET: tl.constexpr = 0 if PADDED else (D - G) * H
+    X_ROW: tl.constexpr = G * H_PAD if APART else D * H
+    X_OFFSET: tl.constexpr = 0 if APART else (D - G) * H
     CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
     DTYPE: tl.constexpr = d_gates_ptr.dtype.element_ty
     words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32)) + X_OFFSET // PER_WORD
     sums_ptr = sums_ptr.to(tl.pointer_type(tl.int32))
 
-    offs_b = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    # what is exchanged lies in the order of the programs, all else in that of the batch
+    slots = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_b = batch_rows(slots, order_ptr, B, HAS_ORDER)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask_b = (offs_b < B)[:, None]
+    mask_b = (slots < B)[:, None]
     mask = mask_b
     # a row of words to publish: GATES times these units
     column = tl.arange(0, GATES * BLOCK_H // PER_WORD)
@@ -192,19 +260,39 @@ def persistent_backward_kernel(
     if GATES != G:
         mask_word = mask & (gate_of_word < G)[None, :]
     unit_of_column = tl.program_id(0) * BLOCK_H + tl.arange(0, GATES * BLOCK_H) % BLOCK_H
-    if PADDED:
+    if UNITS_PADDED:
         mask = mask & (offs_h < H)[None, :]
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
     saved_ptr -= t_saved.to(tl.int64) * batch * (SAVED * H)
+    # which rows a next step ran, and of which the gradient of the last state is still to come
+    mask_next, mask_ends = slots < B * has_next, slots < B * (1 - has_next)
+    mask_runs = mask
+    marks = 0
+    step = 0
+    if HAS_MARKS:
+        tiles = tl.cdiv(B, BLOCK_B)
+        tile_marks = marks_ptr.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
+        marks = tl.load(tile_marks + t * tiles)
+        marks_next = tl.load(tile_marks + t_next.to(tl.int64) * tiles, mask=has_next > 0, other=ALL_PADDED)
+        while (step < steps) & _nobody_runs(marks, marks_next, NEEDS_STARTS):
+            step += 1
+            t += dt
+            t_x += dt
+            marks_next = marks
+            marks = tl.load(tile_marks + t * tiles, mask=step < steps, other=ALL_PADDED)
+        mask_next = mask_next & (unpacked(marks_next, BLOCK_B) != PADDED)
+        mask_ends = unpacked(marks_next, BLOCK_B) == PADDED
+        mask_runs = mask & (unpacked(marks, BLOCK_B) != PADDED)[:, None]
+        marks_before = tl.load(tile_marks + (t + dt) * tiles, mask=step + 1 < steps, other=ALL_PADDED)
 
     # what stays on chip: columns of W, and the carried gradients
     first_k = tl.program_id(0) % PARTS * OWN_K
     own_ptr = words_ptr + first_k // PER_WORD
     row_next = t_next.to(tl.int64) * batch + offs_b
     d_next = d_gates_ptr + (D - G) * H + over_rows(row_next * (D * H), SPLIT)
-    d_mask = over_rows(offs_b < B * has_next, SPLIT)
+    d_mask = over_rows(mask_next, SPLIT)
     unit = over_rows(tl.program_id(0) // PARTS * ROWS + tl.arange(0, ROWS), SPLIT)
     row_k = tl.full((1,), first_k, tl.int32)
     w = ()
@@ -222,33 +310,47 @@ def persistent_backward_kernel(
     carried = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
     mask_direct = mask
     if not DIRECT:
-        mask_direct = mask & (offs_b < B * (1 - has_next))[:, None]
+        mask_direct = mask & mask_ends[:, None]
     d_h_direct = tl.load(d_h_ptr + carried, mask=mask_direct, other=0.0)
     at = (t * batch + offs_b)[:, None] * H + offs_h[None, :]
-    new_states = (tl.load(h_ptr + at, mask=mask, other=0.0),)
+    new_states = _load_new_states(h_ptr, c_ptr, at, mask_runs, CARRIES_C)
     d_c = ()
     if CARRIES_C:
-        new_states = new_states + (tl.load(c_ptr + at, mask=mask, other=0.0),)
         d_c = (tl.load(d_c_ptr + carried, mask=mask, other=0.0),)
+    d_starts_h, d_starts_c = (), ()
+    if NEEDS_STARTS:
+        d_starts_h = _load_both(d_starts_h_ptr + carried, batch * H, mask)
+        if CARRIES_C:
+            d_starts_c = _load_both(d_starts_c_ptr + carried, batch * H, mask)
 
-    dy, saved, states = _load_step(
-        dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, t, dt, t_first, has_first, offs_b, offs_h, mask, batch,
-        H, SAVED, CARRIES_C, HAS_DY,
+    dy, dcs, saved, states = _load_step(
+        dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, starts_h_ptr, starts_c_ptr, t, dt, t_first,
+        has_first, marks, offs_b, offs_h, mask, batch,
+        H, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
     )  # fmt: skip
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = nothing(1, ROWS, BLOCK_B, SPLIT)
     d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
-    step = 0
     while step < steps:
         row = t * batch + offs_b
-        row_x = t_x * batch + offs_b
+        row_x = t_x * batch + slots
+        following = marks
+        if HAS_MARKS:
+            following = marks_before
+            steps = tl.where(_nobody_runs(marks_before, marks, NEEDS_STARTS), step + 1, steps)
         # the last step needs nothing of one before it, and waits for nobody
-        mask_more = offs_b < tl.where(step + 1 < steps, B, 0)
+        mask_more = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
-        dy_before, saved_before, states_before = _load_step(
-            dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, t + dt, dt, t_first, has_first, offs_b, offs_h,
-            mask & mask_more[:, None], batch, H, SAVED, CARRIES_C, HAS_DY,
+        dy_before, dcs_before, saved_before, states_before = _load_step(
+            dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, starts_h_ptr, starts_c_ptr, t + dt, dt, t_first,
+            has_first, following, offs_b, offs_h, mask & mask_more[:, None], batch,
+            H, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
         )  # fmt: skip
+        new_states_before = states
+        if HAS_MARKS:
+            at_before = ((t + dt) * batch + offs_b)[:, None] * H + offs_h[None, :]
+            mask_before = mask & (mask_more & (unpacked(marks_before, BLOCK_B) != PADDED))[:, None]
+            new_states_before = _load_new_states(h_ptr, c_ptr, at_before, mask_before, CARRIES_C)
 
         for j in tl.static_range(IN_REGISTERS, OPERANDS):
             # of one turn, for the weights that are read from shared memory in each step
@@ -256,8 +358,15 @@ def persistent_backward_kernel(
                 d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
         d_h = whole(d_sums, ROWS, BLOCK_B, SPLIT)
         if PARTS > 1:
-            d_h = _exchange_sums(d_h, sums_ptr, step, offs_b, batch, mask_b, H_PAD, BLOCK_H, ROWS)
+            d_h = _exchange_sums(d_h, sums_ptr, step, slots, batch, mask_b, H_PAD, BLOCK_H, ROWS)
         d_h += d_h_direct
+        if HAS_MARKS:
+            mark, mark_next = unpacked(marks, BLOCK_B)[:, None], unpacked(marks_next, BLOCK_B)[:, None]
+            mask_runs = mask & (mark != PADDED)
+            if NEEDS_STARTS:
+                started, reset = tl.where(mark_next == STARTS, d_h, 0.0), tl.where(mark_next == RESETS, d_h, 0.0)
+                d_starts_h = (d_starts_h[0] + started, d_starts_h[1] + reset)
+            d_h = tl.where(anew(mark_next), 0.0, d_h)
         if HAS_DY:
             d_h += dy[0].to(tl.float32)
         saved_tiles = ()
@@ -269,16 +378,25 @@ def persistent_backward_kernel(
         if CARRIES_C:
             before = before + (states[1],)
             after = after + (new_states[1],)
-            d_states = d_states + (d_c[0],)
+            if HAS_DCS:
+                d_states = d_states + (d_c[0] + dcs[0],)
+            else:
+                d_states = d_states + (d_c[0],)
         d_gates, d_h_through, d_c_before = CELL(saved_tiles, before, after, d_states)
 
         d_hidden = round_to(_side_by_side(d_gates, D, G, GATES, BLOCK_B, BLOCK_H), DTYPE, EMULATE_BF16)
-        if PADDED:
+        if UNITS_PADDED:
             d_hidden = tl.where(unit_of_column[None, :] < H, d_hidden, 0.0).to(DTYPE)
+        if HAS_MARKS:
+            d_hidden = tl.where(mark != PADDED, d_hidden, 0.0).to(DTYPE)
         publish(words_ptr + row_x[:, None] * (X_ROW // PER_WORD) + offs_word[None, :], d_hidden, mask_word, PER_WORD)
-        for d in tl.static_range(D if PADDED else D - G):
+        for d in tl.static_range(D if APART else D - G):
             d_pointers = d_gates_ptr + row[:, None] * (D * H) + d * H + offs_h[None, :]
-            tl.store(d_pointers, round_to(d_gates[d], DTYPE, EMULATE_BF16), mask=mask)
+            tl.store(d_pointers, round_to(d_gates[d], DTYPE, EMULATE_BF16), mask=mask_runs)
+        if HAS_MARKS:
+            marks_next = marks
+            marks = marks_before
+            marks_before = tl.load(tile_marks + (t + 2 * dt) * tiles, mask=step + 2 < steps, other=ALL_PADDED)
         d_chunks = poll(
             own_ptr + over_parts(row_x * (X_ROW // PER_WORD), PART // PER_WORD, tl.arange(0, CHUNK_WORDS), SPLIT),
             over_rows(mask_more, SPLIT),
@@ -291,15 +409,22 @@ def persistent_backward_kernel(
         )
         d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
 
-        if DIRECT:
-            d_h_direct = d_h_through
-        else:
-            d_h_direct = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+        if not DIRECT:
+            d_h_through = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+        if HAS_MARKS:
+            d_h_through = tl.where(mark != PADDED, d_h_through, d_h_direct)
+            if CARRIES_C:
+                if NEEDS_STARTS:
+                    started, reset = tl.where(mark == STARTS, d_c_before, 0.0), tl.where(mark == RESETS, d_c_before, 0.0)
+                    d_starts_c = (d_starts_c[0] + started, d_starts_c[1] + reset)
+                d_c_before = tl.where(mark == CONTINUES, d_c_before, tl.where(mark == PADDED, d_c[0], 0.0))
+        d_h_direct = d_h_through
         if CARRIES_C:
             d_c = (d_c_before,)
         dy = dy_before
+        dcs = dcs_before
         saved = saved_before
-        new_states = states
+        new_states = new_states_before
         states = states_before
         t += dt
         t_x += dt
@@ -308,3 +433,7 @@ def persistent_backward_kernel(
         tl.store(d_h_ptr + carried, d_h_direct, mask=mask)
     if CARRIES_C:
         tl.store(d_c_ptr + carried, d_c[0], mask=mask)
+    if NEEDS_STARTS:
+        _store_both(d_starts_h_ptr + carried, batch * H, d_starts_h, mask)
+        if CARRIES_C:
+            _store_both(d_starts_c_ptr + carried, batch * H, d_starts_c, mask)

@@ -5,6 +5,10 @@
 A program owns BLOCK_H units of BLOCK_B batch rows: it keeps their rows of W, and their states, from the first step to the
 last. The programs of one batch tile exchange h_t after each step (see exchange.py); batch tiles know nothing of each other.
 
+With marks (`rnnfast.kernels.marks`) they exchange the h that enters the next step instead: where that begins anew, the owner of
+a unit puts the initial or the reset state in h_t's place, so the product is the same. A tile begins with the first step at
+which one of its rows runs, and ends with the last. Without, HAS_MARKS is off and the arguments that go with it are None.
+
 Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, K the summed axis, here H_PAD. A step's
 row is t * B + b. ROWS are the weight rows of a program, GATES to a unit: G rounded up to a power of two, the rest zero.
 """
@@ -12,6 +16,7 @@ row is t * B + b. ROWS are the weight rows of a program, GATES to a unit: G roun
 import triton
 import triton.language as tl
 
+from rnnfast.kernels.marks import ALL_PADDED, PADDED, anew, batch_rows, entering, start_rows, unpacked
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
     add_product,
@@ -61,8 +66,12 @@ def persistent_forward_kernel(
     bias_h_ptr,  # (G * H,) b_hh
     h_prev_ptr,  # (*, B, H) the hidden state to start from, at index t_prev
     c_prev_ptr,  # (*, B, H) float32, the cell state to start from, at index t_c_prev
+    marks_ptr,  # (n, tiles) words of `pack_kernel`, at index t_x
+    order_ptr,  # (B,) int32, the batch rows in the order in which programs take them
+    starts_h_ptr,  # (2, B, H) initial and reset h
+    starts_c_ptr,  # (2, B, H) float32, initial and reset c
     # outputs
-    exchange_ptr,  # (n, B, H_PAD) h_t at index t_x, EMPTY on entry; unless PADDED those rows of h_ptr themselves
+    exchange_ptr,  # (n, B, H_PAD) what is exchanged after step t, at index t_x, EMPTY on entry; unless APART h_ptr's own rows
     h_ptr,  # (T, B, H) h_t at index t
     c_ptr,  # (T, B, H) float32, c_t at index t; without KEEP_C (1, B, H), the last
     saved_ptr,  # (T, B, SAVED * H) activations for backward, at index t
@@ -85,6 +94,8 @@ def persistent_forward_kernel(
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_MARKS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     KEEP_C: tl.constexpr,
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -97,7 +108,8 @@ def persistent_forward_kernel(
     JOIN: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):
-    PADDED: tl.constexpr = H_PAD != H
+    UNITS_PADDED: tl.constexpr = H_PAD != H
+    APART: tl.constexpr = UNITS_PADDED or HAS_MARKS
     PART: tl.constexpr = H_PAD // SPLIT
     CHUNKS: tl.constexpr = PART // BLOCK_K
     WORDS: tl.constexpr = H_PAD // PER_WORD
@@ -110,18 +122,35 @@ def persistent_forward_kernel(
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32))
 
-    offs_b = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    # what is exchanged lies in the order of the programs, all else in that of the batch
+    slots = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_b = batch_rows(slots, order_ptr, B, HAS_ORDER)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_word = tl.program_id(0) * (BLOCK_H // PER_WORD) + tl.arange(0, BLOCK_H // PER_WORD)
-    mask_b = offs_b < B
+    mask_b = slots < B
     mask = mask_b[:, None]
-    if PADDED:
+    if UNITS_PADDED:
         mask = mask & (offs_h < H)[None, :]
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
     row_prev = t_prev.to(tl.int64) * batch + offs_b
-    mask_prev = offs_b < B * has_prev
+    rows_prev = h_prev_ptr + row_prev * H
+    mask_prev = slots < B * has_prev
+    step = 0
+    if HAS_MARKS:
+        tiles = tl.cdiv(B, BLOCK_B)
+        tile_marks = marks_ptr.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
+        marks = tl.load(tile_marks + t_x * tiles)
+        while (step < steps) & (marks == ALL_PADDED):
+            step += 1
+            t += dt
+            t_x += dt
+            marks = tl.load(tile_marks + t_x * tiles, mask=step < steps, other=ALL_PADDED)
+        marks_next = tl.load(tile_marks + (t_x + dt) * tiles, mask=step + 1 < steps, other=ALL_PADDED)
+        mark = unpacked(marks, BLOCK_B)
+        rows_prev = entering(rows_prev, starts_h_ptr, mark, offs_b, batch, H, False)
+        mask_prev = mask_b & (mark != PADDED)
 
     # what stays on chip: these units' rows of W, their biases and their states
     offs_row = tl.arange(0, BLOCK_H * TILE_GATES)
@@ -137,13 +166,13 @@ def persistent_forward_kernel(
         if joined(j, CHUNKS, JOIN) > 0:
             k = columns(j, joined(j, CHUNKS, JOIN), BLOCK_K, PER_WORD)
             w_chunk_mask = w_mask
-            if PADDED:
+            if UNITS_PADDED:
                 w_chunk_mask = w_mask & (over_parts(no_row, PART, k, SPLIT) < H)
             for i in tl.static_range(TILES):
                 w_at = over_parts(w_rows + i * (H * H), PART, k, SPLIT)
                 w = w + (tl.load(w_ptr + w_at, mask=w_chunk_mask, other=0.0),)
         k = over_parts(no_row, PART, j * BLOCK_K + tl.arange(0, CHUNK_WORDS) * PER_WORD, SPLIT)
-        h_words = h_words + (load_words(h_prev_ptr + over_rows(row_prev * H, SPLIT) + k, h_mask, k, H, PER_WORD),)
+        h_words = h_words + (load_words(over_rows(rows_prev, SPLIT) + k, h_mask, k, H, PER_WORD),)
     h_chunks = as_operands(h_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
 
     bias_x = ()
@@ -154,23 +183,30 @@ def persistent_forward_kernel(
             bias_h = bias_h + (tl.load(bias_h_ptr + g * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)[None, :],)
 
     mask_state = mask & mask_prev[:, None]
-    h_prev = tl.load(h_prev_ptr + row_prev[:, None] * H + offs_h[None, :], mask=mask_state, other=0.0)
+    h_prev = tl.load(rows_prev[:, None] + offs_h[None, :], mask=mask_state, other=0.0)
     states = (h_prev.to(tl.float32),)
     if CARRIES_C:
-        row_c_prev = t_c_prev.to(tl.int64) * batch + offs_b
-        states = states + (tl.load(c_prev_ptr + row_c_prev[:, None] * H + offs_h[None, :], mask=mask_state, other=0.0),)
+        c_rows = c_prev_ptr + (t_c_prev.to(tl.int64) * batch + offs_b) * H
+        if HAS_MARKS:
+            c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, batch, H, False)
+            if not KEEP_C:
+                mask_state = mask  # of a row that has ended, its last
+        states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_state, other=0.0),)
 
     x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask, H, G)
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = nothing(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)
     h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
-    step = 0
     while step < steps:
         row = t * batch + offs_b
-        row_x = t_x * batch + offs_b
-        row_x_next = row_x + dt * batch
+        row_x = t_x * batch + slots
+        row_x_next = (t_x + dt) * batch + offs_b
+        mask_runs = mask
+        if HAS_MARKS:
+            mask_runs = mask & (unpacked(marks, BLOCK_B) != PADDED)[:, None]
+            steps = tl.where(marks_next == ALL_PADDED, step + 1, steps)
         # the last step needs nothing of a next one, and waits for nobody
-        mask_next = offs_b < tl.where(step + 1 < steps, B, 0)
+        mask_next = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
         x_gates_next = _load_gates(x_ptr + row_x_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
 
@@ -192,20 +228,36 @@ def persistent_forward_kernel(
         new_states, saved = CELL(x_sides, h_sides, states)
 
         h = round_to(new_states[0], DTYPE, EMULATE_BF16)
-        if PADDED:
+        if UNITS_PADDED:
             h = tl.where((offs_h < H)[None, :], h, 0.0).to(DTYPE)
-        publish(words_ptr + row_x[:, None] * WORDS + offs_word[None, :], h, mask_b[:, None], PER_WORD)
+        enters = h
+        if HAS_MARKS:
+            # loaded only here, since it is seldom wanted; of a row that does not run, whatever it is: nobody keeps it
+            mark_next = unpacked(marks_next, BLOCK_B)
+            restarts = anew(mark_next)[:, None]
+            start_h = start_rows(starts_h_ptr, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
+            enters = tl.where(restarts, tl.load(start_h, mask=mask & restarts, other=0.0), h)
+        publish(words_ptr + row_x[:, None] * WORDS + offs_word[None, :], enters, mask_b[:, None], PER_WORD)
         at = row[:, None] * H + offs_h[None, :]
-        if PADDED:
-            tl.store(h_ptr + at, h, mask=mask)
-        states = (h.to(tl.float32),)
+        if APART:
+            tl.store(h_ptr + at, h, mask=mask_runs)
         if CARRIES_C:
-            states = states + (new_states[1],)
+            c = new_states[1]
             if KEEP_C:
-                tl.store(c_ptr + at, new_states[1], mask=mask)
+                tl.store(c_ptr + at, c, mask=mask_runs)
+            if HAS_MARKS:
+                start_c = start_rows(starts_c_ptr, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
+                start_c = tl.load(start_c, mask=mask & restarts, other=0.0)
+                c = tl.where(restarts, start_c, tl.where(mask_runs, c, states[1]))
+            states = (enters.to(tl.float32), c)
+        else:
+            states = (enters.to(tl.float32),)
         for s in tl.static_range(SAVED):
             saved_pointers = saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :]
-            tl.store(saved_pointers, round_to(saved[s], saved_ptr.dtype.element_ty, EMULATE_BF16), mask=mask)
+            tl.store(saved_pointers, round_to(saved[s], saved_ptr.dtype.element_ty, EMULATE_BF16), mask=mask_runs)
+        if HAS_MARKS:
+            marks = marks_next
+            marks_next = tl.load(tile_marks + (t_x + 2 * dt) * tiles, mask=step + 2 < steps, other=ALL_PADDED)
         h_chunks = poll(
             words_ptr + over_parts(row_x * WORDS, PART // PER_WORD, tl.arange(0, CHUNK_WORDS), SPLIT),
             over_rows(mask_next, SPLIT),

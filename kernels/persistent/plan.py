@@ -122,6 +122,7 @@ WORDS_AND_SUMS = {False: 112, True: 96}
 REGISTERS = {False: 196, True: 210}
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
 MOST_CHUNKS = 24  # of a part: each is code of its own, and the larger sizes are tried with more padding instead
+RESERVE = {True: 0, False: 0}  # registers that marks take, on tensor cores or not: off each of these limits
 OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
 
 
@@ -133,6 +134,7 @@ class _Candidate:
     rows: int  # of weights, in a program; their partial sums take a power of two
     columns: int  # of weights: what a program sums over
     itemsize: int
+    reserve: int  # registers of a thread that are to be left
 
     @property
     def weight_bytes(self) -> int:
@@ -204,8 +206,9 @@ class _Candidate:
         cuts += [(plan.BLOCK_K, 1 << bit) for bit in range(1, 5) if chunks > 3 and 1 << bit <= min(chunks, most)]
         for block_k, join in cuts or [(plan.BLOCK_K, 1)]:
             cut = replace(self, plan=replace(plan, BLOCK_K=block_k, JOIN=join))
+            most = REGISTERS[backward] - self.reserve
             numbers = range(len(cut.operands), 0, -1)
-            kept = next((number for number in numbers if cut.registers(backward, number) <= REGISTERS[backward]), 0)
+            kept = next((number for number in numbers if cut.registers(backward, number) <= most), 0)
             yield replace(cut, plan=replace(cut.plan, IN_REGISTERS=kept)) if kept else cut
 
     def refusals(self, B: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> Iterator[tuple[str, float, str]]:
@@ -223,6 +226,7 @@ class _Candidate:
         words, most = self.words_per_thread, WORDS_PER_THREAD[backward, tensor_cores]
         if tensor_cores and plan.SPLIT > 1:
             most = WORDS_AND_SUMS[backward] - self.sums_per_thread
+        most -= self.reserve
         if words > most:
             fit = max(0, most)
             reason = f"{plan.BLOCK_B} batch rows a program are {words} words a thread to gather, where {fit} fit in registers"
@@ -282,7 +286,9 @@ class _Candidate:
         return sum(launches[1:], launches[0])
 
 
-def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward: bool, sms: int) -> Iterator[_Candidate]:
+def _candidates(
+    gates: int, H: int, itemsize: int, tensor_cores: bool, backward: bool, sms: int, reserve: int
+) -> Iterator[_Candidate]:
     """Every choice worth a thought, the preferred of equals first."""
     gate_rows = 1 << (gates - 1).bit_length()
     summed_gates = gates if backward else 1
@@ -312,7 +318,7 @@ def _candidates(gates: int, H: int, itemsize: int, tensor_cores: bool, backward:
                 plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms, PARTS=parts)
                 separate = split > 1 and block_h >= 16  # a product of its own for each of three gates
                 rows = unit if backward else block_h * (gates if separate else gate_rows)
-                yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize)
+                yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize, reserve)
 
 
 def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, clocks: float) -> int:
@@ -328,7 +334,7 @@ def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, clocks: float) 
 
 @functools.lru_cache(maxsize=1024)  # asked at every call of a layer
 def _rank(
-    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool
 ) -> tuple[tuple[tuple[float, PersistentPlan], ...], str]:
     """Clocks and tiles of the plans that fit, the fastest by the model first, one for each tile; and why there is none."""
     if limits.capability < 80:
@@ -336,7 +342,8 @@ def _rank(
     tensor_cores = itemsize == 2 or precision == "tf32"
     fastest: dict[tuple[int, ...], tuple[float, PersistentPlan]] = {}
     nearest: dict[str, tuple[float, str]] = {}  # to each limit, of those that pass it
-    for tile in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms):
+    reserve = RESERVE[tensor_cores] if marked else 0
+    for tile in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms, reserve):
         for candidate in tile.tuned(backward, tensor_cores):
             refusals = list(candidate.refusals(B, backward, tensor_cores, limits))
             for limit, excess, reason in refusals:
@@ -353,8 +360,9 @@ def _rank(
 
 
 def persistent_plans(
-    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, most: int = 4
-) -> list[PersistentPlan]:
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, most: int = 4,
+    marked: bool = False,
+) -> list[PersistentPlan]:  # fmt: skip
     """The persistent launches worth measuring, at most `most`: each of another tile, the fastest by the model first.
 
     Args:
@@ -365,17 +373,18 @@ def persistent_plans(
         backward: for the backward kernel, else forward.
         limits: of the GPU.
         most: plans to return; none are returned where `persistent_plan` gives a `NoPlan`.
+        marked: for a call with lengths or resets, whose kernels take more registers.
     """
-    ranked, _ = _rank(gates, B, H, itemsize, precision, backward, limits)
+    ranked, _ = _rank(gates, B, H, itemsize, precision, backward, limits, marked)
     return [replace(plan, steps=_steps(plan, B, H, backward, clocks)) for clocks, plan in ranked[:most]]
 
 
 def persistent_plan(
-    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool = False
 ) -> PersistentPlan | NoPlan:
     """The first of `persistent_plans`, or why there is none. Arguments as there."""
-    plans = persistent_plans(gates, B, H, itemsize, precision, backward, limits, most=1)
-    return plans[0] if plans else NoPlan(_rank(gates, B, H, itemsize, precision, backward, limits)[1])
+    plans = persistent_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked)
+    return plans[0] if plans else NoPlan(_rank(gates, B, H, itemsize, precision, backward, limits, marked)[1])
 
 
 def largest_hidden(gates: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits) -> int:
