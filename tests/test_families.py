@@ -259,15 +259,15 @@ def test_operators_on_persistent_kernels(reverse, monkeypatch):
 @on_cpu
 def test_marked_calls_have_plans_of_their_own(monkeypatch):
     """With room for the marks, where others were measured as the fastest too; where there is none, the step kernels."""
-    call = ("lstm", 100, 64, 512, torch.float16, "half", False, False, CPU)
-    plans, marked = (persistent_plans(4, 64, 512, 2, "half", False, GPUS["H100"], marked=marked) for marked in (False, True))
+    call = ("lstm", 100, 16, 768, torch.float16, "half", True, True, CPU)
+    plans, marked = (persistent_plans(4, 16, 768, 2, "half", True, GPUS["H100"], marked=marked) for marked in (False, True))
     assert marked and plans[0] != marked[0]
-    shape = tuning.Shape("lstm", "float16", "half", 100, 64, 8, 512, 1, 1, False)
+    shape = tuning.Shape("lstm", "float16", "half", 100, 16, 8, 768, 1, 1, True)
     monkeypatch.setenv("RNNFAST_KERNELS", "auto")
-    with families.assume(GPUS["H100"]), tuning.assume(GPUS["H100"], [tuning.Entry(shape, "triton", plans[0])]):
+    with families.assume(GPUS["H100"]), tuning.assume(GPUS["H100"], [tuning.Entry(shape, "triton", None, plans[0])]):
         assert families.pick(*call).persistent == plans[0]
         assert families.pick(*call, marked=True).persistent == marked[0]
-        monkeypatch.setattr("rnnfast.kernels.persistent.plan.RESERVE", {True: 1000})
+        monkeypatch.setattr(persistent.plan, "MARKS", 1000)
         persistent.plan._rank.cache_clear()
         choice = families.pick(*call, marked=True)
         assert choice.persistent is None and "fit in registers" in choice.reason

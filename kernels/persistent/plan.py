@@ -122,7 +122,7 @@ WORDS_AND_SUMS = {False: 112, True: 96}
 REGISTERS = {False: 196, True: 210}
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
 MOST_CHUNKS = 24  # of a part: each is code of its own, and the larger sizes are tried with more padding instead
-RESERVE = {True: 0, False: 0}  # registers that marks take, on tensor cores or not: off each of these limits
+MARKS = 16  # registers that marks take of each of these limits, in backward on tensor cores; elsewhere there is room
 OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
 
 
@@ -342,7 +342,7 @@ def _rank(
     tensor_cores = itemsize == 2 or precision == "tf32"
     fastest: dict[tuple[int, ...], tuple[float, PersistentPlan]] = {}
     nearest: dict[str, tuple[float, str]] = {}  # to each limit, of those that pass it
-    reserve = RESERVE[tensor_cores] if marked else 0
+    reserve = MARKS if marked and backward and tensor_cores else 0
     for tile in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms, reserve):
         for candidate in tile.tuned(backward, tensor_cores):
             refusals = list(candidate.refusals(B, backward, tensor_cores, limits))
