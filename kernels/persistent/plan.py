@@ -206,9 +206,9 @@ class _Candidate:
         cuts += [(plan.BLOCK_K, 1 << bit) for bit in range(1, 5) if chunks > 3 and 1 << bit <= min(chunks, most)]
         for block_k, join in cuts or [(plan.BLOCK_K, 1)]:
             cut = replace(self, plan=replace(plan, BLOCK_K=block_k, JOIN=join))
-            most = REGISTERS[backward] - self.reserve
+            room = REGISTERS[backward] - self.reserve
             numbers = range(len(cut.operands), 0, -1)
-            kept = next((number for number in numbers if cut.registers(backward, number) <= most), 0)
+            kept = next((number for number in numbers if cut.registers(backward, number) <= room), 0)
             yield replace(cut, plan=replace(cut.plan, IN_REGISTERS=kept)) if kept else cut
 
     def refusals(self, B: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> Iterator[tuple[str, float, str]]:
