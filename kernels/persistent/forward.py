@@ -200,7 +200,7 @@ def persistent_forward_kernel(
     while step < steps:
         row = t * batch + offs_b
         row_x = t_x * batch + slots
-        row_x_next = (t_x + dt) * batch + offs_b
+        row_x_next = t_x * batch + offs_b + dt * batch
         mask_runs = mask
         if HAS_MARKS:
             mask_runs = mask & (unpacked(marks, BLOCK_B) != PADDED)[:, None]
