@@ -122,7 +122,7 @@ WORDS_AND_SUMS = {False: 112, True: 96}
 REGISTERS = {False: 196, True: 210}
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
 MOST_CHUNKS = 24  # of a part: each is code of its own, and the larger sizes are tried with more padding instead
-MARKS = 16  # registers that marks take of each of these limits, in backward on tensor cores; elsewhere there is room
+MARKS = 24  # registers that marks take of each of these limits, in backward on tensor cores; elsewhere there is room
 OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
 
 
