@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from rnnfast import families, ops_autograd, ops_marks, reference, transforms
 from rnnfast.families import precision
-from rnnfast.reference import GATES, GRADS, PADDED, RESETS, SAVED, STARTS
+from rnnfast.reference import GATES, GRADS, RESETS, SAVED, STARTS
 
 __all__ = ["FLOP_FORMULAS", "backward", "forward", "precision"]
 
