@@ -14,8 +14,7 @@ class StepPlan:
     """Tiles of one launch of a step kernel.
 
     A program computes BLOCK_H units of BLOCK_B batch rows, walking the sum over hidden units (forward) or gates (backward)
-    in chunks of BLOCK_K. None depends on T or B, so neither ever causes a recompile. `forward_registers` is the most that a
-    thread of forward may take, None to leave that to the assembler.
+    in chunks of BLOCK_K. None depends on T or B, so neither ever causes a recompile.
     """
 
     BLOCK_B: int
@@ -23,7 +22,6 @@ class StepPlan:
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    forward_registers: int | None = None
 
     def grid(self, B: int, H: int) -> tuple[int, int, int]:
         return -(-B // self.BLOCK_B), -(-H // self.BLOCK_H), 1
@@ -35,25 +33,17 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     16 units, so that a layer of H = 768 spreads over 48 SMs even at a small batch: a step is bound by how fast the SMs pull the
     weights out of L2, not by the arithmetic. 64 batch rows: Triton lays the warps of a sum over several gates along the rows,
     so 4 warps cover 64 rows without repeating a product (with 32 rows each product was counted twice in the machine code), and
-    64 is the least for wgmma. Without tensor cores (float32 in "ieee" `precision`) the sums of 64 rows overflow the registers,
-    and those of 32 too where the assembler saves some, for sm_80 to hold more programs at once.
+    64 is the least for wgmma. Without tensor cores (float32 in "ieee" `precision`) the sums of 64 rows overflow the registers;
+    there 8 warps share 32 rows, since with 4 some spilled all the same, and a step waits for instructions to be issued.
     Chunks of 256 bytes (half precision: 128 elements, float32: 64) keep the loads wide and three of them in flight; a small
     layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows are not
-    aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers; without tensor cores they
-    are enough for the arithmetic to be the slower, and half as many instructions.
+    aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers.
     """
     aligned = H * itemsize % 16 == 0
-    plain = itemsize == 4 and precision == "ieee"
-    widest = 256 // itemsize if aligned and not plain else 32
+    widest = 256 // itemsize if aligned else 32
     block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
-    return StepPlan(
-        BLOCK_B=32 if plain else 64,
-        BLOCK_H=16,
-        BLOCK_K=block_k,
-        num_warps=4,
-        num_stages=3,
-        forward_registers=255 if plain and aligned else None,
-    )
+    block_b, warps = (32, 8) if itemsize == 4 and precision == "ieee" else (64, 4)
+    return StepPlan(BLOCK_B=block_b, BLOCK_H=16, BLOCK_K=block_k, num_warps=warps, num_stages=3)
 
 
 def chunk_steps(T: int, B: int) -> int:

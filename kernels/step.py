@@ -297,13 +297,11 @@ class _Launcher:
     initial state may be aligned otherwise than the output it is followed by) go that way; the rest reuse what it gave.
     """
 
-    def __init__(self, kernel, grid, plan: StepPlan, constants: dict, registers: int | None = None):
+    def __init__(self, kernel, grid, plan: StepPlan, constants: dict):
         self.kernel, self.grid = kernel, grid
         self.constants = constants | {"BLOCK_B": plan.BLOCK_B, "BLOCK_H": plan.BLOCK_H, "BLOCK_K": plan.BLOCK_K}
         # fused multiply-adds by name: the default of Triton 3.10 is to be without
         self.options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
-        if registers is not None:
-            self.options["maxnreg"] = registers
         self.calls, self.compiled = 0, None
 
     def __call__(self, *args):
@@ -357,7 +355,7 @@ def forward(
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
-    launch = _Launcher(forward_step_kernel, plan.grid(B, H), plan, constants, plan.forward_registers)
+    launch = _Launcher(forward_step_kernel, plan.grid(B, H), plan, constants)
     # arguments that a variant does not use still need a pointer
     bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
     c = h if c is None else c
