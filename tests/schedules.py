@@ -1,9 +1,10 @@
 """The persistent kernels under many random schedules, on a CPU: the same bits every time, within the numerics contract.
 
     make schedules
-    python tests/schedules.py [--schedules 200] [--cells LSTM GRU RNN] [--dtypes float32 float16 bfloat16]
+    python tests/schedules.py [--schedules 200] [--cells LSTM GRU RNN] [--dtypes float32 float16 bfloat16] [--parts 1 2]
 
-Each schedule runs a whole layer forward and backward, two grids of 16 programs that wait for each other (see side_by_side.py).
+Each schedule runs a whole layer forward and, in each design of backward, backward: a grid of 16 programs that wait for each
+other every time (see side_by_side.py).
 Exit code 1 if a schedule gave other bits or an error is larger than `rnnfast.check.allowed`; a hang ends it with an exception.
 """
 
@@ -14,6 +15,7 @@ import hashlib
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from unittest import mock
@@ -32,12 +34,16 @@ from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan
 
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "float16", "bfloat16")
+PARTS = (1, 2)  # the two designs of backward
 T, B, I, H = 3, 11, 5, 64  # two batch tiles, the second with masked rows
 
 
-def small_plan(gates, B, H, itemsize, precision, backward, limits, marked=False) -> PersistentPlan:
-    """Instead of a GPU's: 8 units a program, so that a small layer makes 8 programs a batch tile."""
-    return PersistentPlan(8, 8, 32 if backward else 64, 2 if backward else 1, H, 4, 1 << 16, 1 << 20)
+def small_plan(gates: int, backward: bool, parts: int) -> PersistentPlan:
+    """8 units a program, so that a small layer makes 8 programs a batch tile. Backward sums in two parts of a program, or
+    `parts` programs; in chunks as few as can be."""
+    split = 2 if backward and parts == 1 else 1
+    columns = (gates if backward else 1) * H // (split * parts if backward else 1)
+    return PersistentPlan(8, 8, min(64, columns & -columns), split, H, 4, 64, 1 << 20, PARTS=parts if backward else 1)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Outcome:
 
     case: str
     digests: frozenset[str]  # of all outputs and gradients: one, if all schedules gave the same bits
-    grids: frozenset[tuple[int, int, int]]  # of the persistent kernels
+    grids: tuple[tuple[int, int, int], ...]  # of the persistent kernels that a schedule launches
     schedules: int
     switches: int
     late_words: int
@@ -60,7 +66,7 @@ class Outcome:
         return Outcome(
             self.case,
             self.digests | other.digests,
-            self.grids | other.grids,
+            self.grids,
             self.schedules + other.schedules,
             self.switches + other.switches,
             self.late_words + other.late_words,
@@ -68,11 +74,11 @@ class Outcome:
         )
 
     def __str__(self) -> str:
-        grids = ", ".join(f"{x} x {y}" for x, y, _ in sorted(self.grids))
+        grids = ", ".join(f"{x} x {y}" for x, y, _ in self.grids)
         bits = "the same bits" if len(self.digests) == 1 else f"{len(self.digests)} DIFFERENT RESULTS"
         worst = f"{self.worst.tensor} {self.worst.ours:.1e} of {self.worst.allowed:.1e}{'' if self.worst.ok else ' TOO LARGE'}"
         return (
-            f"{self.case:14} grids {grids}  {self.schedules:4} schedules: {bits}; {self.switches:7} switches, "
+            f"{self.case:13} grids {grids}  {self.schedules:4} schedules: {bits}; {self.switches:7} switches, "
             f"{self.late_words:8} words seen late; largest error {worst}"
         )
 
@@ -81,20 +87,25 @@ def share(result: check.Result) -> float:
     return result.ours / result.allowed
 
 
-def tensors(layer: torch.nn.Module, x: torch.Tensor, states: tuple, upstream: list) -> dict[str, torch.Tensor]:
-    """The outputs and the gradients of everything."""
+def forward(layer: torch.nn.Module, x: torch.Tensor, states: tuple) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The inputs, parameters among them, and the outputs."""
     inputs = {"input": x.clone().requires_grad_()}
     inputs |= {name: state.clone().requires_grad_() for name, state in zip(("h_0", "c_0"), states, strict=False)}
     x, *states = inputs.values()
     y, last = layer(x, tuple(states) if len(states) > 1 else states[0])
     outputs = {"output": y, **dict(zip(("h_n", "c_n"), last if isinstance(last, tuple) else (last,), strict=False))}
-    inputs |= dict(layer.named_parameters())
-    gradients = torch.autograd.grad(list(outputs.values()), list(inputs.values()), [g.to(y.dtype) for g in upstream])
-    return outputs | {f"grad of {name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
+    return inputs | dict(layer.named_parameters()), outputs
 
 
-def run(cell: str, dtype: str, seeds: range) -> Outcome:
-    """A layer under the schedules `seeds`, and the error of the first against the float64 reference."""
+def backward(inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], upstream: list) -> dict[str, torch.Tensor]:
+    """The gradients of everything; may be asked for again."""
+    upstream = [gradient.to(outputs["output"].dtype) for gradient in upstream]
+    found = torch.autograd.grad(list(outputs.values()), list(inputs.values()), upstream, retain_graph=True)
+    return {f"grad of {name}": gradient for name, gradient in zip(inputs, found, strict=True)}
+
+
+def run(cell: str, dtype: str, parts: Sequence[int], seeds: range) -> Outcome:
+    """A layer under the schedules `seeds`, backward with each number of `parts` that a sum has, against the reference."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     case = check.Case(cell, T, B, I, H, getattr(torch, dtype))
@@ -106,27 +117,36 @@ def run(cell: str, dtype: str, seeds: range) -> Outcome:
     x = torch.randn(T, B, I).to(case.dtype)
     states = tuple(torch.randn(1, B, H).to(case.dtype) for _ in range(2 if cell == "LSTM" else 1))
     upstream = [torch.randn(shape).to(case.dtype) for shape in [(T, B, H), *(state.shape for state in states)]]
-    right = tensors(exact, x.double(), tuple(state.double() for state in states), upstream)
-    torchs = tensors(theirs, x, states, upstream)
+
+    def both(layer, *given):
+        inputs, outputs = forward(layer, *given)
+        return outputs | backward(inputs, outputs, upstream)
+
+    right = both(exact, x.double(), tuple(state.double() for state in states))
+    torchs = {name: check.error(tensor, right[name]) for name, tensor in both(theirs, x, states).items()}
     outcome = None
     for seed in seeds:
         with (
             families.assume(GPUS["H100"]),
             mock.patch.dict(os.environ, RNNFAST_KERNELS="persistent"),
-            mock.patch("rnnfast.kernels.persistent.plan.persistent_plan", small_plan),
+            mock.patch("rnnfast.kernels.persistent.plan.persistent_plan") as plan,
             together(seed) as happened,
         ):
-            mine = tensors(ours, x, states, upstream)
-        digest = hashlib.sha256(b"".join(bytes(t.contiguous().view(torch.uint8).untyped_storage()) for t in mine.values()))
-        errors = {name: (check.error(mine[name], value), check.error(torchs[name], value)) for name, value in right.items()}
-        results = [
-            check.Result(case, name, our, their, check.allowed(their, right[name], case.dtype))
-            for name, (our, their) in errors.items()
-        ]
+            plan.side_effect = lambda *sizes, **_: small_plan(sizes[0], sizes[5], 1)
+            inputs, outputs = forward(ours, x, states)
+            found = list(outputs.items())
+            for count in parts:
+                plan.side_effect = lambda *sizes, count=count, **_: small_plan(sizes[0], sizes[5], count)
+                found += backward(inputs, outputs, upstream).items()
+        digest = hashlib.sha256(b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for _, tensor in found))
+        results = []
+        for name, tensor in found:
+            allowed = check.allowed(torchs[name], right[name], case.dtype)
+            results.append(check.Result(case, name, check.error(tensor, right[name]), torchs[name], allowed))
         one = Outcome(
             f"{cell} {dtype}",
             frozenset([digest.hexdigest()]),
-            frozenset(grid for name, grid in happened.grids if name.startswith("persistent")),
+            tuple(grid for name, grid in happened.grids if name.startswith("persistent")),
             1,
             happened.switches,
             happened.late_words,
@@ -149,14 +169,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--schedules", type=int, default=200, help="of each cell and dtype")
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--parts", nargs="+", type=int, default=PARTS, choices=(1, 2, 4), help="programs to a sum of backward")
     args = parser.parse_args(argv)
     cases = list(itertools.product(args.cells, args.dtypes))
-    at_once, failed = 10, 0  # schedules a task
+    at_once, failed = 25, 0  # schedules a task
     print(f"a layer of T={T}, B={B}, I={I}, H={H}, forward and backward, in Triton's interpreter")
     with ProcessPoolExecutor(os.cpu_count(), initializer=prepare) as pool:
         tasks = {
             case: [
-                pool.submit(run, *case, range(begin, min(begin + at_once, args.schedules)))
+                pool.submit(run, *case, args.parts, range(begin, min(begin + at_once, args.schedules)))
                 for begin in range(0, args.schedules, at_once)
             ]
             for case in cases

@@ -59,12 +59,14 @@ class Fault:
     all but one word; "torn store": each word in two halves, one before the other; "misplaced store": `back` bytes before the
     right place; "weak store": without ".cg"; "empty value": EMPTY where a result has the bits of EMPTY. "stale read": it reads
     the words `back` bytes before those that it should; "unchecked": it does not wait, and reads EMPTY as zero.
+    within: the kernel's function that makes the mistake, if not each of them.
     """
 
     kind: str
     program: Index
     step: int = 0
     back: int = 0
+    within: str | None = None
 
 
 @dataclass
@@ -86,6 +88,12 @@ def _step(frame) -> int | None:
     return None
 
 
+def _is_within(frame, function: str) -> bool:
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None
+
+
 class _Schedule:
     """One launch."""
 
@@ -93,7 +101,9 @@ class _Schedule:
         self.random = random.Random(seed)
         self.numpy = np.random.default_rng(self.random.getrandbits(64))
         self.fault, self.run = fault, run
-        self.turn = {index: threading.Semaphore(0) for index in indices}
+        self.turn = {index: threading.Lock() for index in indices}  # held, until it is the program's turn
+        for lock in self.turn.values():
+            lock.acquire()
         # some programs are slow, and some are slow to be seen
         self.pace, self.haste = ({index: self.random.random() ** 3 + 1e-3 for index in indices} for _ in range(2))
         self.alive = list(indices)
@@ -207,7 +217,8 @@ class _Schedule:
         self.alive.remove(_program.index)
         chosen = self.pick() if self.alive and self.error is None else None
         for index in self.alive if chosen is None else [chosen]:
-            self.turn[index].release()
+            if self.turn[index].locked():
+                self.turn[index].release()
         if not self.alive:
             self.done.set()
 
@@ -233,7 +244,8 @@ class _Schedule:
         fault = self.fault
         if fault is None or fault.kind not in kinds or fault.program != _program.index:
             return None
-        return fault.kind if fault.step == _step(sys._getframe()) else None
+        frame = sys._getframe()
+        return fault.kind if fault.step == _step(frame) and _is_within(frame, fault.within or "hits") else None
 
     def with_own(self, addresses: np.ndarray, data: np.ndarray) -> np.ndarray:
         """`data` loaded from `addresses`, and over it the words that the running program has stored itself."""
@@ -388,28 +400,21 @@ def _launch(executor, args, kwargs, seed: str, fault: Fault | None, run: Run) ->
 def together(seed: int, fault: Fault | None = None) -> Iterator[Run]:
     """Kernels launched inside run all their programs side by side, in the order that `seed` gives."""
     result = Run()
+    # the interpreter patches the language at every call of a function, which takes longer than many functions: once is enough
+    scopes: dict = {}
+
+    def patch_once(fn):
+        if fn not in scopes:
+            scopes[fn] = patch_lang(fn)
 
     def launch(self, *args, **kwargs):
-        scope = patch_lang(self.fn)
-        # a device function patches its own modules at every call, and for good: once is enough
-        patched_modules = set()
-
-        def patch_once(fn):
-            modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
-            if modules not in patched_modules:
-                patched_modules.add(modules)
-                patch_lang(fn)
-
-        interpreter._patch_lang = patch_once
-        try:
-            _launch(self, args, kwargs, f"{seed}/{len(result.grids)}", fault, result)
-        finally:
-            interpreter._patch_lang = patch_lang
-            scope.restore()
+        patch_once(self.fn)
+        _launch(self, args, kwargs, f"{seed}/{len(result.grids)}", fault, result)
 
     patch_lang = interpreter._patch_lang
     index = property(lambda self: getattr(_program, "index", None), lambda self, value: setattr(_program, "index", value))
     patches = [
+        (interpreter, "_patch_lang", patch_once),
         (interpreter.GridExecutor, "__call__", launch),
         (_builder, "grid_idx", index),
         (_builder, "create_masked_load", _load),
@@ -428,4 +433,6 @@ def together(seed: int, fault: Fault | None = None) -> Iterator[Run]:
     finally:
         for owner, name, value in own:
             delattr(owner, name) if value is None else setattr(owner, name, value)
+        for scope in reversed(scopes.values()):
+            scope.restore()
         interpreter.interpreter_builder.grid_idx = None

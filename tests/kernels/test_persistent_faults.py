@@ -9,11 +9,17 @@ from recurrence import TOLERANCE, Layer, steps_of, tiles
 from side_by_side import Fault, Hang, together
 
 from rnnfast.kernels import persistent, step
+from rnnfast.kernels.persistent.plan import PersistentPlan
 
 pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 T, B, H, DTYPE = 4, 2, 32, torch.float16
 HANGS = ("missing", "skipped store", "skipped word", "misplaced store", "weak store")
 WRONG = ("stale read", "unchecked", "torn store")
+
+
+def plan(direction: str) -> PersistentPlan:
+    """4 programs; in "backward in parts" 2 of them share their sums."""
+    return PersistentPlan(8, 8, 16, 1, H, 4, 64, 1 << 20, PARTS=2) if "parts" in direction else tiles(H)
 
 
 def made(cell: str) -> Layer:
@@ -31,18 +37,20 @@ def run(layer: Layer, direction: str, family, plan) -> list[torch.Tensor]:
 
 def is_right(layer: Layer, direction: str, seed: int, fault: Fault | None) -> bool:
     with together(seed, fault):
-        ours = run(layer, direction, persistent, tiles(H))
+        ours = run(layer, direction, persistent, plan(direction))
     theirs = run(layer, direction, step, steps_of(H, DTYPE))
     tolerance = TOLERANCE[DTYPE]
     return all(torch.allclose(a, b, tolerance, tolerance, equal_nan=True) for a, b in zip(ours, theirs, strict=True))
 
 
 def planted(kind: str, direction: str, cell: str) -> Fault:
-    """At the second step. Each step's rows follow those of the one before; in backward it is the other way round."""
-    backward = direction == "backward"
-    blocks = 1 if not backward or cell == "rnn_tanh" else 4
+    """At the second step, in parts in the exchange of sums. Each step's rows follow those of the one before, but for gate
+    gradients it is the other way round."""
+    if "parts" in direction:
+        return Fault(kind, (2, 0, 0), step=1, back=B * 2 * H * 4, within="_exchange_sums")
+    blocks = 1 if direction == "forward" or cell == "rnn_tanh" else 4
     row = B * H * DTYPE.itemsize * blocks
-    return Fault(kind, (2, 0, 0), step=1, back=-row if backward else row)
+    return Fault(kind, (2, 0, 0), step=1, back=row if direction == "forward" else -row)
 
 
 CASES = [
@@ -50,10 +58,13 @@ CASES = [
     for cell, direction, default in (
         ("lstm", "forward", True),
         ("lstm", "backward", False),
+        ("lstm", "backward in parts", False),
         ("gru", "forward", False),
         ("gru", "backward", True),
+        ("gru", "backward in parts", False),
         ("rnn_tanh", "forward", True),
         ("rnn_tanh", "backward", True),
+        ("rnn_tanh", "backward in parts", True),
     )
 ]
 
@@ -66,7 +77,9 @@ class TestCaught:
     @pytest.mark.parametrize("kind", HANGS)
     def test_as_a_hang(self, kind, cell, direction):
         at = 0 if kind == "missing" else 1
-        with pytest.raises(Hang, match=rf"program \(0, 0, 0\) at step {at}.*program \(3, 0, 0\) at step {at}"):
+        # in parts program 0 waits for program 2 not before it gathers what it sums over, in the next step if that is of others
+        first = f"[{at}{at + 1}]" if "parts" in direction else at
+        with pytest.raises(Hang, match=rf"program \(0, 0, 0\) at step {first}.*program \(3, 0, 0\) at step {at}"):
             is_right(made(cell), direction, 1, planted(kind, direction, cell))
 
     @pytest.mark.parametrize("kind", WRONG)

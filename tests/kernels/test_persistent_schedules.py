@@ -14,6 +14,7 @@ from side_by_side import together
 
 from rnnfast.kernels import persistent, step
 from rnnfast.kernels.cells import CELLS
+from rnnfast.kernels.persistent.plan import PersistentPlan
 
 pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 
@@ -21,15 +22,16 @@ pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Tr
 @pytest.mark.parametrize("dtype", schedules.DTYPES)
 @pytest.mark.parametrize("cell", schedules.CELLS)
 def test_any_schedule(cell, dtype):
-    """Two grids of 16 programs: the same bits from schedule to schedule, and within the numerics contract."""
-    outcome = schedules.run(cell, dtype, range(2))
-    assert (8, 2, 1) in outcome.grids and outcome.switches > 500 and outcome.late_words > 1000
+    """Grids of 16 programs, both designs of backward: the same bits from schedule to schedule, within the numerics contract."""
+    outcome = schedules.run(cell, dtype, schedules.PARTS, range(2))
+    assert outcome.grids == ((8, 2, 1),) * (1 + len(schedules.PARTS))
+    assert outcome.switches > 500 and outcome.late_words > 1000
     assert outcome.ok, outcome
 
 
 def test_outcomes_add_up():
     """What `make schedules` concludes from: other bits, or one error too large, are not ok."""
-    one = schedules.run("RNN", "float32", range(1))
+    one = schedules.run("RNN", "float32", (1,), range(1))
     assert one.ok and (one + one).schedules == 2
     other_bits = schedules.replace(one, digests=frozenset(["other"]))
     assert not (one + other_bits).ok and "2 DIFFERENT RESULTS" in str(one + other_bits)
@@ -52,7 +54,13 @@ class Example:
     split: int
     steps: int
     chunk: int
+    parts: int  # of backward's sums
     seed: int
+
+    def plan(self, backward: bool) -> PersistentPlan:
+        if backward and self.parts > 1:
+            return PersistentPlan(8, 8, 16, 1, -(-self.H // 64) * 64, 4, self.steps, 1 << 20, PARTS=self.parts)
+        return tiles(self.H, block_h=self.block_h, split=self.split, steps=self.steps)
 
 
 examples = st.builds(
@@ -68,15 +76,17 @@ examples = st.builds(
     split=st.sampled_from([1, 2]),
     steps=st.integers(1, 4),
     chunk=st.integers(1, 4),
+    parts=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 2**32),
 )
 
 
 def check_example(example: Example):
     layer = Layer(example.cell, example.dtype, example.T, example.B, example.H, reverse=example.reverse, **example.optional)
-    plan = tiles(example.H, block_h=example.block_h, split=example.split, steps=example.steps)
     with together(example.seed):
-        ours = layer.both(persistent, plan, chunk=example.chunk)
+        forward = layer.forward(persistent, example.plan(False), chunk=example.chunk)
+        backward = layer.backward(persistent, example.plan(True), *forward)
+    ours = [tensor for tensor in (*forward, *backward) if tensor is not None]
     assert_close(ours, layer.both(step, steps_of(example.H, example.dtype)), example.dtype)
 
 

@@ -1,0 +1,47 @@
+"""How often the persistent kernels are launched for a whole module, and that it makes no difference to the result."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from layers import run
+from recurrence import tiles
+from side_by_side import together
+
+import rnnfast
+from rnnfast import families
+from rnnfast.kernels import step
+from rnnfast.kernels.persistent.plan import GPUS
+
+pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+T, LAYERS, DIRECTIONS = 5, 2, 2
+
+
+@pytest.mark.parametrize("name", ["LSTM", pytest.param("GRU", marks=pytest.mark.sweep)])
+def test_one_launch_for_each_n_steps(name, monkeypatch):
+    """A layer and direction: one forward and one backward, each after one that clears its exchange; the next N go on from h and
+    c, so that the outputs and the gradients of everything are the same bits for every N."""
+    layer = getattr(rnnfast, name)(3, 16, LAYERS, bidirectional=DIRECTIONS == 2, backend="triton")
+    x = torch.randn(T, 2, 3)
+    # one weight of the input a row: else torch may add up its products in an order that depends on the number of rows
+    for key, weight in layer.named_parameters():
+        if "weight_ih" in key:
+            rows, columns = weight.shape
+            weight.data *= torch.arange(rows)[:, None] % columns == torch.arange(columns)
+    monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
+    results = []
+    for N in (1, 2, T):
+        monkeypatch.setattr("rnnfast.kernels.persistent.plan.persistent_plan", lambda *_, N=N: tiles(16, block_h=16, steps=N))
+        with families.assume(GPUS["H100"]), together(N) as happened:
+            results.append(run(layer, x))
+        launches = LAYERS * DIRECTIONS * -(-T // N)
+        assert Counter(kernel for kernel, _ in happened.grids) == {
+            "clear_kernel": 2 * launches,
+            "persistent_forward_kernel": launches,
+            "persistent_backward_kernel": launches,
+        }
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            assert torch.equal(one, other)
