@@ -35,8 +35,11 @@ def code_of(built: CompiledKernel) -> dict:
     threads = 32 * built.metadata.num_warps
     assert not tally(code.instructions, "UBLKCP", "UTMALDG"), "a bulk copy, whose bytes are not in the machine code"
     products = [at for at, each in enumerate(loop) if each.is_a(*UNITS)]
-    tensor_core, multiplies, operands = code.products(loop, built.metadata.num_warps)
-    first_try, retries = loaded(loop, True), sum(loaded(poll, True) for poll in polls)
+    names = [name for name in built.src.fn.arg_names if built.src.signature[name] != "constexpr"]
+    in_ptx, weights = machine_code.Ptx(built.asm["ptx"]).loaded(names.index("w_ptr"))
+    in_code = loaded(loop, False)
+    product = code.products(loop, built.metadata.num_warps)
+    polled = sorted((loaded(poll, True) * threads for poll in polls), reverse=True)
     exchange = {
         f"{access} {width}"
         for access, pattern in (("ld.volatile", r"ld\.volatile"), ("st.cg", r"st\.global\.cg"))
@@ -55,11 +58,14 @@ def code_of(built: CompiledKernel) -> dict:
         "retry_instructions": sum(map(len, polls)),
         "retry_barriers": sum(tally(poll, "BAR") for poll in polls),
         "unit": loop[products[0]].opcode.split(".")[0] if products else "FFMA",
-        "tensor_core_loop": tensor_core,
-        "multiplies_loop": multiplies,
-        "polled_bytes": (first_try or retries) * threads,  # a poll may have no first try of its own
-        "loaded_bytes": loaded(loop, False) * threads,
-        "shared_read_bytes": operands + threads * sum(each.bytes for each in loop if each.is_a("LDS", "LDSM")),
+        "tensor_core_loop": product.instructions,
+        "tensor_core_deep": product.deep,
+        "multiplies_loop": product.multiplies,
+        "polled_bytes": sum(polled),
+        "largest_poll_bytes": max(polled, default=0),
+        "loaded_bytes": in_code * threads,
+        "weight_loaded_bytes": (weights + max(0, in_code - in_ptx)) * threads,  # and what the assembler added, if it did
+        "shared_read_bytes": product.read_bytes + threads * sum(each.bytes for each in loop if each.is_a("LDS", "LDSM")),
         "polls": len(polls),
         "poll": ",".join(sorted({each.opcode for poll in polls for each in poll if each.is_a("LDG") and each.strong})),
         "publish": ",".join(sorted({each.opcode for each in loop if each.is_a("STG") and each.strong})),
@@ -74,11 +80,6 @@ def resident(code: dict, limits: GpuLimits) -> int:
     registers = -(-code["registers"] // 8) * 8 * 32 * code["warps"]
     of_shared = (limits.shared_bytes + 1024) // (code["shared_bytes"] + 1024)
     return min(of_shared, limits.registers // registers, WARPS_OF_SM[limits.capability] // code["warps"])
-
-
-def _tile_bytes(elements: int, itemsize: int, code: dict) -> int:
-    """That a program asks for to load a tile: Triton lets the threads that are too many load what others load, too."""
-    return max(elements, 32 * code["warps"]) * itemsize
 
 
 def _product(code: dict, rows: int, batch_rows: int, columns: int, itemsize: int, repeats: int) -> dict:
@@ -104,49 +105,62 @@ def _terms(terms: dict[str, float], arch: int) -> dict:
     return predicted | {f"term_{name}": round(amount) for name, amount in terms.items()}
 
 
-def persistent_row(
-    code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: PersistentPlan, programs: list[int], limits: GpuLimits
-) -> dict:
-    """A row of a persistent kernel, of launches of `programs` one after another."""
-    gate_rows = 1 << (cell.gates - 1).bit_length()
-    weights = plan.BLOCK_H * (1 if backward else gate_rows)
-    columns = plan.H_PAD * (cell.gates if backward else 1)
-    tile = plan.BLOCK_B * plan.BLOCK_H
-    # the most: a cell need not use all of it
-    if backward:
-        inputs = (2 + cell.saved) * _tile_bytes(tile, itemsize, code) + cell.carries_c * _tile_bytes(tile, 4, code)
-    else:
-        inputs = cell.gates * _tile_bytes(tile, 4, code)
-    partial_bytes = 0 if plan.SPLIT == 1 else 2 * plan.SPLIT * weights * plan.BLOCK_B * 4  # half written, half read
-    operand_bytes = max(0, code["shared_read_bytes"] - partial_bytes / 2)
-    needed = plan.BLOCK_H * (1 if backward else cell.gates), H * (cell.gates if backward else 1)
-    deep = columns / plan.SPLIT / (32 / itemsize)
+def _arithmetic(code: dict) -> float:
+    """Clocks of the product in the loop, by the persistent kernels' model."""
     if not code["tensor_core_loop"]:
-        arithmetic = model.plain_clocks(code["multiplies_loop"])
-    elif code["unit"] == "HMMA":
-        arithmetic = model.hmma_clocks(deep, code["tensor_core_loop"] / deep, code["warps"])
-    else:
-        arithmetic = model.wgmma_clocks(code["tensor_core_loop"])
+        return model.plain_clocks(code["multiplies_loop"])
+    if code["unit"] == "HMMA":
+        deep = code["tensor_core_deep"]
+        return model.hmma_clocks(deep, code["tensor_core_loop"] / deep, code["warps"])
+    return model.wgmma_clocks(code["tensor_core_loop"])
+
+
+def persistent_row(
+    code: dict,
+    cell: Cell,
+    H: int,
+    itemsize: int,
+    backward: bool,
+    plan: PersistentPlan,
+    programs: list[int],
+    limits: GpuLimits,
+    B: int,
+) -> dict:
+    """A row of a persistent kernel, of launches of `programs` one after another for a batch of `B` rows."""
+    gate_rows = 1 << (cell.gates - 1).bit_length()
+    rows = plan.BLOCK_H * (plan.PARTS if backward else gate_rows)
+    needed_rows = plan.BLOCK_H * (plan.PARTS if backward else cell.gates)
+    needed_columns = -(-H * (cell.gates if backward else 1) // plan.PARTS)
+    blocks = 1 if not backward else cell.grads if plan.H_PAD == H else cell.gates  # of units in a row of the exchange
+    sum_bytes = 4 * plan.PARTS * plan.H_PAD if plan.PARTS > 1 else 0
+    second_bytes = code["polled_bytes"] - code["largest_poll_bytes"]
+    partial_bytes = 0 if plan.SPLIT == 1 else 2 * plan.SPLIT * rows * plan.BLOCK_B * 4  # half written, half read
+    operand_bytes = max(0, code["shared_read_bytes"] - partial_bytes / 2)
+    arithmetic = _arithmetic(code)
     times = [
         model.step_time(
             sms=limits.sms,
             programs=count,
-            gathered_bytes=code["polled_bytes"],
+            gathered_bytes=code["largest_poll_bytes"],
             weight_bytes=operand_bytes,
             arithmetic=arithmetic,
             partial_bytes=partial_bytes,
             barriers=code["barriers"],
             instructions=code["instructions"] - code["instructions_beside_product"],
+            second_bytes=second_bytes,
+            # all of it before the first launch
+            cleared_bytes=0 if number else B * (blocks * plan.H_PAD * itemsize + sum_bytes),
         )
-        for count in programs
+        for number, count in enumerate(programs)
     ]
     time = sum(times[1:], times[0])
     return (
-        _product(code, needed[0], plan.BLOCK_B, needed[1], itemsize, 1)
+        _product(code, needed_rows, plan.BLOCK_B, needed_columns, itemsize, 1)
         | {
             "programs": max(programs),
-            "weights_reread_bytes": max(0, code["loaded_bytes"] - inputs) * sum(programs),
+            "weights_reread_bytes": code["weight_loaded_bytes"] * sum(programs),
             "gathered_bytes": code["polled_bytes"] * sum(programs),
+            "gathered_sum_bytes": second_bytes * sum(programs),
             "round_trips": code["polls"],
             "gather_bound": "l2" if max(programs) * model.PORT_BYTES > limits.sms * model.L2_BYTES else "port",
             "product_bound": "shared memory" if operand_bytes / model.SHARED_BYTES > arithmetic else "arithmetic",
@@ -155,27 +169,23 @@ def persistent_row(
     )
 
 
-def step_row(
-    code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: StepPlan, programs: int, limits: GpuLimits
-) -> dict:
-    """A row of a step kernel. Its loop is over chunks of the summed axis; its model is that of `HOST`, `START` and `TRIP`,
-    with the bytes and the product as in the persistent kernels' model, of which the slowest counts."""
+def step_row(code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: StepPlan, B: int, limits: GpuLimits) -> dict:
+    """A row of a step kernel for a batch of `B` rows.
+
+    Its loop is over chunks of the summed axis. Its model is that of `HOST`, `START` and `TRIP`, with the bytes and the product
+    as in the persistent kernels' model, of which the slowest counts.
+    """
     rows = plan.BLOCK_H * (1 if backward else cell.gates)
     columns = H * (cell.gates if backward else 1)
     chunks = -(-columns // plan.BLOCK_K)
+    programs = math.prod(plan.grid(B, H))
     gathered = plan.BLOCK_B * plan.BLOCK_K * itemsize * chunks
     loads = code["loaded_bytes"] * chunks
     trips = -(-chunks // (plan.num_stages - 1)) + 1
     sharing = -(-programs // limits.sms)  # programs that one SM runs, at once or in turn
-    if not code["tensor_core_loop"]:
-        arithmetic = model.plain_clocks(code["multiplies_loop"])
-    elif code["unit"] == "HMMA":
-        arithmetic = model.hmma_clocks(1, code["tensor_core_loop"], code["warps"])
-    else:
-        arithmetic = model.wgmma_clocks(code["tensor_core_loop"])
     bound = {
         "loads": max(programs * loads / (model.L2_BYTES * limits.sms), sharing * loads / model.PORT_BYTES),
-        "product": sharing * arithmetic * chunks,
+        "product": sharing * _arithmetic(code) * chunks,
         "issue": sharing * model.ISSUE * code["instructions"] * chunks,
     }
     slowest = max(bound, key=lambda name: bound[name])
@@ -186,8 +196,9 @@ def step_row(
         _product(code, rows, plan.BLOCK_B, columns, itemsize, chunks)
         | {
             "programs": programs,
-            "weights_reread_bytes": max(0, loads - gathered) * programs,
+            "weights_reread_bytes": code["weight_loaded_bytes"] * chunks * programs,
             "gathered_bytes": gathered * programs,
+            "gathered_sum_bytes": 0,
             "round_trips": trips,
             "gather_bound": "",
             "product_bound": "",

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 
@@ -41,12 +42,28 @@ class Instruction:
         return int(width[1]) // 8 if width else 4
 
 
+class Products(NamedTuple):
+    """The matrix products in a loop, of all of a program's warps together.
+
+    Attributes:
+        instructions: of the tensor cores; of a warp (HMMA), of a warp group (HGMMA) or of the program (UTCHMMA).
+        multiplies: that they make; without any those of the plain FFMA and FFMA2, the cell's own few among them.
+        read_bytes: of the operands that HGMMA and UTCHMMA read from shared memory, 32 of each row of A and of B.
+        deep: the most HMMA one after another on one accumulator.
+    """
+
+    instructions: int
+    multiplies: int
+    read_bytes: int
+    deep: int
+
+
 def disassemble(cubin: bytes) -> tuple[str, str]:
     """Resource usage and machine code, as the tools in Triton's wheel print them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = ([f"{BIN}/cuobjdump", "--dump-resource-usage", file.name], [f"{BIN}/nvdisasm", file.name])
+        commands = ([f"{BIN}/cuobjdump", "--dump-resource-usage", file.name], [f"{BIN}/nvdisasm", "-c", "-ndf", file.name])
         usage, code = (subprocess.run(each, capture_output=True, text=True, check=True).stdout for each in commands)
     return usage, code
 
@@ -61,21 +78,25 @@ def resources(usage: str) -> tuple[int, int]:
 class Code:
     """The instructions of a kernel, and where each can be followed by which."""
 
+    LABEL = r"\s*(\.L_x_\d+):"
+    LINE = r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;"
+    TARGET = r"`\((\.L_x_\d+)\)"
+
     def __init__(self, text: str):
         self.instructions: list[Instruction] = []
         labels: dict[str, int] = {}
         for line in text.splitlines():
-            if label := re.match(r"\s*(\.L_x_\d+):", line):
+            if label := re.match(self.LABEL, line):
                 labels[label[1]] = len(self.instructions)
-            elif code := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
+            elif code := re.match(self.LINE, line):
                 self.instructions.append(Instruction(code[1] or "", code[2], code[3]))
         self.after: list[list[int]] = []
-        for at, instruction in enumerate(self.instructions):
-            target = re.search(r"`\((\.L_x_\d+)\)", instruction.operands)
+        for at, each in enumerate(self.instructions):
+            target = re.search(self.TARGET, each.operands)
             # a call to a label of the kernel is a jump that may return
-            jump = [labels[target[1]]] if target and instruction.is_a("BRA", "CALL") else []
-            always = instruction.is_a("EXIT", "RET") or (instruction.is_a("BRA") and instruction.operands.startswith("`"))
-            falls = not always or bool(instruction.predicate)
+            jump = [labels[target[1]]] if target and each.is_a("BRA", "CALL", "bra") else []
+            goes = each.is_a("EXIT", "RET", "ret") or (each.is_a("BRA", "bra") and re.match(self.TARGET, each.operands))
+            falls = not goes or bool(each.predicate)
             self.after.append(jump + ([at + 1] if falls and at + 1 < len(self.instructions) else []))
 
     def cycles(self, within: list[int]) -> list[list[int]]:
@@ -114,11 +135,14 @@ class Code:
                 found.append(sorted(part))
         return found
 
+    def largest(self) -> list[int]:
+        """The largest loop, polls and all."""
+        return max(self.cycles(list(range(len(self.instructions)))), key=len, default=[])
+
     def loops(self) -> tuple[list[Instruction], list[list[Instruction]]]:
         """The largest loop without its polls, and each of its polls: the loops in it that load strongly."""
-        every = range(len(self.instructions))
-        loop = max(self.cycles(list(every)), key=len, default=[])
-        inside = set(loop)
+        loop = self.largest()
+        inside, every = set(loop), range(len(self.instructions))
         entries = {after for at in every if at not in inside for after in self.after[at] if after in inside}
         polls = []
         for inner in self.cycles([at for at in loop if at not in entries]):
@@ -128,38 +152,71 @@ class Code:
                 inside -= set(inner)
         return [self.instructions[at] for at in sorted(inside)], polls
 
-    def products(self, loop: list[Instruction], warps: int) -> tuple[int, int, int]:
-        """Of all of a program's warps together, in `loop`.
-
-        Returns:
-            tensor core instructions of a warp, of a warp group (HGMMA) or of the program (UTCHMMA); the multiplies that they
-            make, or without any those of the plain FFMA, the cell's own few among them; and the bytes of operands that HGMMA
-            and UTCHMMA read from shared memory, 32 of each row of A and of B.
-        """
-        instructions = done = read = 0
+    def products(self, loop: list[Instruction], warps: int) -> Products:
+        instructions = multiplies = read = 0
         constants = {}  # of the uniform registers, as they stand when UTCHMMA reads its sizes from one
+        deep: dict[str, int] = {}  # of the accumulator in a register
         for each in loop:
             if constant := re.match(r"(UR\d+), (0x[0-9a-f]+)$", each.operands) if each.is_a("UMOV") else None:
                 constants[constant[1]] = int(constant[2], 16)
             if hgmma := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\b", each.opcode):
                 m, n, k = map(int, hgmma.groups())
-                done += m * n * k * (warps // 4)
+                multiplies += m * n * k * (warps // 4)
                 a_in_registers = re.match(r"R\d+, R\d+", each.operands)
                 read += 32 * (n if a_in_registers else m + n) * (warps // 4)
             elif hmma := re.match(r"HMMA\.168(\d+)\b", each.opcode):
-                done += 16 * 8 * int(hmma[1]) * warps
+                multiplies += 16 * 8 * int(hmma[1]) * warps
+                registers = re.findall(r"R\d+|RZ", each.operands)
+                deep[registers[0]] = deep.get(registers[-1], 0) + 1
             elif each.is_a("UTCHMMA"):
                 # PTX's instruction descriptor: M / 16 from bit 24, N / 8 from bit 17, the type of A from bit 7 (2 is TF32)
                 size = constants[re.search(r"idesc\[(UR\d+)\]", each.operands)[1]]
                 m, n = (size >> 24 & 31) * 16, (size >> 17 & 63) * 8
-                done += m * n * (8 if size >> 7 & 7 == 2 else 16)
+                multiplies += m * n * (8 if size >> 7 & 7 == 2 else 16)
                 read += 32 * (m + n)
             else:
                 continue
             instructions += 1
         if not instructions:
-            done = 32 * warps * sum(each.is_a("FFMA") for each in loop)
-        return instructions, done, read
+            multiplies = 32 * warps * (tally(loop, "FFMA") + 2 * tally(loop, "FFMA2"))
+        return Products(instructions, multiplies, read, max(deep.values(), default=0))
+
+
+class Ptx(Code):
+    """PTX, where each value has a register of its own: an address can be followed back to the argument that it came from."""
+
+    LABEL = r"\s*(\$L__BB\w+):"
+    LINE = r"\s+(?:@(!?%p\d+)\s+)?([a-z][\w.:]*)\s+(.*?)\s*;"
+    TARGET = r"(\$L__BB\w+)"
+
+    def loaded(self, argument: int) -> tuple[int, int]:
+        """Bytes that the loads in the largest loop bring to a thread, without those that poll: all, and those from where the
+        kernel's argument number `argument` points."""
+        pointers: set[str] = set()
+        known = None
+        while known != len(pointers):  # a loop carries pointers back to its begin
+            known = len(pointers)
+            for each in self.instructions:
+                written, _, read = each.operands.partition(", ")
+                if each.is_a("ld", "st", "cp"):
+                    derived = each.opcode.startswith("ld.param") and read.endswith(f"_param_{argument}]")
+                else:
+                    derived = not pointers.isdisjoint(re.findall(r"%rd\d+", read))
+                if derived:
+                    pointers.add(written)
+        of_all = of_argument = 0
+        for each in (self.instructions[at] for at in self.largest()):
+            if each.opcode.startswith("ld.global"):
+                count, width = re.search(r"(?:\.v(\d))?\.[bsuf](\d+)$", each.opcode).groups()
+                amount = int(count or 1) * int(width) // 8
+            elif each.opcode.startswith("cp.async") and "shared.global" in each.opcode:
+                amount = int(re.search(r"\], (\w+)", each.operands)[1], 0)
+            else:
+                continue
+            of_all += amount
+            if re.findall(r"\[ ?(%rd\d+)", each.operands)[-1] in pointers:
+                of_argument += amount
+        return of_all, of_argument
 
 
 def loaded(instructions: list[Instruction], strong: bool) -> int:

@@ -1,6 +1,6 @@
 """A table of every kernel without a GPU: compiled by the real launch code for absent GPUs, counted in machine code, predicted.
 
-    python -m benchmarks.static [--arch 80 90 100] [--json FILE] [--jobs N] [--fresh]
+    python -m benchmarks.static [--arch 80 90 100] [--json FILE] [--summary FILE] [--jobs N] [--fresh]
                                 [--family step] [--cells lstm gru] [--dtypes float16 tf32] [--hidden 128 768] [--batch 1 16]
                                 [--marked]
     python -m benchmarks.static --show-terms LSTM 768 16
@@ -25,6 +25,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,8 +37,8 @@ from rnnfast import families
 
 SCHEMA = 1
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-HIDDEN = (128, 256, 512, 768, 1024, 1536, 2048)
-BATCH = (1, 8, 16, 32, 64, 128, 256)
+HIDDEN = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+BATCH = (1, 8, 16, 64, 128, 256)
 IDENTITY = ("arch", "cell", "dtype", "hidden", "batch", "family", "direction", "training", "marked")  # of a row
 HELPERS = ("clear_kernel", "pack_kernel")  # launched once a launch of a persistent kernel
 STEPS = (3, 1)  # numbers of time steps: neither may make a kernel of its own
@@ -61,8 +62,9 @@ class Job(NamedTuple):
 STANDARD = (  # family, cells, dtypes, hidden sizes, batch sizes
     ("persistent", ("lstm",), ("float16",), HIDDEN, BATCH),
     ("persistent", ("lstm",), ("float16",), (29, 50, 200), (3, 27)),
-    ("persistent", ("lstm",), ("bfloat16", "tf32", "float32"), (128, 512, 768, 1024, 2048), (16, 64)),
-    ("persistent", ("gru", "rnn_tanh"), ("float16", "tf32"), (128, 512, 768, 1024), (16, 64)),
+    ("persistent", ("gru", "rnn_tanh"), ("float16",), HIDDEN, (16, 128)),
+    ("persistent", ("lstm",), ("bfloat16", "tf32", "float32"), (128, 512, 768, 1024, 2048), (16, 128)),
+    ("persistent", ("gru", "rnn_tanh"), ("tf32",), (128, 512, 768, 1024), (16,)),
     ("persistent", ("gru", "rnn_tanh"), ("float16",), (29, 200), (3,)),
     ("step", CELLS, tuple(DTYPES), (29, 512), (16,)),
 )
@@ -105,11 +107,11 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                 repeats = 1 if choice.persistent else STEPS[0]  # of a launch, for so many steps
                 about = (code, cell, job.hidden, element.itemsize, backward)
                 if choice.persistent is None:
-                    plan, made = choice.step, counts.step_row(*about, choice.step, math.prod(first.grid), limits)
+                    plan, made = choice.step, counts.step_row(*about, choice.step, B, limits)
                     words = f"tiles of {plan.BLOCK_B} rows, {plan.BLOCK_H} units, chunks of {plan.BLOCK_K}"
                 else:
                     plan, words = choice.persistent, choice.persistent.words(B)
-                    made = counts.persistent_row(*about, plan, [math.prod(each.grid) for each in launches[0]], limits)
+                    made = counts.persistent_row(*about, plan, [math.prod(each.grid) for each in launches[0]], limits, B)
                 rows.append(
                     {
                         "arch": job.arch,
@@ -132,6 +134,8 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                         "block_h": plan.BLOCK_H,
                         "block_k": plan.BLOCK_K,
                         "split": getattr(plan, "SPLIT", 1),
+                        "parts": getattr(plan, "PARTS", 1),
+                        "in_registers": getattr(plan, "IN_REGISTERS", 0),
                         "resident_programs": counts.resident(code, limits),
                     }
                     | code
@@ -194,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=_positive, nargs="+")
     parser.add_argument("--marked", action="store_true", help="the kernels for lengths and resets")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("--summary", metavar="FILE", help="also put the table in short into this page, docs/static.md")
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--fresh", action="store_true", help="compile everything anew, to time it: Triton's cache is not used")
     parser.add_argument(
@@ -216,6 +221,12 @@ def main(argv: list[str] | None = None) -> int:
             open(args.json, "a").close()  # now, and not after minutes of compiling
         except OSError as error:
             parser.error(f"argument --json: {error}")
+    heading = f"### Triton {triton.__version__}"
+    if args.summary:
+        try:
+            static_text.put(Path(args.summary).read_text(), heading, [])
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --summary: {args.summary}: {error}")
     table = STANDARD
     if args.family or any(chosen):
         defaults = ("lstm",), ("float16",), HIDDEN, BATCH
@@ -231,6 +242,10 @@ def main(argv: list[str] | None = None) -> int:
         report = {"schema": SCHEMA, "triton": triton.__version__, "torch": torch.__version__, "rows": rows}
         with open(args.json, "w") as file:
             json.dump(report, file, indent=1)
+    if args.summary:
+        page = Path(args.summary)
+        command = " ".join(["python -m benchmarks.static", *(sys.argv[1:] if argv is None else argv)])
+        page.write_text(static_text.put(page.read_text(), heading, static_text.summary(rows, command)))
     return 0
 
 

@@ -29,7 +29,8 @@ def _kib(amount: int) -> str:
 
 
 def _tile(row: dict) -> str:
-    parts = f"{row['split']} parts, " if row["split"] > 1 else ""
+    parts = f"shared by {row['parts']}, " if row["parts"] > 1 else ""
+    parts += f"{row['split']} parts, " if row["split"] > 1 else ""
     return f"{row['block_h']} x {row['block_b']}, {parts}chunks {row['block_k']}, {row['warps']} warps"
 
 
@@ -154,6 +155,91 @@ def show(rows: list[dict]) -> Iterator[str]:
     yield from wrong
 
 
+def _range(values: Iterable[float], form: str = "") -> str:
+    found = sorted(values)
+    if not found:
+        return "-"
+    low, high = found[0], found[-1]
+    return format(low, form) if low == high else f"{low:{form}} to {high:{form}}"
+
+
+def _of(wrong: list, rows: list) -> str:
+    return f"{len(wrong)} of {len(rows)}" if wrong else "0"
+
+
+def _persistent_line(rows: list[dict]) -> list[str]:
+    """Of one architecture, cell and dtype."""
+    found = [row for row in rows if row["family"] == "persistent"]
+    line = []
+    for direction in ("forward", "backward"):
+        largest: dict[int, int] = {}  # of a batch size
+        for row in found:
+            if row["direction"] == direction and row["training"]:
+                largest[row["batch"]] = max(row["hidden"], largest.get(row["batch"], 0))
+        batches = sorted({16, max(largest, default=0)} & set(largest))
+        line.append(", ".join(f"{largest[B]} (B={B})" for B in batches) or "none")
+    if not found:
+        return [*line, *["-"] * 8]
+    line += [
+        _range(row["registers"] for row in found),
+        _of([row for row in found if row["spills"] or row["stack_bytes"]], found),
+        _of([row for row in found if row["weights_reread_bytes"]], found),
+        _range((row["redundancy"] for row in found), ".2f"),
+    ]
+    for hidden in (768, 1024):
+        for direction in ("forward", "backward"):
+            line += [
+                f"{row['predicted_us']:.2f}" + ("" if row["family"] == "persistent" else " (step)")
+                for row in rows
+                if (row["hidden"], row["batch"], row["direction"], row["training"]) == (hidden, 16, direction, True)
+            ] or ["-"]
+    return line
+
+
+def summary(rows: list[dict], command: str) -> Iterator[str]:
+    """The whole table, which `command` made, in short, as Markdown: a line an architecture, cell and dtype."""
+    kernels = {row["compiled"]: row for row in rows}.values()
+    seconds = sorted(row["compile_seconds"] for row in kernels if row["compile_seconds"] is not None)
+    yield f"`{command}`: {len(rows)} rows, {len(kernels)} kernels."
+    if seconds:
+        yield (
+            f"The first call waits for the compiler, a kernel: {seconds[len(seconds) // 2]:.1f} seconds of a CPU in the "
+            f"median of {len(seconds)}, {seconds[-1]:.1f} at the most."
+        )
+    yield ""
+    head = ["GPU", "cell, dtype", "largest H, forward", "backward", "registers", "spills", "re-read", "redundancy"]
+    head += [f"{hidden} {way}" for hidden in (768, 1024) for way in ("forward", "backward")]
+    yield f"| {' | '.join(head)} |"
+    yield "|---|---|---|---" + "|--:" * (len(head) - 4) + "|"
+    for (gpu, cell, dtype), group in itertools.groupby(rows, lambda row: (row["gpu"], row["cell"], row["dtype"])):
+        yield f"| {' | '.join([gpu, f'{cell} {dtype}', *_persistent_line(list(group))])} |"
+    held = violations([row for row in rows if row["family"] == "persistent"])
+    notes = [f"- {line}" for line in held if "bytes" in line]  # of stack, or of weights
+    step = [row for row in rows if row["family"] == "step"]
+    for gpu, group in itertools.groupby(step, lambda row: row["gpu"]):
+        group = list(group)
+        spilled = _of([row for row in group if row["spills"] or row["stack_bytes"]], group)
+        registers = _range(row["registers"] for row in group)
+        redundancy = _range((row["redundancy"] for row in group if row["unit"] != "FFMA"), ".2f")
+        notes.append(f"- step kernels, {gpu}: {registers} registers, rows with spills {spilled}, redundancy {redundancy}")
+    if notes:
+        yield ""
+        yield from notes
+
+
+def put(text: str, heading: str, lines: Iterable[str]) -> str:
+    """`text` of a Markdown file with `lines` below `heading`, instead of what was there.
+
+    Raises:
+        ValueError: the heading is not there.
+    """
+    before, found, after = f"\n{text}".partition(f"\n{heading}\n")
+    if not found:
+        raise ValueError(f"there is no line {heading!r}")
+    _, next_heading, rest = after.partition("\n#")
+    return "\n".join([before[1:], heading, "", *lines, ""]).lstrip("\n") + next_heading + rest
+
+
 def _to_halve(row: dict, term: str) -> str:
     """What would halve a term of the predicted step, in words."""
     more = f"twice the programs, {2 * row['programs']} where there are {row['sms']} SMs"
@@ -169,6 +255,8 @@ def _to_halve(row: dict, term: str) -> str:
             if row["product_bound"] == "shared memory"
             else "accumulators that wait less for one another: another tile, of more warps or more accumulators a warp"
         ),
+        "second_hop": "one program a unit's sum, which gathers all of what it sums over",
+        "second_gather": "fewer programs that share a unit's sum",
         "partials": "half as many parts of the sum, or half as many rows of the tile",
         "barriers": "chunks twice as wide, or fewer changes of layout",
         "issue": "half as many instructions on the way from the poll to the store: more warps, each with fewer words and cells",
