@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from rnnfast import check
-
 __all__ = ["MODES", "REAL", "SETS", "Case", "Unknown", "chosen", "named_set"]
 
 CELLS = ("LSTM", "GRU", "RNN")
@@ -82,12 +80,6 @@ class Case:
         if not self.packed:
             return [self.T] * self.B
         return [max(1, self.T - (3 * self.T * b) // (4 * max(1, self.B - 1))) for b in range(self.B)]
-
-    def as_check(self) -> check.Case:
-        """The same layer and input for `rnnfast.check`, which knows neither modes nor packed input."""
-        bidirectional = self.directions == 2
-        sizes = (self.T, self.B, self.I, self.H)
-        return check.Case(self.cell, *sizes, self.torch_dtype, self.layers, bidirectional, states=False)
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rnnfast import transforms
+from rnnfast.transforms import EXPANDED, innermost
 
 __all__ = [
     "BACKENDS",
@@ -115,7 +117,7 @@ def cpu_is_torchs(own: str | None) -> bool:
             return False
     elif own != "torch":
         return False
-    return transforms.none()
+    return innermost() is None and forward_ad._current_level < 0 and EXPANDED not in sys.modules
 
 
 def triton_obstacle() -> str | None:

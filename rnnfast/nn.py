@@ -54,12 +54,14 @@ class _Recurrent(Dispatched, torch.nn.RNNBase):
         return_gates: bool = False,
     ) -> Any:
         """torch.nn's ``forward``, and what torch.nn does not have: see the class."""
-        if sequences.given(lengths, resets, reset_to, return_all_states, return_gates):
-            options = self._read(input, hx, lengths, resets, reset_to, return_all_states, return_gates)
-            return self._forward_with(options, input, hx)
-        if isinstance(input, Tensor) and input.is_cpu and not self.recompute and backends.cpu_is_torchs(self.backend):
+        plain = lengths is None and resets is None and reset_to is None and not return_all_states and not return_gates
+        # a call on a CPU may take 30 us, of which these lines shall be no part that counts
+        if plain and isinstance(input, Tensor) and input.is_cpu and not self.recompute and backends.cpu_is_torchs(self.backend):
             return super().forward(input, hx)
-        return self._dispatch(input, hx)
+        if plain:
+            return self._dispatch(input, hx)
+        options = self._read(input, hx, lengths, resets, reset_to, return_all_states, return_gates)
+        return self._forward_with(options, input, hx)
 
     def _read(
         self,

@@ -14,23 +14,17 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
-__all__ = ["constant", "equations_stand_in", "expanded", "inside", "maybe_mapped", "none", "obstacle"]
+__all__ = ["EXPANDED", "constant", "equations_stand_in", "expanded", "innermost", "inside", "maybe_mapped", "obstacle"]
 
 _F = TypeVar("_F", bound=Callable)
-_EXPANDED = "torch.nn.utils._expanded_weights.expanded_weights_impl"
-_modules, _innermost = sys.modules, torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
+EXPANDED = "torch.nn.utils._expanded_weights.expanded_weights_impl"
+_modules, innermost = sys.modules, torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 
 
 def constant(function: _F) -> _F:
     """``torch.compiler.assume_constant_result`` without importing Dynamo, and with it Triton, along with rnnfast."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-def none() -> bool:
-    """Whether nothing of this module matters, in a fraction of a microsecond; if False, something may: so once PyTorch's
-    expanded weights have been imported, for good."""
-    return _innermost() is None and forward_ad._current_level < 0 and _EXPANDED not in _modules
 
 
 @constant
@@ -49,7 +43,7 @@ def maybe_mapped(tensor: Tensor) -> bool:
 
 @constant
 def _may_be_expanded() -> bool:
-    return _EXPANDED in _modules
+    return EXPANDED in _modules
 
 
 def expanded(tensors: Iterable[Any]) -> bool:
