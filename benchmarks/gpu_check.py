@@ -51,6 +51,7 @@ SAME_EVERYWHERE = (
     "test_bench_worker",
     "test_report",
     "test_roofline",
+    "test_docs",
     "test_distributed",  # of these, three need packages of their own
     "test_module_db",
     "test_onnx",
