@@ -17,7 +17,7 @@ from rnnfast.kernels.step import as_a_gpu, emulate_bf16
 
 __all__ = ["apply", "dropout_kernel"]
 
-BLOCK_J = 1024
+BLOCK_J = 1024  # columns to a program, less for a layer that has less
 
 
 @triton.jit
@@ -78,7 +78,8 @@ def apply(joined, first, second, seed, p: float, *, backward: bool) -> None:
         p: the probability to be dropped, 0 to 1.
     """
     rows, W = joined.shape
-    dropout_kernel[(rows, -(-W // BLOCK_J))](
+    block = min(BLOCK_J, max(128, triton.next_power_of_2(W)))
+    dropout_kernel[(rows, -(-W // block))](
         joined, first, first if second is None else second, seed, round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p),
-        first.shape[1], W, BACKWARD=backward, EMULATE_BF16=emulate_bf16(joined), BLOCK_J=BLOCK_J, num_warps=4,
+        first.shape[1], W, BACKWARD=backward, EMULATE_BF16=emulate_bf16(joined), BLOCK_J=block, num_warps=4,
     )  # fmt: skip
