@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
 from rnnfast import transforms
@@ -32,6 +33,7 @@ __all__ = [
     "FallbackWarning",
     "asked",
     "check_name",
+    "check_recompute",
     "cpu_is_torchs",
     "settle",
     "tensor_obstacles",
@@ -58,6 +60,12 @@ def check_name(name: str | None, source: str = "backend") -> str | None:
     if name not in BACKENDS:
         raise ValueError(f"{source} should be one of {', '.join(map(repr, BACKENDS))} or 'auto', got {name!r}")
     return name
+
+
+def check_recompute(value: bool) -> None:
+    """A `TypeError`, as torch.nn's of its sizes, for a ``recompute`` that is no bool: "False" would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"recompute should be of type bool, got: {type(value).__name__}")
 
 
 @contextmanager
@@ -116,6 +124,8 @@ def cpu_is_torchs(own: str | None) -> bool:
         if backend in _environment or strict_setting in _environment or not _known.get("cpu:None"):
             return False
     elif own != "torch":
+        return False
+    if TracingContext.try_get() is not None:
         return False
     return innermost() is None and forward_ad._current_level < 0 and EXPANDED not in sys.modules
 

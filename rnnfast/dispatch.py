@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from rnnfast import backends, transforms
 
-__all__ = ["Dispatched"]
+__all__ = ["Dispatched", "computed_again"]
+
+
+def computed_again(run: Callable, *args: Any, also: Iterable[Any] = (), **options: Any) -> Any:
+    """``run(*args, **options)`` under PyTorch's checkpoint. That notices when a tensor is edited before backward only if it is
+    an argument itself: so every tensor is, those inside others and those of `also` too."""
+    count = len(args)
+    tensors = [leaf for leaf in tree_leaves((args, options)) if isinstance(leaf, Tensor)]
+
+    def call(*given: Any) -> Any:
+        return run(*given[:count], **options)
+
+    return checkpoint(call, *args, *tensors, *also, use_reentrant=False)
 
 
 class Dispatched(torch.nn.Module):

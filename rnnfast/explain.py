@@ -102,7 +102,21 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         tuned = layer._shape(input, hx)
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (tensor, *module.parameters()))
     details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, input, given, training)
+    if layer and training:
+        details += _recompute(layer, backend, given)
     return Explanation(backend, by, obstacles, call, details, _tuning(tuned, tensor.device) if tuned else "")
+
+
+def _recompute(layer: _Recurrent, backend: str, given: Sequences | None) -> str:
+    if not layer.recompute:
+        return ""
+    if backend != "triton":
+        return "; backward runs it once more"
+    if layer.mode in ("RNN_TANH", "RNN_RELU"):
+        return "; backward needs no gates, so recompute changes nothing"
+    if given and given.details:
+        return "; gates are kept, as states or gates are returned, whatever recompute says"
+    return "; backward computes the gates again"
 
 
 def _tuning(shape: tuning.Shape, device: torch.device) -> str:

@@ -12,7 +12,7 @@ respect to every tensor given. ``reverse`` runs from the last step to the first;
 each, and the gate activations (T, B, G, H), without gradient. On "torch" a call with any of these runs on the equations.
 
 Errors, of the types torch.nn raises: `RuntimeError` for a wrong rank or size, `ValueError` for a wrong dtype or an unknown
-backend.
+backend, `TypeError` for a ``recompute`` that is no bool.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rnnfast import backends, families, ops, reference, sequences, transforms
+from rnnfast.dispatch import computed_again
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -146,6 +146,7 @@ def _layer(
 ) -> tuple[Any, ...]:
     _check(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
     backends.check_name(backend)
+    backends.check_recompute(recompute)
     given: dict[str, Any] = {}
     wanted = sequences.Sequences()
     if sequences.given(*options):
@@ -160,13 +161,14 @@ def _layer(
         if not given and name is None and settled == "triton" and _torch_wins(*arguments):
             settled = "torch"
         plain = given or transforms.equations_stand_in(x.is_cpu)
+        plain = plain or transforms.compiles_no_gradients(cell, x, (*(hx or ()), w_ih, w_hh, b_ih, b_hh))
         run = {"triton": ops.layer, "reference": reference.layer, "torch": reference.layer if plain else _torch_layer}[settled]
     else:
         run = ops.trace if settled == "triton" else reference.trace
     if recompute and settled == "triton":
         given["recompute"] = True
     elif recompute and torch.is_grad_enabled() and not transforms.inside():  # torch.func refuses PyTorch's checkpoint
-        run = partial(checkpoint, run, use_reentrant=False)
+        run = partial(computed_again, run)
     if not wanted.details:
         return run(*arguments, reverse=reverse, **given)
     y, last, cells, gates = run(*arguments, reverse=reverse, **given)

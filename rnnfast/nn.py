@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.utils.checkpoint import checkpoint
 
 from rnnfast import backends, families, ops, ops_dropout, reference, sequences, transforms, tuning
-from rnnfast.dispatch import Dispatched
+from rnnfast.dispatch import Dispatched, computed_again
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -40,6 +39,7 @@ class _Recurrent(Dispatched, torch.nn.RNNBase):
 
     def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        backends.check_recompute(recompute)
         self.recompute = recompute
 
     def forward(  # type: ignore[override]
@@ -76,7 +76,7 @@ class _Recurrent(Dispatched, torch.nn.RNNBase):
         """The options, checked; a call that torch.nn would refuse without them gets its error."""
         if not self._is_plain(input, hx):
             self._by_torch(input, hx)
-            raise RuntimeError("lengths, resets, return_all_states and return_gates are for an input of a full shape")
+            raise RuntimeError("lengths, resets, return_all_states and return_gates need an input that is not empty")
         packed = isinstance(input, PackedSequence)
         if packed and (lengths is not None or resets is not None):
             raise ValueError("a PackedSequence has its own lengths, and no place for resets: pad it, and give lengths")
@@ -100,9 +100,15 @@ class _Recurrent(Dispatched, torch.nn.RNNBase):
         states = self._states(hx)
         if isinstance(input, PackedSequence) and len(states) == 2 and all(isinstance(state, Tensor) for state in states):
             self.check_forward_args(input.data, hx, input.batch_sizes)
-        if self._checkpoints():
-            return checkpoint(super()._by_torch, input, hx, use_reentrant=False)
+        if self._checkpoints() and not self._equations_stand_in(input):
+            return computed_again(super()._by_torch, input, hx, also=self._parameters.values())
         return super()._by_torch(input, hx)
+
+    def _equations_stand_in(self, input: Any) -> bool:
+        """See `equations_stand_in` and `compiles_no_gradients` of `rnnfast.transforms`."""
+        return super()._equations_stand_in(input) or (
+            isinstance(input, Tensor) and transforms.compiles_no_gradients(self.mode.lower(), input, self._parameters.values())
+        )
 
     def _checkpoints(self) -> bool:
         """Whether ``recompute`` is the business of PyTorch's checkpoint, which torch.func refuses: there all is kept."""
@@ -212,7 +218,7 @@ class _Recurrent(Dispatched, torch.nn.RNNBase):
         if self.recompute and backend == "triton":
             layer = partial(layer, recompute=True)
         elif self._checkpoints():
-            layer = partial(checkpoint, layer, use_reentrant=False)
+            layer = partial(computed_again, layer)
 
         last_states, all_states, all_gates = [], [], []
         for index in range(self.num_layers):
@@ -261,7 +267,7 @@ class _Recurrent(Dispatched, torch.nn.RNNBase):
         return results
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
+        text = super().extra_repr() + (", recompute=True" if self.recompute else "")
         if TracingContext.try_get() and not torch._dynamo.config.allow_rnn:
             # Dynamo is about to refuse this layer, and puts its repr into the message
             text += "; to compile rnnfast layers, call rnnfast.enable_compile() once before"
@@ -282,7 +288,7 @@ _DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels:
         recompute: whether training keeps less: no gate activations, which backward computes again with two matrix products. Of
             the kernels an LSTM then keeps its cell states in float32 and a GRU nothing, besides the input and the output; the
             other backends run their whole forward once more (``torch.utils.checkpoint``). Without effect on what is returned,
-            and a layer's ``recompute`` may be set at any time.
+            and a layer's ``recompute`` may be set at any time. A `TypeError` for what is no bool.
 
     Called with ``input`` and ``hx`` as torch.nn.{name} is, and with what that does not have (docs/sequences.md):
 

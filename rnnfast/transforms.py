@@ -14,7 +14,17 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
-__all__ = ["EXPANDED", "constant", "equations_stand_in", "expanded", "innermost", "inside", "maybe_mapped", "obstacle"]
+__all__ = [
+    "EXPANDED",
+    "compiles_no_gradients",
+    "constant",
+    "equations_stand_in",
+    "expanded",
+    "innermost",
+    "inside",
+    "maybe_mapped",
+    "obstacle",
+]
 
 _F = TypeVar("_F", bound=Callable)
 EXPANDED = "torch.nn.utils._expanded_weights.expanded_weights_impl"
@@ -62,6 +72,24 @@ def equations_stand_in(padded_on_cpu: bool, tensors: Iterable[Any] = ()) -> bool
     mode; for any transform of torch.func, unless the input is `padded_on_cpu` and nothing is being compiled; and for expanded
     weights, of an LSTM."""
     return not _torch_has_a_rule(padded_on_cpu) or expanded(tensors)
+
+
+@constant
+def _compiled() -> bool:
+    return TracingContext.try_get() is not None and not torch.compiler.is_exporting()
+
+
+def compiles_no_gradients(cell: str, x: Tensor, tensors: Iterable[Any]) -> bool:
+    """Whether compiled code has no gradients of PyTorch's own layer on `x` and `tensors`: AOTAutograd fails on an operator of
+    oneDNN's, an LSTM's on a CPU (PyTorch 2.13)."""
+    return (
+        cell == "lstm"
+        and _compiled()
+        and x.is_cpu
+        and x.dtype != torch.float64
+        and torch.is_grad_enabled()
+        and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (x, *tensors))
+    )
 
 
 def obstacle() -> str | None:

@@ -26,10 +26,13 @@ def model(name, device, **options):
     return torch.nn.Sequential(torch.nn.Linear(I, I, device=device), layer)
 
 
-def run(module, parameters, x):
-    """Outputs and gradients of everything."""
+def run(module, parameters, x, vary=False, **given):
+    """Outputs and gradients of everything, with the same random numbers each time. `vary`: T and B are marked as dynamic."""
+    torch.manual_seed(1)
     x = x.clone().requires_grad_()
-    output, last = module(x)
+    for tensor in (x, *given.values()) if vary else ():
+        torch._dynamo.mark_dynamic(tensor, tuple(range(min(tensor.dim(), 2))))
+    output, last = module(x, **given)
     outputs = (output, *last) if isinstance(last, tuple) else (output, last)
     loss = sum((out * torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)).sum() for out in outputs)
     return [*outputs, *torch.autograd.grad(loss, [x, *parameters])]
@@ -57,6 +60,29 @@ def test_one_graph(name, backend, options, device):
     assert any("rnnfast.forward" in str(node.target) for node in graph.graph.nodes), graph.graph
     with torch.no_grad(), rnnfast.use_backend("triton"):
         assert torch.equal(compiled(x)[0], eager(x)[0])
+
+
+@pytest.mark.parametrize(
+    "name, options, given",
+    [
+        ("GRU", {"num_layers": 2, "dropout": 0.5, "recompute": True}, ()),
+        ("LSTM", {"recompute": True}, ("lengths", "resets")),
+        ("LSTM", {}, ("lengths", "resets")),
+    ],
+    ids=str,
+)
+def test_one_compilation(name, options, given, device):
+    """Three lengths and batches, marked as sizes that vary: compiled once, with eager's bits, dropout's masks among them."""
+    rnnfast.enable_compile()
+    counter, eager = CompileCounterWithBackend("aot_eager"), model(name, device, **options)[1]
+    compiled = torch.compile(eager, fullgraph=True, backend=counter)
+    for T, B in ((3, 2), (5, 4), (4, 3)):
+        whole = {"lengths": torch.randint(T + 1, (B,)), "resets": torch.rand(T, B) < 0.3}
+        call = {key: value.to(device) for key, value in whole.items() if key in given}
+        x = torch.randn(T, B, I, device=device)
+        found, expected = (run(module, eager.parameters(), x, vary=True, **call) for module in (compiled, eager))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.sweep
@@ -119,6 +145,22 @@ def test_other_backends(backend, device):
     eager, x = rnnfast.GRU(I, H, device=device, backend=backend), torch.randn(2, 3, I, device=device)
     compiled = torch.compile(eager, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x)[0], eager(x)[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_on_torch(recompute, device):
+    """An LSTM that the kernels do not run is trained in compiled code; of torch.nn.LSTM on a CPU AOTAutograd has no gradients.
+    An export, which needs none, holds PyTorch's own operators all the same: see test_drop_in_tools.py."""
+    rnnfast.enable_compile()
+    eager, x = rnnfast.LSTM(I, H, device=device, backend="torch", recompute=recompute), torch.randn(2, 3, I, device=device)
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    for a, b in zip(*(run(module, eager.parameters(), x) for module in (compiled, eager)), strict=True):
+        torch.testing.assert_close(a, b)
+    w_ih, w_hh = eager.weight_ih_l0, eager.weight_hh_l0
+    function = lambda x: rnnfast.functional.lstm(x, None, w_ih, w_hh, backend="torch", recompute=recompute)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(*(run(each, [w_ih, w_hh], x) for each in (compiled, function)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_fallback(device):

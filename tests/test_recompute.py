@@ -1,5 +1,7 @@
 """`recompute`: the gates computed again in backward, a chunk at a time, and what is kept."""
 
+import pickle
+
 import pytest
 import torch
 from layers import NAMES, close, equal, flat, packed, pair, run, states
@@ -108,6 +110,75 @@ def test_modules(name, backend, device):
         found.append(run(layer, x, hx))
     close(found[1], found[0])
     assert equal(found[1][:2], found[0][:2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_shown(name, device):
+    """repr and explain say it, where it is on; a module that was pickled before there was any has none."""
+    layer = getattr(rnnfast, name)(I, H, recompute=True, device=device)
+    x = torch.randn(T, B, I, device=device)
+    assert repr(layer) == f"{name}({I}, {H}, recompute=True)"
+    said = {"LSTM": "computes the gates again", "GRU": "computes the gates again", "RNN": "recompute changes nothing"}[name]
+    assert said in rnnfast.explain(layer, x).details
+    assert ("gates are kept" in rnnfast.explain(layer, x, return_gates=True).details) == (name != "RNN")
+    with rnnfast.use_backend("torch"):
+        assert "backward runs it once more" in rnnfast.explain(layer, x).details
+    with torch.no_grad():
+        assert said not in rnnfast.explain(layer, x).details
+    old = pickle.loads(pickle.dumps(layer))
+    assert old.recompute
+    state = {key: value for key, value in old.__getstate__().items() if key != "recompute"}
+    old = object.__new__(type(layer))
+    old.__setstate__(state)
+    assert not old.recompute and repr(old) == repr(getattr(torch.nn, name)(I, H))
+    assert equal(flat(old(x)), flat(layer(x)))
+
+
+@pytest.mark.parametrize("value", ["False", 1, None, torch.tensor(True)], ids=str)
+def test_only_a_bool(value, device, no_launch):
+    """Anything else is refused as torch.nn refuses a size of the wrong type, by module and function."""
+    with pytest.raises(TypeError, match="recompute should be of type bool, got: "):
+        rnnfast.LSTM(I, H, recompute=value)
+    x, w_ih, w_hh = (torch.randn(*shape, device=device) for shape in ((T, B, I), (3 * H, I), (3 * H, H)))
+    with pytest.raises(TypeError, match="recompute should be of type bool, got: "):
+        rnnfast.functional.gru(x, None, w_ih, w_hh, recompute=value)
+
+
+@pytest.mark.parametrize("edited", ["input", "h_0", "c_0", "weight_hh_l0"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_edit_in_place_after_forward(backend, edited, device):
+    """What is computed again cannot be computed from other numbers unnoticed."""
+    layer, _ = pair("LSTM", device, backend, I=I, H=H)
+    layer.recompute = True
+    x, hx = torch.randn(T, B, I, device=device), states("LSTM", 1, B, H, device=device)
+    output, _ = layer(x, hx)
+    with torch.no_grad():
+        {"input": x, "h_0": hx[0], "c_0": hx[1], "weight_hh_l0": layer.weight_hh_l0}[edited].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_accelerated(device):
+    """A layer keeps its ``recompute`` when it is exchanged and exchanged back."""
+    layer = rnnfast.accelerate(torch.nn.LSTM(I, H, device=device), report=None)
+    layer.recompute = True
+    layer = rnnfast.accelerate(rnnfast.restore(layer, report=None), report=None)
+    assert layer.recompute and "recompute=True" in repr(layer)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_functions(backend, device):
+    """rnnfast.functional with it, plain and with lengths: the same outputs and gradients."""
+    tensors = make("lstm", device, T=T, B=B, I=I, H=H)
+    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    x, h0, c0, *weights = (tensors[name] for name in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh"))
+    for options in ({}, {"lengths": [T, 0, 4], "return_all_states": True}):
+        found = []
+        for recompute in (False, True):
+            y, last, *_ = rnnfast.functional.lstm(x, (h0, c0), *weights, backend=backend, recompute=recompute, **options)
+            loss = y.square().sum() + sum(state.sum() for state in last)
+            found.append([y, *last, *torch.autograd.grad(loss, list(tensors.values()))])
+        close(found[1], found[0])
 
 
 def test_other_calls(device):
