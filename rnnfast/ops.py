@@ -26,7 +26,7 @@ from rnnfast import families, ops_autograd, ops_marks, reference, transforms
 from rnnfast.families import precision
 from rnnfast.reference import GATES, GRADS, RESETS, SAVED, STARTS
 
-__all__ = ["FLOP_FORMULAS", "backward", "forward", "precision"]
+__all__ = ["FLOP_FORMULAS", "backward", "forward", "on_device", "precision"]
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def _dense_float_or_none(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else _dense(tensor.float())
 
 
-def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's. And autocast has no say in what dtype is computed in."""
     stack = contextlib.ExitStack()
     stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
@@ -116,7 +116,7 @@ def forward(
     spec = cells.CELLS[cell]
     T, B, _ = x.shape
     H = w_hh.shape[1]
-    with _on_device(x):
+    with on_device(x):
         new = x.new_empty if lengths is None else x.new_zeros  # the kernels leave padding alone
         y = new(T, B, H)
         c = new(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
@@ -216,7 +216,7 @@ def backward(
     _refuse_forward_mode()
     spec = cells.CELLS[cell]
     T, B, H = y.shape
-    with _on_device(y):
+    with on_device(y):
         d_gates = (y.new_empty if lengths is None else y.new_zeros)(T, B, spec.grads * H)
         d_h, d_c = (
             torch.zeros(B, H, dtype=torch.float32, device=y.device)

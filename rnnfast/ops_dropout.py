@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnfast import ops_autograd
+from rnnfast import ops, ops_autograd
 
 __all__ = ["dropout", "dropout_joined"]
 
@@ -34,7 +34,8 @@ def dropout_joined(first: Tensor, second: Tensor | None, seed: Tensor, p: float)
     joined = first.new_empty(T, B, W)
     if joined.numel():
         sides = (first.view(T * B, H), None if second is None else second.contiguous().view(T * B, H))
-        kernel.apply(joined.view(T * B, W), *sides, seed, p, backward=False)
+        with ops.on_device(first):
+            kernel.apply(joined.view(T * B, W), *sides, seed, p, backward=False)
     return joined
 
 
@@ -47,7 +48,8 @@ def _dropout_apart(joined: Tensor, seed: Tensor, p: float, directions: int) -> t
     first, second = (joined.new_empty(T, B, W // directions) if n < directions else joined.new_empty(0) for n in (0, 1))
     if joined.numel():
         sides = [side.view(T * B, -1) if side.numel() else None for side in (first, second)]
-        kernel.apply(joined.contiguous().view(T * B, W), sides[0], sides[1], seed, p, backward=True)
+        with ops.on_device(joined):
+            kernel.apply(joined.contiguous().view(T * B, W), sides[0], sides[1], seed, p, backward=True)
     return first, second
 
 

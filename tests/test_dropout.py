@@ -1,10 +1,14 @@
 """Dropout between layers on the kernels: the documented generator, its seed, gradients, and calls with NaNs and p = 1."""
 
+import contextlib
+
 import pytest
 import torch
 
 import rnnfast
-from rnnfast import ops_dropout
+from rnnfast import ops, ops_dropout
+from rnnfast.kernels import dropout as kernel
+from rnnfast.kernels import gates, step
 
 MASK = 0xFFFFFFFF
 
@@ -63,6 +67,34 @@ def test_opcheck(device):
     seed = torch.tensor([1], device=device)
     for second in (None, sides[1]):
         torch.library.opcheck(ops_dropout.dropout_joined, (sides[0], second, seed, 0.4))
+
+
+def test_launches_are_on_the_tensors_device(device, monkeypatch):
+    """Triton launches on the current device, which with several GPUs may be another: every launch of a layer is inside
+    `ops.on_device`."""
+    inside, launches, guard = [], [], ops.on_device
+
+    @contextlib.contextmanager
+    def on_device(tensor):
+        inside.append(tensor)
+        with guard(tensor):
+            yield
+        inside.pop()
+
+    def watched(name, function):
+        def launch(*args, **options):
+            assert inside, name
+            launches.append(name)
+            return function(*args, **options)
+
+        return launch
+
+    monkeypatch.setattr(ops, "on_device", on_device)
+    for module, name in ((step, "forward"), (step, "backward"), (gates, "compute"), (kernel, "apply")):
+        monkeypatch.setattr(module, name, watched(f"{module.__name__}.{name}", getattr(module, name)))
+    layer = rnnfast.GRU(5, 4, 2, dropout=0.5, recompute=True, device=device, backend="triton")
+    layer(torch.randn(3, 2, 5, device=device))[0].sum().backward()
+    assert len(set(launches)) == 4 and launches.count("rnnfast.kernels.dropout.apply") == 2
 
 
 def test_share_and_seed(device):
