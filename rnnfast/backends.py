@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
 from rnnfast import transforms
@@ -107,6 +106,7 @@ def strict() -> bool:
 
 # os.environ encodes each name that is looked up in it, and raises where there is none: microseconds, of a call that may take 30
 _environment = os.environ._data  # type: ignore[attr-defined]
+_thread = torch._guards._TLS  # of which TracingContext.try_get makes an exception where there is none: half a microsecond
 _settings = tuple(os.environ.encodekey(name) for name in ("RNNFAST_BACKEND", "RNNFAST_STRICT"))
 
 
@@ -125,7 +125,7 @@ def cpu_is_torchs(own: str | None) -> bool:
             return False
     elif own != "torch":
         return False
-    if TracingContext.try_get() is not None:
+    if _thread.__dict__.get("tracing_context") is not None:  # being compiled or exported
         return False
     return innermost() is None and forward_ad._current_level < 0 and EXPANDED not in sys.modules
 
