@@ -162,7 +162,7 @@ class _Recurrent(Dispatched, torch.nn.RNNBase):
             and x.layout is torch.strided
             and all(
                 isinstance(state, Tensor) and state.layout is torch.strided and state.shape == shape
-                for state, shape in zip(states, expected, strict=False)
+                for state, shape in zip(states, expected[: len(states)], strict=True)
             )
             and all(
                 isinstance(tensor, Tensor)
