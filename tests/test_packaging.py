@@ -53,6 +53,14 @@ def pip(*arguments, cwd: Path) -> str:
     return run(sys.executable, "-m", "pip", *arguments, cwd=cwd)
 
 
+def test_a_checkout_has_its_kernels(tmp_path):
+    """Python takes the package in the current directory before an installed one: its kernels are those beside it."""
+    for name in ("rnnfast", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    printed = run(sys.executable, "-c", "import rnnfast.kernels.plan as plan; print(plan.__file__)", cwd=tmp_path)
+    assert Path(printed.strip()) == tmp_path / "kernels" / "plan.py"
+
+
 def distributions_of(name: str, without: str) -> dict[str, importlib.metadata.Distribution]:
     """The installed distribution `name` and all that it requires, but for `without`."""
     found, queue = {}, [name]
