@@ -43,6 +43,7 @@ REDUNDANT = (
     ({"hidden": 50}, 256 / 208, "padded, so that the warps share the summed axis in whole chunks"),
     ({"hidden": 200}, 256 / 200, "padded likewise"),
     ({"hidden": 384, "direction": "forward"}, 512 / 384, "padded likewise"),
+    ({"hidden": 384, "cell": "rnn_tanh", "direction": "backward"}, 512 / 384, "padded likewise"),
 )
 
 
