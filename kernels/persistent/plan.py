@@ -196,7 +196,7 @@ class _Candidate:
 
     def tuned(self, backward: bool, tensor_cores: bool) -> Iterator[_Candidate]:
         """With each way to cut the sum into operands, the smallest first, and as many weights in registers as fit. Where
-        registers are short anyway, a larger operand with no weights there is passed over for a smaller one with some."""
+        registers are short anyway, larger operands with no weights there, or joined, are passed over for smaller with some."""
         plan = self.plan
         if plan.SPLIT == 1 or not tensor_cores:
             yield self
@@ -213,7 +213,7 @@ class _Candidate:
             cut = replace(self, plan=replace(plan, BLOCK_K=block_k, JOIN=join))
             numbers = range(len(cut.operands), 0, -1)
             kept = next((number for number in numbers if cut.registers(backward, number) <= room), 0)
-            if kept or not (tight and some):
+            if not (tight and some) or (kept and join == 1):
                 yield replace(cut, plan=replace(cut.plan, IN_REGISTERS=kept))
             some = some or kept > 0
 
