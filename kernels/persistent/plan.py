@@ -121,6 +121,7 @@ WORDS_PER_THREAD = {(False, True): 40, (True, True): 128, (False, False): 16, (T
 WORDS_AND_SUMS = {False: 112, True: 96}
 REGISTERS = {False: 196, True: 210}
 TIGHT = 0.8  # of WORDS_AND_SUMS: beyond, some large products with all weights from shared memory spilled
+UNSPLIT = 160  # of `_Candidate.registers` where the warps do not share the sum: with more, on sm_80, Triton 3.6 spilled
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
 MOST_CHUNKS = 24  # of a part: each is code of its own, and the larger sizes are tried with more padding instead
 MARKS = 24  # registers that marks take of each of these limits, in backward on tensor cores; elsewhere there is room
@@ -199,7 +200,8 @@ class _Candidate:
         registers are short anyway, larger operands with no weights there, or joined, are passed over for smaller with some."""
         plan = self.plan
         if plan.SPLIT == 1 or not tensor_cores:
-            yield self
+            halved = tensor_cores and self.registers(backward, 0) > UNSPLIT
+            yield replace(self, plan=replace(plan, BLOCK_K=plan.BLOCK_K // 2)) if halved else self
             return
         chunks = sum(self.operands)
         most = OPERAND_BYTES // (plan.SPLIT * plan.BLOCK_B * plan.BLOCK_K * self.itemsize)
