@@ -76,7 +76,11 @@ def resources(usage: str) -> tuple[int, int]:
 
 
 class Code:
-    """The instructions of a kernel, and where each can be followed by which."""
+    """The instructions of a kernel, and where each can be followed by which.
+
+    BRA.DIV leaves for code that a warp takes whose threads have parted, BRA.CONV for that of one whose threads are together.
+    They always are when a poll ends, which the compiler cannot know: what it repeats for a parted warp is not followed.
+    """
 
     LABEL = r"\s*(\.L_x_\d+):"
     LINE = r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;"
@@ -96,8 +100,18 @@ class Code:
             # a call to a label of the kernel is a jump that may return
             jump = [labels[target[1]]] if target and each.is_a("BRA", "CALL", "bra") else []
             goes = each.is_a("EXIT", "RET", "ret") or (each.is_a("BRA", "bra") and re.match(self.TARGET, each.operands))
+            if each.opcode == "BRA.DIV":
+                jump = []
+            goes = goes or each.opcode == "BRA.CONV"
             falls = not goes or bool(each.predicate)
-            self.after.append(jump + ([at + 1] if falls and at + 1 < len(self.instructions) else []))
+            followers = jump + ([at + 1] if falls else [])
+            self.after.append([follower for follower in followers if follower < len(self.instructions)])
+        reached, reach = set(), [0]
+        while reach:
+            at = reach.pop()
+            reached.add(at)
+            reach += [follower for follower in self.after[at] if follower not in reached]
+        self.after = [after if at in reached else [] for at, after in enumerate(self.after)]
 
     def cycles(self, within: list[int]) -> list[list[int]]:
         """The strongly connected parts of the control flow among the instructions `within`, in their order."""

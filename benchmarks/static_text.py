@@ -212,7 +212,9 @@ def summary(rows: list[dict], command: str) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield "|---|---|---|---" + "|--:" * (len(head) - 4) + "|"
     for (gpu, cell, dtype), group in itertools.groupby(rows, lambda row: (row["gpu"], row["cell"], row["dtype"])):
-        yield f"| {' | '.join([gpu, f'{cell} {dtype}', *_persistent_line(list(group))])} |"
+        group = list(group)
+        if any(row["family"] == "persistent" or row["why_step"] for row in group):  # not of the step kernels alone
+            yield f"| {' | '.join([gpu, f'{cell} {dtype}', *_persistent_line(group)])} |"
     held = violations([row for row in rows if row["family"] == "persistent"])
     notes = [f"- {line}" for line in held if "bytes" in line]  # of stack, or of weights
     step = [row for row in rows if row["family"] == "step"]

@@ -43,6 +43,7 @@ REDUNDANT = (
     ({"hidden": 50}, 256 / 208, "padded, so that the warps share the summed axis in whole chunks"),
     ({"hidden": 200}, 256 / 200, "padded likewise"),
     ({"hidden": 384, "direction": "forward"}, 512 / 384, "padded likewise"),
+    ({"hidden": 384, "cell": "rnn_tanh", "direction": "backward"}, 512 / 384, "padded likewise"),
 )
 
 
@@ -266,6 +267,35 @@ def test_loop_in_machine_code():
     assert machine_code.tally(loop, "BAR") == 1
     assert [[each.opcode.split(".")[0] for each in poll] for poll in polls] == [["LDG", "BAR", "BRA"]]
     assert code.products(loop, 4) == (1, 16 * 8 * 16 * 4, 0, 1)
+
+
+def test_what_a_parted_warp_would_do_is_not_counted():
+    """Behind BRA.DIV and before the label of BRA.CONV; the poll, which comes after both, is still one."""
+    text = """
+ /*f*/ MOV R0, RZ ;
+.L_x_7:
+ /*0*/ STG.E.STRONG.GPU [R6.64], R20 ;
+.L_x_5:
+ /*1*/ LDG.E.64.STRONG.SYS R48, [R52.64] ;
+ /*2*/ BRA.CONV ~URZ, `(.L_x_0) ;
+ /*3*/ SHFL.IDX PT, R49, R89, R3, 0x1f ;
+ /*4*/ BRA `(.L_x_1) ;
+.L_x_0:
+ /*5*/ REDUX.MAX UR4, R55 ;
+.L_x_1:
+ /*6*/ @P4 BRA `(.L_x_5) ;
+ /*7*/ BRA.DIV ~URZ, `(.L_x_6) ;
+ /*8*/ HMMA.16816.F32 R52, R44, R48, RZ ;
+.L_x_8:
+ /*9*/ @P5 EXIT ;
+ /*a*/ BRA `(.L_x_7) ;
+.L_x_6:
+ /*b*/ HMMA.16816.F32 R52, R44, R48, RZ ;
+ /*c*/ BRA `(.L_x_8) ;
+"""
+    loop, polls = machine_code.Code(text).loops()
+    assert [each.opcode.split(".")[0] for each in loop] == ["STG", "BRA", "HMMA", "EXIT", "BRA"]
+    assert [[each.opcode.split(".")[0] for each in poll] for poll in polls] == [["LDG", "BRA", "REDUX", "BRA"]]
 
 
 PTX = """

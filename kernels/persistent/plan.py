@@ -120,6 +120,8 @@ MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step 
 WORDS_PER_THREAD = {(False, True): 40, (True, True): 128, (False, False): 16, (True, False): 64}
 WORDS_AND_SUMS = {False: 112, True: 96}
 REGISTERS = {False: 196, True: 210}
+TIGHT = 0.8  # of WORDS_AND_SUMS: beyond, some large products with all weights from shared memory spilled
+UNSPLIT = 160  # of `_Candidate.registers` where the warps do not share the sum: with more, on sm_80, Triton 3.6 spilled
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
 MOST_CHUNKS = 24  # of a part: each is code of its own, and the larger sizes are tried with more padding instead
 MARKS = 24  # registers that marks take of each of these limits, in backward on tensor cores; elsewhere there is room
@@ -194,22 +196,28 @@ class _Candidate:
         return self.sums_per_thread + weights * kept + operand * (0.125 if plan.JOIN == 1 else 1.125) + max(first, second)
 
     def tuned(self, backward: bool, tensor_cores: bool) -> Iterator[_Candidate]:
-        """With each way to cut the sum into operands, the smallest first, and as many weights in registers as fit."""
+        """With each way to cut the sum into operands, the smallest first, and as many weights in registers as fit. Where
+        registers are short anyway, larger operands with no weights there, or joined, are passed over for smaller with some."""
         plan = self.plan
         if plan.SPLIT == 1 or not tensor_cores:
-            yield self
+            halved = tensor_cores and self.registers(backward, 0) > UNSPLIT
+            yield replace(self, plan=replace(plan, BLOCK_K=plan.BLOCK_K // 2)) if halved else self
             return
         chunks = sum(self.operands)
         most = OPERAND_BYTES // (plan.SPLIT * plan.BLOCK_B * plan.BLOCK_K * self.itemsize)
         cuts = [(plan.BLOCK_K >> bit, 1) for bit in (2, 1, 0) if plan.BLOCK_K >> bit >= 32]
         # of two or three chunks the barriers saved are not worth the instructions that joined ones take
         cuts += [(plan.BLOCK_K, 1 << bit) for bit in range(1, 5) if chunks > 3 and 1 << bit <= min(chunks, most)]
+        room = REGISTERS[backward] - self.reserve
+        tight = self.words_per_thread + self.sums_per_thread + self.reserve > TIGHT * WORDS_AND_SUMS[backward]
+        some = False
         for block_k, join in cuts or [(plan.BLOCK_K, 1)]:
             cut = replace(self, plan=replace(plan, BLOCK_K=block_k, JOIN=join))
-            room = REGISTERS[backward] - self.reserve
             numbers = range(len(cut.operands), 0, -1)
             kept = next((number for number in numbers if cut.registers(backward, number) <= room), 0)
-            yield replace(cut, plan=replace(cut.plan, IN_REGISTERS=kept)) if kept else cut
+            if not (tight and some) or (kept and join == 1):
+                yield replace(cut, plan=replace(cut.plan, IN_REGISTERS=kept))
+            some = some or kept > 0
 
     def refusals(self, B: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> Iterator[tuple[str, float, str]]:
         """Why it does not fit, for each limit that it passes: its name, the amount, and words. Nothing if it fits."""
