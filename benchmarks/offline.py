@@ -121,6 +121,7 @@ def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     driver = StandInDriver(arch)
     triton.runtime.driver.set_active(driver)
     knobs.compilation.listener = driver.listener
+    triton.compiler.compiler.max_shared_mem.cache_clear()  # of the GPU before, which may have less
     for kernel in kernels():
         kernel.device_caches.clear()
     try:

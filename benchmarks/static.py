@@ -104,6 +104,8 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                 code = codes[first.compiled]
                 sizes = (cell.gates, B, job.hidden, element.itemsize, precision, backward)
                 choice = families.choose(job.family, *sizes, limits, job.marked)
+                if first.kernel.startswith("persistent_") != (choice.persistent is not None):
+                    raise RuntimeError(f"{job}: {first.kernel} was launched, where the plan is {choice}")
                 repeats = 1 if choice.persistent else STEPS[0]  # of a launch, for so many steps
                 about = (code, cell, job.hidden, element.itemsize, backward)
                 if choice.persistent is None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rnnfast import transforms
-from rnnfast.transforms import EXPANDED, innermost
+from rnnfast.transforms import innermost
 
 __all__ = [
     "BACKENDS",
@@ -127,7 +127,7 @@ def cpu_is_torchs(own: str | None) -> bool:
         return False
     if _thread.__dict__.get("tracing_context") is not None:  # being compiled or exported
         return False
-    return innermost() is None and forward_ad._current_level < 0 and EXPANDED not in sys.modules
+    return innermost() is None and forward_ad._current_level < 0
 
 
 def triton_obstacle() -> str | None:

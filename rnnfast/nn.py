@@ -57,7 +57,11 @@ class _Recurrent(Dispatched, torch.nn.RNNBase):
         plain = lengths is None and resets is None and reset_to is None and not return_all_states and not return_gates
         # a call on a CPU may take 30 us, of which these lines shall be no part that counts
         if plain and isinstance(input, Tensor) and input.is_cpu and not self.recompute and backends.cpu_is_torchs(self.backend):
-            return super().forward(input, hx)
+            try:
+                return super().forward(input, hx)
+            except RuntimeError:
+                if not transforms.expanded(self._parameters.values()):
+                    raise
         if plain:
             return self._dispatch(input, hx)
         options = self._read(input, hx, lengths, resets, reset_to, return_all_states, return_gates)
