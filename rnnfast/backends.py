@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _guards
 from torch.autograd import forward_ad
 
 from rnnfast import transforms
@@ -106,7 +106,7 @@ def strict() -> bool:
 
 # os.environ encodes each name that is looked up in it, and raises where there is none: microseconds, of a call that may take 30
 _environment = os.environ._data  # type: ignore[attr-defined]
-_thread = torch._guards._TLS  # of which TracingContext.try_get makes an exception where there is none: half a microsecond
+_thread = _guards._TLS  # of which TracingContext.try_get makes an exception where there is none: half a microsecond
 _settings = tuple(os.environ.encodekey(name) for name in ("RNNFAST_BACKEND", "RNNFAST_STRICT"))
 
 
