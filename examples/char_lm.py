@@ -40,6 +40,7 @@ from char_lm_support import (
     prepare_folder,
     pyplot_for,
     read_corpus,
+    run_main,
     streams,
     usable_device,
     write_atomically,
@@ -373,13 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     workers = Workers()
     with open(os.devnull, "w") if workers.rank else contextlib.nullcontext(sys.stdout) as out, contextlib.redirect_stdout(out):
         try:
-            return run_program(argv, workers)
-        except UserError as error:
-            print(f"char_lm.py: error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-            return 130
+            return run_main("char_lm.py", lambda: run_program(argv, workers))
         finally:
             workers.close()
 

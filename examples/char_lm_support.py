@@ -220,14 +220,13 @@ def pyplot_for(picture: Path):
     return pyplot
 
 
-def run_main(prog: str, program: Callable[[], None]) -> int:
-    """The exit code of `program`: 0, 2 for what the user has to put right, 130 for Ctrl-C."""
+def run_main(prog: str, program: Callable[[], int | None]) -> int:
+    """The exit code of `program`: its own or 0, 2 for what the user has to put right, 130 for Ctrl-C."""
     try:
-        program()
+        return program() or 0
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    return 0

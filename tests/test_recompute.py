@@ -10,9 +10,10 @@ from side_by_side import together
 from test_ops import CELLS, make, op_args
 
 import rnnfast
-from rnnfast import ops, reference
+from rnnfast import families, ops, reference
 from rnnfast.check import allowed, error
 from rnnfast.kernels import persistent, plan, step
+from rnnfast.kernels.persistent.plan import GPUS
 
 T, B, I, H = 7, 3, 5, 6
 
@@ -196,3 +197,29 @@ def test_other_calls(device):
         close(grads[1], grads[0])
     with torch.no_grad():
         assert not flat(layer(x))[0].requires_grad
+
+
+def gradients(layer, x, hx, options):
+    """Outputs, and the gradients of input, states and parameters."""
+    x, each = x.clone().requires_grad_(), [state.clone().requires_grad_() for state in (hx if isinstance(hx, tuple) else (hx,))]
+    outputs = flat(layer(x, tuple(each) if len(each) > 1 else each[0], **options))
+    upstream = [torch.linspace(-1, 1, out.numel()).view(out.shape) for out in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, [x, *each, *layer.parameters()], upstream)]
+
+
+@pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name, marked", [("LSTM", True), ("GRU", False)])
+def test_on_the_persistent_kernels(name, marked, monkeypatch):
+    """Both directions on an H100's plans, backward in three calls each: what the same kernels give with all gates kept."""
+    monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
+    layer, _ = pair(name, "cpu", I=I, H=32, bidirectional=True)
+    x, hx = torch.randn(T, B, I), states(name, 2, B, 32, device="cpu")
+    options = {"lengths": [T, 0, 4], "resets": torch.arange(T * B).view(T, B) % 5 == 3, "reset_to": hx} if marked else {}
+    found, launches = [], []
+    for layer.recompute in (False, True):
+        with families.assume(GPUS["H100"]), together(1) as happened:
+            found.append(gradients(layer, x, hx, options))
+        launches.append([kernel for kernel, _ in happened.grids])
+    close(found[1], found[0])
+    assert [kernels.count("persistent_backward_kernel") for kernels in launches] == [2, 6]
+    assert not any("step" in kernel for kernels in launches for kernel in kernels)
