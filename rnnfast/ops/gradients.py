@@ -142,7 +142,7 @@ def _refuse(ctx, *_):
     raise RuntimeError("rnnfast::backward has no derivative of its own: differentiate rnnfast::forward with create_graph=True")
 
 
-def gradients(call: Call, tape: Tape) -> tuple[Tensor, ...]:
+def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
     """The gradients that are needed, on the kernels, in the order of ``call.needs``."""
     needs = call.needs
     passed = dict(zip(_PASSED, _passed(tape), strict=True))
@@ -176,7 +176,7 @@ def gradients(call: Call, tape: Tape) -> tuple[Tensor, ...]:
     return tuple([found[name] for name in needs])
 
 
-def _recurrent_gradient(call: Call, tape: Tape, d_hidden: Tensor) -> Tensor:
+def _recurrent_gradient(call: Call, tape: Any, d_hidden: Tensor) -> Tensor:
     """The gradient of W_hh. Step t met y[t - 1], or y[t + 1] in reverse; the first step met h0."""
     T, B, H = tape.y.shape
     if tape.marks is not None:
@@ -190,7 +190,7 @@ def _recurrent_gradient(call: Call, tape: Tape, d_hidden: Tensor) -> Tensor:
     return found if tape.h0 is None else torch.addmm(found, first.t(), tape.h0)
 
 
-def _by_equations(call: Call, tape: Tape) -> dict[str, Tensor]:
+def _by_equations(call: Call, tape: Any) -> dict[str, Tensor]:
     """The results of `rnnfast::forward` that have gradients, by the equations in float32, in which the kernels compute."""
     given = {name: getattr(tape, name) for name in DIFFERENTIABLE}
     floats = tape._replace(**{name: tensor.float() for name, tensor in given.items() if tensor is not None})
@@ -215,7 +215,7 @@ def _by_equations(call: Call, tape: Tape) -> dict[str, Tensor]:
     return {name: tensor.to(tape.x.dtype) for name, tensor in rounded} | dict(zip(("c",), cells, strict=False))
 
 
-def _gradients_by_equations(call: Call, tape: Tape) -> tuple[Tensor, ...]:
+def _gradients_by_equations(call: Call, tape: Any) -> tuple[Tensor, ...]:
     """`gradients` by the equations: differentiable in any mode, any number of times."""
     given = [name for name in UPSTREAM if getattr(tape, name) is not None]
 
