@@ -75,5 +75,5 @@ def compute(cell: Cell, x, h, bias_x, bias_h, saved) -> None:
     bias_x, bias_h = (bias_x, bias_h) if has_bias else (x, x)
     gates_kernel[(n * B, -(-H // BLOCK_H))](
         x, h, bias_x, bias_h, saved, H, CELL=cell.forward, G=cell.gates, SAVED=cell.saved, CARRIES_C=cell.carries_c,
-        HAS_BIAS=has_bias, EMULATE_BF16=emulate_bf16(saved), BLOCK_H=BLOCK_H, num_warps=4,
+        HAS_BIAS=has_bias, EMULATE_BF16=emulate_bf16(saved), BLOCK_H=BLOCK_H, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from torch import Tensor, _guards
 from torch.autograd import forward_ad
 
 from rnnfast import transforms
+from rnnfast.choice import launchable
 from rnnfast.transforms import innermost
 
 __all__ = [
@@ -175,7 +176,7 @@ def _find_device_obstacle(kind: str, index: int | None) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"the GPU is sm_{major}{minor}: the kernels need sm_80 (Ampere) or newer"
-    return None
+    return launchable.obstacle(index) if mode == "compiled" else None
 
 
 def autocast(kind: str) -> bool:

@@ -46,6 +46,12 @@ __all__ = [
 
 FAMILIES = ("auto", "step", "persistent")
 UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
+REFUSALS = {  # what cuGetErrorString says of the errors that mean: this launch is not possible here
+    "invalid argument": 1,  # CUDA_ERROR_INVALID_VALUE: the grid, the block or the shared memory is beyond what the GPU has
+    "too many resources requested for launch": 701,  # CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: registers or threads
+    "too many blocks in cooperative launch": 720,  # CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE: not all would be resident
+    "operation not supported": 801,  # CUDA_ERROR_NOT_SUPPORTED: no cooperative launch on this GPU, or not by this driver
+}
 
 _refused: dict[tuple[torch.device, PersistentPlan], str] = {}  # plans that a driver would not launch, and its words
 
@@ -160,8 +166,15 @@ def precision() -> str:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the launch did not happen at all: a grid that cannot be resident (CUDA's error 720), or a program too large."""
-    return type(error).__name__ == "OutOfResources" or "cooperative launch" in str(error).lower().replace("_", " ")
+    """Whether the launch did not happen, for a reason that holds for each launch of this plan and left the GPU as it was.
+
+    Triton gives the driver's words for an error, not its number. cuLaunchKernelEx may also return errors of kernels that ran
+    before it (700, 702, 719 and others of that range): after these the GPU's memory is not to be trusted, and nothing runs.
+    "out of memory" (2) may come at any launch of a call, when some have run already. An error while a graph is captured
+    (900 to 908) has ended the capture.
+    """
+    words = str(error).removeprefix("Triton Error [CUDA]: ")
+    return type(error).__name__ == "OutOfResources" or (isinstance(error, RuntimeError) and words in REFUSALS)
 
 
 def run(direction: str, choice: Choice, device: torch.device, *args, **options) -> Choice:

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
 from rnnfast import backends, functional, nn, ops, reference, transforms
+from rnnfast.choice import launchable
 from rnnfast.kernels import step
 
 T, B, I, H = 3, 2, 3, 4
@@ -306,6 +307,7 @@ def test_devices(monkeypatch):
     """Each device that cannot run the kernels is refused for its own reason; Ampere and newer are taken."""
     monkeypatch.setattr(step, "mode", lambda: "compiled")
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(launchable, "obstacle", lambda index: None)
     for capability, taken in (((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
         reason = f"the GPU is sm_{capability[0]}{capability[1]}: the kernels need sm_80 (Ampere) or newer"

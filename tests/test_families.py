@@ -131,6 +131,36 @@ def test_refused_launch_falls_back_once(refusing, layer):
     assert f"not persistent: the driver refused the launch: {REFUSAL}" in str(rnnfast.explain(layer, x))
 
 
+class OutOfResources(Exception):
+    """As Triton's own, which it raises before it asks the driver."""
+
+
+CUDA = "Triton Error [CUDA]: "
+
+
+@pytest.mark.parametrize(
+    "error, refused",
+    [
+        (RuntimeError(f"{CUDA}invalid argument"), True),
+        (RuntimeError(f"{CUDA}too many resources requested for launch"), True),
+        (RuntimeError(REFUSAL), True),
+        (RuntimeError(f"{CUDA}operation not supported"), True),
+        (OutOfResources("shared memory"), True),
+        (RuntimeError(f"{CUDA}out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError(f"{CUDA}an illegal memory access was encountered"), False),
+        (RuntimeError(f"{CUDA}the launch timed out and was terminated"), False),
+        (RuntimeError(f"{CUDA}unspecified launch failure"), False),
+        (RuntimeError(f"{CUDA}operation not permitted when stream is capturing"), False),
+        (RuntimeError("Failed to find C compiler"), False),
+        (ValueError("invalid argument"), False),
+    ],
+)
+def test_what_is_a_refusal(error, refused):
+    """A launch that did not happen, for a reason that stays: not an error of a kernel before it, nor one that may pass."""
+    assert families._is_refusal(error) == refused
+
+
 @on_cpu
 def test_refused_launch_in_strict_mode(refusing, layer, monkeypatch):
     monkeypatch.setenv("RNNFAST_STRICT", "1")

@@ -39,7 +39,7 @@ def _exchange(out, H: int, plan: PersistentPlan, blocks: int, marked: bool):
 
 def _cleared(buffer):
     words = buffer.numel() * buffer.element_size() // 4
-    clear_kernel[(-(-words // CLEAR_BLOCK),)](buffer, words, BLOCK=CLEAR_BLOCK)
+    clear_kernel[(-(-words // CLEAR_BLOCK),)](buffer, words, BLOCK=CLEAR_BLOCK, enable_fp_fusion=True)
     return buffer
 
 
@@ -51,7 +51,9 @@ def packed(marks, order, plan: PersistentPlan):
     tiles = -(-B // plan.BLOCK_B)
     words = marks.new_empty(T, tiles * 8)  # bytes
     grid = -(-T // PACK_STEPS), tiles
-    pack_kernel[grid](marks, order, words, T, B, HAS_ORDER=order is not None, BLOCK_B=plan.BLOCK_B, BLOCK_T=PACK_STEPS)
+    pack_kernel[grid](
+        marks, order, words, T, B, HAS_ORDER=order is not None, BLOCK_B=plan.BLOCK_B, BLOCK_T=PACK_STEPS, enable_fp_fusion=True
+    )
     return words
 
 
