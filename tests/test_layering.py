@@ -14,7 +14,11 @@ OUTSIDE = {"benchmarks", "examples", "tests"}
 
 
 def sources(folder: str) -> list[Path]:
-    found = sorted((ROOT / folder).rglob("*.py"))
+    """The files of a folder, those of rnnfast/ without its kernels, which lie there by a link, or as a folder in an sdist."""
+    kernels = ROOT / "rnnfast" / "kernels"
+    if folder == "kernels":
+        return sorted(kernels.rglob("*.py"))
+    found = sorted(path for path in (ROOT / folder).rglob("*.py") if kernels not in path.parents)
     assert found, f"no sources in {folder}/"
     return found
 
