@@ -113,7 +113,7 @@ def kernels() -> list[triton.JITFunction]:
 @contextmanager
 def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     """Kernels launched inside compile for sm_`arch` and are counted, not run. Takes CPU tensors."""
-    from rnnfast import families
+    from rnnfast.choice import kernel_plan
     from rnnfast.kernels import step
 
     if step.mode() != "compiled":
@@ -125,7 +125,7 @@ def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     for kernel in kernels():
         kernel.device_caches.clear()
     try:
-        with families.assume(limits_of(arch)):
+        with kernel_plan.pretend_gpu(limits_of(arch)):
             yield driver
     finally:
         knobs.compilation.listener = None

@@ -1,5 +1,4 @@
-"""Triton kernels of rnnfast. The package is ``rnnfast.kernels``, a link to this folder; it imports Triton and the standard library
-only."""
+"""Triton kernels of rnnfast: the package ``rnnfast.kernels``, a link to this folder. It imports Triton alone."""
 
 if __name__ != "rnnfast.kernels":
     # a second copy of every kernel would be compiled, and its plans would not be equal to the first's

@@ -13,10 +13,10 @@ from rnnfast import functional
 from rnnfast.accelerate import Report, accelerate, as_default, restore
 from rnnfast.backends import BACKENDS, FallbackWarning, use_backend
 from rnnfast.cells import GRUCell, LSTMCell, RNNCell
+from rnnfast.choice.tuned import TuningWarning
 from rnnfast.explain import Explanation, explain
 from rnnfast.nn import GRU, LSTM, RNN
 from rnnfast.ops import FLOP_FORMULAS
-from rnnfast.tuning import TuningWarning
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,7 @@
 
 Asked for, in this order: by `use_backend` around the call, by ``backend=`` on the module or function, by RNNFAST_BACKEND in
 the environment; else chosen for each call: "triton" where it can run, unless `rnnfast tune` measured "torch" as faster
-(see `rnnfast.tuning`), and "torch" where not. A backend that was asked for but cannot run gives way to "torch" with a
+(see `rnnfast.choice.tuned`), and "torch" where not. A backend that was asked for but cannot run gives way to "torch" with a
 `FallbackWarning`; with RNNFAST_STRICT=1, nothing gives way: a `RuntimeError` says why.
 """
 

@@ -120,7 +120,8 @@ stub = ctypes.CDLL(os.path.join(HERE, "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
 import torch, triton
 from triton.backends.nvidia import driver as nvidia
 import rnnfast
-from rnnfast import backends, families
+from rnnfast import backends
+from rnnfast.choice import kernel_plan
 from rnnfast.kernels.persistent.plan import GPUS
 
 class Driver(nvidia.CudaDriver):
@@ -179,7 +180,7 @@ for change in (no_compiler, failing_compiler, missing_compiler, no_header, no_ca
     triton.runtime.driver.set_active(First())
     backends._known["cpu:None"] = backends._find_device_obstacle("cuda", 0)
     layer, x = rnnfast.LSTM(8, 64), torch.randn(4, 8, 8)
-    with families.assume(GPUS["H200"]), warnings.catch_warnings():
+    with kernel_plan.pretend_gpu(GPUS["H200"]), warnings.catch_warnings():
         warnings.simplefilter("error")
         y = layer(x)[0]
         told = rnnfast.explain(layer, x)
@@ -187,7 +188,7 @@ for change in (no_compiler, failing_compiler, missing_compiler, no_header, no_ca
         if change is nothing:
             os.environ["RNNFAST_KERNELS"] = "persistent"
             for code in (1, 700, 701, 719, 720, 801):
-                families._refused.clear()
+                kernel_plan._refused.clear()
                 stub.stub_refuse(code)
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")

@@ -10,8 +10,9 @@ from side_by_side import together
 from test_ops import CELLS, make, op_args
 
 import rnnfast
-from rnnfast import families, ops, reference
+from rnnfast import ops, reference
 from rnnfast.check import allowed, error
+from rnnfast.choice import kernel_plan
 from rnnfast.kernels import persistent, plan, step
 from rnnfast.kernels.persistent.plan import GPUS
 
@@ -217,7 +218,7 @@ def test_on_the_persistent_kernels(name, marked, monkeypatch):
     options = {"lengths": [T, 0, 4], "resets": torch.arange(T * B).view(T, B) % 5 == 3, "reset_to": hx} if marked else {}
     found, launches = [], []
     for layer.recompute in (False, True):
-        with families.assume(GPUS["H100"]), together(1) as happened:
+        with kernel_plan.pretend_gpu(GPUS["H100"]), together(1) as happened:
             found.append(gradients(layer, x, hx, options))
         launches.append([kernel for kernel, _ in happened.grids])
     close(found[1], found[0])

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rnnfast import tuning
 from rnnfast.backends import FallbackWarning, autocast, strict, user_level
-from rnnfast.gpu import assume, cooperative, limits
+from rnnfast.choice import tuned, tuning_file
+from rnnfast.choice.gpu import cooperative, limits, pretend_gpu
 from rnnfast.reference import GATES
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ __all__ = [
     "FAMILIES",
     "Choice",
     "asked",
-    "assume",
     "choose",
     "limits",
     "measured",
     "pick",
     "precision",
+    "pretend_gpu",
     "run",
     "shape",
     "torch_wins",
@@ -117,8 +117,8 @@ def pick(
     gpu = None if family == "step" else limits(device)
     if family == "auto":
         family = "step"
-        if gpu is not None and (tuned := tuning.kernels(gpu, cell, T, B, H, *tuning.names(dtype, precision), training)):
-            plan = tuned.backward if backward else tuned.forward
+        if gpu is not None and (entry := tuned.kernels(gpu, cell, T, B, H, *tuning_file.names(dtype, precision), training)):
+            plan = entry.backward if backward else entry.forward
             if plan is not None and marked:  # what was measured was without, and may have no room for them
                 family, plan = "persistent", None
     choice = choose(family, GATES[cell], B, H, dtype.itemsize, precision, backward, gpu, marked)
@@ -140,24 +140,24 @@ def _refusal(plan: PersistentPlan, device: torch.device) -> str | None:
 def measured(device: torch.device) -> bool:
     """Whether `torch_wins` can be true of any call on `device`."""
     gpu = limits(device)
-    return gpu is not None and asked() == "auto" and bool(tuning.table(gpu).entries)
+    return gpu is not None and asked() == "auto" and bool(tuned.table(gpu).entries)
 
 
-def torch_wins(shape: tuning.Shape, device: torch.device) -> bool:
+def torch_wins(shape: tuning_file.Shape, device: torch.device) -> bool:
     """Whether the automatic choice is PyTorch's own layer, because `rnnfast tune` measured it as the fastest for this call."""
     gpu = limits(device)
-    return gpu is not None and tuning.torch_wins(gpu, shape)
+    return gpu is not None and tuned.torch_wins(gpu, shape)
 
 
 def shape(
     cell: str, T: int, B: int, I: int, H: int, layers: int, directions: int, tensors: Iterable[torch.Tensor | None]
-) -> tuning.Shape:
+) -> tuning_file.Shape:
     """Of a call with these tensors, the input first, of one of the kernels' dtypes."""
     given = [tensor for tensor in tensors if tensor is not None]
     kind = given[0].device.type
     dtype = torch.get_autocast_dtype(kind) if autocast(kind) else given[0].dtype
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    return tuning.Shape(cell, *tuning.names(dtype, precision()), T, B, I, H, layers, directions, training)
+    return tuning_file.Shape(cell, *tuning_file.names(dtype, precision()), T, B, I, H, layers, directions, training)
 
 
 def precision() -> str:
