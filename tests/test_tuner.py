@@ -15,7 +15,7 @@ import rnnfast.__main__
 from rnnfast import check
 from rnnfast.choice import kernel_plan, tuning_file
 from rnnfast.choice.tuning_file import Entry, Shape
-from rnnfast.commands import tune
+from rnnfast.commands import child, tune
 from rnnfast.kernels import persistent
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plans
 
@@ -223,7 +223,8 @@ def test_all_bad_candidates(tmp_path):
 def test_the_process_and_its_children_are_killed(tmp_path):
     """However it ends, nothing is left to use the GPU beside what is timed."""
     grandchild = tmp_path / "child"
-    body = f"if os.fork() == 0: open({str(grandchild)!r}, 'w').write(str(os.getpid())); time.sleep(60)\nsay(doing=0)\ntime.sleep(60)"
+    forks = f"if os.fork() == 0: open({str(grandchild)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    body = f"{forks}\nsay(doing=0)\ntime.sleep(60)"
     rows = child.rows([*stand_in(tmp_path, body), "[]"], 20)
     assert next(rows) == {"doing": 0}
     while not grandchild.exists() or not grandchild.read_text():
