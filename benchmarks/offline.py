@@ -103,9 +103,9 @@ class StandInDriver(DriverBase):
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that a layer can launch."""
-    from rnnfast.kernels import dropout, gates, persistent, step
+    from rnnfast.kernels import dropout, persistent, recompute, step
 
-    modules = (step, persistent, gates, dropout)
+    modules = (step, persistent, recompute, dropout)
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
     return [kernel for kernel in found if isinstance(kernel, triton.JITFunction)]
 
@@ -114,9 +114,9 @@ def kernels() -> list[triton.JITFunction]:
 def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     """Kernels launched inside compile for sm_`arch` and are counted, not run. Takes CPU tensors."""
     from rnnfast.choice import kernel_plan
-    from rnnfast.kernels import step
+    from rnnfast.kernels import runtime
 
-    if step.mode() != "compiled":
+    if runtime.mode() != "compiled":
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
     driver = StandInDriver(arch)
     triton.runtime.driver.set_active(driver)

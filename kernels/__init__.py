@@ -4,6 +4,6 @@ if __name__ != "rnnfast.kernels":
     # a second copy of every kernel would be compiled, and its plans would not be equal to the first's
     raise ImportError(f"import rnnfast.kernels: this folder is that package, not one named {__name__!r}")
 
-from rnnfast.kernels import cells, dropout, gates, persistent, plan, step
+from rnnfast.kernels import cells, dropout, persistent, recompute, step
 
-__all__ = ["cells", "dropout", "gates", "persistent", "plan", "step"]
+__all__ = ["cells", "dropout", "persistent", "recompute", "step"]

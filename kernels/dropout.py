@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.step import as_a_gpu, emulate_bf16
+from rnnfast.kernels.runtime import as_a_gpu, emulate_bf16
 
 __all__ = ["apply", "dropout_kernel"]
 

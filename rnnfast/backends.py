@@ -163,9 +163,9 @@ def _find_device_obstacle(kind: str, index: int | None) -> str | None:
         return f"the tensors are on a {kind!r} device: the kernels need an NVIDIA GPU"
     if triton_obstacle():
         return None if kind == "cuda" else "the tensors are on the CPU"
-    from rnnfast.kernels import step
+    from rnnfast.kernels import runtime
 
-    mode = step.mode()
+    mode = runtime.mode()
     if mode == "mixed":
         return "TRITON_INTERPRET was changed after Triton had been imported: set it before Python starts"
     if kind == "cpu":

@@ -152,7 +152,7 @@ def _reference(module: Dispatched, input: Tensor | PackedSequence, given: Sequen
 
 
 def _triton(module: Dispatched, input: Tensor | PackedSequence, given: Sequences, training: bool) -> str:
-    from rnnfast.kernels import step
+    from rnnfast.kernels import runtime
 
     layer = module if isinstance(module, _Recurrent) else None
     layers, directions = (layer.num_layers, 2 if layer.bidirectional else 1) if layer else (1, 1)
@@ -184,7 +184,7 @@ def _triton(module: Dispatched, input: Tensor | PackedSequence, given: Sequences
             return f"persistent kernels, {launch}; {choice.persistent.words(rows)}"
         tiles = choice.step
         return (
-            f"step kernels{', interpreted' if step.mode() == 'interpreted' else ''}, one launch a time step: "
+            f"step kernels{', interpreted' if runtime.mode() == 'interpreted' else ''}, one launch a time step: "
             f"{times} {steps} steps; a program computes {tiles.BLOCK_H} units of {tiles.BLOCK_B} rows in chunks of "
             f"{tiles.BLOCK_K}, {tiles.num_warps} warps, {tiles.num_stages} stages"
             + (f"; not persistent: {choice.reason}" if choice.reason else "")

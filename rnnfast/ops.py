@@ -111,7 +111,8 @@ def forward(
         (T, B, `Cell.saved` * H) and all cell states (T, B, H) in float32, each empty where nothing is kept, zero in
         padding too.
     """
-    from rnnfast.kernels import cells, plan
+    from rnnfast.kernels import cells
+    from rnnfast.kernels.step import plan
 
     _refuse_forward_mode()
     spec = cells.CELLS[cell]
@@ -212,7 +213,8 @@ def backward(
         The gate gradients (T, B, `Cell.grads` * H), zero in padding, and the gradients of h0, c0, reset_h and reset_c, each
         (B, H), or empty where there is none or it is not wanted.
     """
-    from rnnfast.kernels import cells, gates, plan
+    from rnnfast.kernels import cells, recompute
+    from rnnfast.kernels.step import plan
 
     _refuse_forward_mode()
     spec = cells.CELLS[cell]
@@ -246,7 +248,7 @@ def backward(
                 h_before = _entering(begin, steps, y, h0, reverse) if entered is None else entered[begin : begin + steps]
                 saved = y.new_empty(steps, B, spec.saved * H)
                 sides = _project(x[begin : begin + steps], w_ih), _project(h_before, w)
-                gates.compute(spec, *sides, _dense_or_none(b_ih), _dense_or_none(b_hh), saved)
+                recompute.compute(spec, *sides, _dense_or_none(b_ih), _dense_or_none(b_hh), saved)
             choice = kernel_plan.run(
                 "backward",
                 choice,

@@ -14,8 +14,9 @@ from side_by_side import together
 import rnnfast
 from rnnfast import backends, ops, reference
 from rnnfast.choice import gpu, kernel_plan, tuned, tuning_file
-from rnnfast.kernels import persistent, plan, step
+from rnnfast.kernels import persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan, persistent_plans
+from rnnfast.kernels.step import plan
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -318,7 +319,7 @@ def test_marked_calls_on_persistent_kernels(name, monkeypatch):
     given = [torch.randn(T, B, 3), *(torch.randn(2, B, H) for _ in range(4))]
     options = {"lengths": [0, 4, 1, 3, 2, 1, 4, 0, 2, 1], "resets": torch.rand(T, B) < 0.3, "return_all_states": True}
     monkeypatch.setattr(persistent.plan, "ROWS", 3 * B)
-    monkeypatch.setattr(persistent, "ROWS", 3 * B)
+    monkeypatch.setattr(persistent.launch, "ROWS", 3 * B)
     found = []
     for family in ("step", "persistent"):
         x, *states = (tensor.clone().requires_grad_() for tensor in given)

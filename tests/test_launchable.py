@@ -16,7 +16,7 @@ from test_backends import python
 import rnnfast
 from rnnfast import backends
 from rnnfast.choice import launchable
-from rnnfast.kernels import step, trial
+from rnnfast.kernels import runtime
 
 COMPILER = shutil.which("cc")
 FAILED = subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c", "-O3"])
@@ -37,8 +37,8 @@ def pretended(monkeypatch):
     def build():
         tried.append("trial")
 
-    monkeypatch.setattr(trial, "build", build)
-    monkeypatch.setattr(step, "mode", lambda: "compiled")
+    monkeypatch.setattr(runtime, "prepare_a_launch", build)
+    monkeypatch.setattr(runtime, "mode", lambda: "compiled")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
@@ -63,8 +63,8 @@ WORDS = [
 @pytest.mark.parametrize("error, words", WORDS)
 def test_words(error, words, pretended, monkeypatch):
     """Each failure gives a reason of one line, which says what to do where that is known."""
-    monkeypatch.setattr(trial, "build", raises(error))
-    monkeypatch.setattr(trial, "python_header", lambda: Path(__file__))
+    monkeypatch.setattr(runtime, "prepare_a_launch", raises(error))
+    monkeypatch.setattr(runtime, "python_header", lambda: Path(__file__))
     monkeypatch.setenv("CC", "mycc")
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     found = launchable.obstacle(0)
@@ -72,8 +72,8 @@ def test_words(error, words, pretended, monkeypatch):
 
 
 def test_no_python_header(pretended, monkeypatch, tmp_path):
-    monkeypatch.setattr(trial, "build", raises(FAILED))
-    monkeypatch.setattr(trial, "python_header", lambda: tmp_path / "Python.h")
+    monkeypatch.setattr(runtime, "prepare_a_launch", raises(FAILED))
+    monkeypatch.setattr(runtime, "python_header", lambda: tmp_path / "Python.h")
     assert launchable.obstacle(0) == f"Triton found no {tmp_path / 'Python.h'}: install Python's headers (python3-dev)"
 
 
@@ -82,10 +82,10 @@ def test_once_a_device_and_only_where_kernels_are_compiled(pretended, monkeypatc
         assert backends.device_obstacle("cuda", index) is None
     assert pretended == ["trial"] * 2
     backends._known.clear()
-    monkeypatch.setattr(step, "mode", lambda: "interpreted")
+    monkeypatch.setattr(runtime, "mode", lambda: "interpreted")
     assert backends.device_obstacle("cuda", 0) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    monkeypatch.setattr(step, "mode", lambda: "compiled")
+    monkeypatch.setattr(runtime, "mode", lambda: "compiled")
     assert "sm_75" in backends._find_device_obstacle("cuda", 0)
     assert "the tensors are on the CPU" in backends._find_device_obstacle("cpu", None)
     assert pretended == ["trial"] * 2

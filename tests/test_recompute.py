@@ -13,8 +13,9 @@ import rnnfast
 from rnnfast import ops, reference
 from rnnfast.check import allowed, error
 from rnnfast.choice import kernel_plan
-from rnnfast.kernels import persistent, plan, step
+from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import GPUS
+from rnnfast.kernels.step import plan
 
 T, B, I, H = 7, 3, 5, 6
 
@@ -62,7 +63,7 @@ def test_opcheck(cell, device):
         torch.library.opcheck(ops.backward, (*given, None, None, None, None, None, x, w_ih, b_ih, b_hh))
 
 
-@pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 @pytest.mark.parametrize("family", [step, persistent])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
@@ -208,7 +209,7 @@ def gradients(layer, x, hx, options):
     return [*outputs, *torch.autograd.grad(outputs, [x, *each, *layer.parameters()], upstream)]
 
 
-@pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 @pytest.mark.parametrize("name, marked", [("LSTM", True), ("GRU", False)])
 def test_on_the_persistent_kernels(name, marked, monkeypatch):
     """Both directions on an H100's plans, backward in three calls each: what the same kernels give with all gates kept."""

@@ -15,7 +15,7 @@ from rnnfast.choice.tuned import TuningWarning
 from rnnfast.choice.tuning_file import Entry, Shape, Unusable
 from rnnfast.kernels import persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plans
-from rnnfast.kernels.plan import step_plan
+from rnnfast.kernels.step.plan import step_plan
 
 H100 = GPUS["H100"]
 SHAPE = Shape("lstm", "float16", "half", 256, 16, 768, 768, 1, 1, training=False)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import isqrt
 
-from rnnfast.kernels.persistent.model import (
+from rnnfast.kernels.persistent.cost_model import (
     StepTime,
     hmma_clocks,
     instructions_estimate,

@@ -27,7 +27,7 @@ from rnnfast.reference import GATES
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
-    from rnnfast.kernels.plan import StepPlan
+    from rnnfast.kernels.step.plan import StepPlan
 
 __all__ = [
     "FAMILIES",
@@ -96,7 +96,7 @@ def choose(
         gpu: as `limits`.
     """
     from rnnfast.kernels.persistent.plan import NoPlan, persistent_plan
-    from rnnfast.kernels.plan import step_plan
+    from rnnfast.kernels.step.plan import step_plan
 
     step = step_plan(H, itemsize, precision)
     if family == "step":

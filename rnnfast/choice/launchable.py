@@ -22,18 +22,18 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 
 def obstacle(index: int | None) -> str | None:
     """Why Triton cannot launch a kernel on CUDA device `index`, and what to do about it; None if it can."""
-    from rnnfast.kernels import trial
+    from rnnfast.kernels import runtime
 
     try:
         with torch.cuda.device(index):
-            trial.build()
+            runtime.prepare_a_launch()
     except Exception as error:  # whatever it is, a launch would raise it too
         return _words(error)
     return None
 
 
 def _words(error: Exception) -> str:
-    from rnnfast.kernels import trial
+    from rnnfast.kernels import runtime
 
     text = str(error)
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -44,8 +44,8 @@ def _words(error: Exception) -> str:
     if text.startswith("libcuda.so") or "ldconfig" in text:
         return "Triton found no libcuda.so.1: set TRITON_LIBCUDA_PATH to the folder that holds it"
     if isinstance(error, subprocess.CalledProcessError):
-        if not trial.python_header().exists():
-            return f"Triton found no {trial.python_header()}: install Python's headers (python3-dev)"
+        if not runtime.python_header().exists():
+            return f"Triton found no {runtime.python_header()}: install Python's headers (python3-dev)"
         command = error.cmd if isinstance(error.cmd, str) else error.cmd[0]
         return f"Triton builds its launcher with a C compiler, and {command} failed with exit status {error.returncode}"
     if isinstance(error, OSError) and error.errno in UNWRITABLE:

@@ -12,10 +12,10 @@ from side_by_side import together
 
 import rnnfast
 from rnnfast.choice import kernel_plan
-from rnnfast.kernels import step
+from rnnfast.kernels import runtime
 from rnnfast.kernels.persistent.plan import GPUS
 
-pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 T, LAYERS, DIRECTIONS = 5, 2, 2
 
 
