@@ -179,15 +179,10 @@ def _triton(module: Dispatched, input: Tensor | PackedSequence, given: Sequences
         choice = kernel_plan.pick(
             cell, steps, rows, units, dtype, kernel_plan.precision(), backward, keeps, tensor.device, marked
         )
-        if choice.persistent is not None:
-            launch = f"one launch for {min(choice.persistent.steps, steps)} time steps: {times} {steps} steps"
-            return f"persistent kernels, {launch}; {choice.persistent.words(rows)}"
-        tiles = choice.step
+        interpreted = ", interpreted" if runtime.mode() == "interpreted" else ""
         return (
-            f"step kernels{', interpreted' if runtime.mode() == 'interpreted' else ''}, one launch a time step: "
-            f"{times} {steps} steps; a program computes {tiles.BLOCK_H} units of {tiles.BLOCK_B} rows in chunks of "
-            f"{tiles.BLOCK_K}, {tiles.num_warps} warps, {tiles.num_stages} stages"
-            + (f"; not persistent: {choice.reason}" if choice.reason else "")
+            f"{choice.family} kernels{interpreted}, {choice.plan.launch_words(steps)}: {times} {steps} steps; "
+            f"{choice.plan.words(rows)}" + (f"; not {choice.wanted}: {choice.reason}" if choice.reason else "")
         )
 
     forward, backward = words(False), words(True)

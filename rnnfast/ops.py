@@ -112,7 +112,6 @@ def forward(
         padding too.
     """
     from rnnfast.kernels import cells
-    from rnnfast.kernels.step import plan
 
     _refuse_forward_mode()
     spec = cells.CELLS[cell]
@@ -130,7 +129,7 @@ def forward(
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
             options = ops_marks.for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.tile)
-        n = plan.chunk_steps(T, B) if choice.persistent is None else choice.persistent.steps
+        n = choice.plan.chunk_steps(T, B)
         for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
             choice = kernel_plan.run(
                 "forward",

@@ -83,8 +83,8 @@ def test_known_names(name, monkeypatch):
 
 def test_choice_is_a_pure_function():
     """Persistent only if asked for, on a GPU, where there is a plan; else the step kernels, with the reason."""
-    main = (4, 16, 768, 2, "ieee", False)
-    assert kernel_plan.choose("step", *main, GPUS["H100"]) == kernel_plan.Choice(plan.step_plan(768, 2, "ieee"))
+    main, step_plan = (4, 16, 768, 2, "ieee", False), plan.step_plan(768, 2, "ieee")
+    assert kernel_plan.choose("step", *main, GPUS["H100"]) == kernel_plan.Choice("step", step_plan, step_plan)
     chosen = kernel_plan.choose("persistent", *main, GPUS["H100"])
     assert isinstance(chosen.persistent, PersistentPlan) and chosen.step == plan.step_plan(768, 2, "ieee")
     assert chosen == kernel_plan.choose("persistent", *main, GPUS["H100"])

@@ -89,6 +89,13 @@ class PersistentPlan:
         for tile in range(0, tiles, at_once):
             yield (units, min(at_once, tiles - tile), 1), tile * self.BLOCK_B
 
+    def chunk_steps(self, T: int, B: int) -> int:
+        """The steps of a launch: their input side is one buffer."""
+        return self.steps
+
+    def launch_words(self, T: int) -> str:
+        return f"one launch for {min(self.steps, T)} time steps"
+
     def words(self, B: int) -> str:
         """The plan in words, for a batch of `B` rows."""
         grids = " then ".join(f"{units} x {tiles} programs" for (units, tiles, _), _ in self.launches(B))

@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -26,6 +26,7 @@ from rnnfast.choice.gpu import cooperative, limits, pretend_gpu
 from rnnfast.reference import GATES
 
 if TYPE_CHECKING:
+    from rnnfast.kernels.families import Plan
     from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
     from rnnfast.kernels.step.plan import StepPlan
 
@@ -53,7 +54,7 @@ REFUSALS = {  # what cuGetErrorString says of the errors that mean: this launch 
     "operation not supported": 801,  # CUDA_ERROR_NOT_SUPPORTED: no cooperative launch on this GPU, or not by this driver
 }
 
-_refused: dict[tuple[torch.device, PersistentPlan], str] = {}  # plans that a driver would not launch, and its words
+_refused: dict[tuple[torch.device, Plan], str] = {}  # plans that a driver would not launch, and its words
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,32 @@ class Choice:
     """What runs one direction of a layer.
 
     Attributes:
-        step: the plan of the step kernels, which run any size.
-        persistent: the plan of the persistent kernels if those run, else None.
-        reason: why they do not though asked for, else empty.
+        family: the name of the family of kernels.
+        plan: its plan.
+        step: the plan of the step kernels, which run any size and stand in where a launch is refused.
+        wanted: the family that should have run and cannot, else empty.
+        reason: why it cannot, else empty.
     """
 
+    family: str
+    plan: Plan
     step: StepPlan
-    persistent: PersistentPlan | None = None
+    wanted: str = ""
     reason: str = ""
+
+    @property
+    def persistent(self) -> PersistentPlan | None:
+        """The plan of the persistent kernels if those run."""
+        return cast("PersistentPlan", self.plan) if self.family == "persistent" else None
 
     @property
     def tile(self) -> int:
         """Batch rows of a program."""
-        return (self.persistent or self.step).BLOCK_B
+        return self.plan.BLOCK_B
+
+    def without(self, reason: str) -> Choice:
+        """The step kernels instead, for this reason."""
+        return Choice("step", self.step, self.step, self.family, reason)
 
 
 def asked() -> str:
@@ -91,20 +105,24 @@ def choose(
     """The family asked for where it has a plan, else the step kernels. A pure function.
 
     Args:
-        family: "step" or "persistent".
+        family: the name of one, not "auto".
         gates, B, H, itemsize, precision, backward, marked: as in `rnnfast.kernels.persistent.plan.persistent_plan`.
         gpu: as `limits`.
     """
-    from rnnfast.kernels.persistent.plan import NoPlan, persistent_plan
+    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.persistent.plan import NoPlan
     from rnnfast.kernels.step.plan import step_plan
 
     step = step_plan(H, itemsize, precision)
     if family == "step":
-        return Choice(step)
+        return Choice("step", step, step)
     if gpu is None:
-        return Choice(step, reason="on a CPU the programs of a grid run one after another, and these wait for each other")
-    plan = persistent_plan(gates, B, H, itemsize, precision, backward, gpu, marked)
-    return Choice(step, reason=plan.reason) if isinstance(plan, NoPlan) else Choice(step, plan)
+        reason = "on a CPU the programs of a grid run one after another, and these wait for each other"
+        return Choice("step", step, step, family, reason)
+    plan = FAMILIES[family].plan(gates, B, H, itemsize, precision, backward, gpu, marked)
+    if isinstance(plan, NoPlan):
+        return Choice("step", step, step, family, plan.reason)
+    return Choice(family, plan, step)
 
 
 def pick(
@@ -116,25 +134,35 @@ def pick(
     family, plan = asked(), None
     gpu = None if family == "step" else limits(device)
     if family == "auto":
-        family = "step"
-        if gpu is not None and (entry := tuned.kernels(gpu, cell, T, B, H, *tuning_file.names(dtype, precision), training)):
-            plan = entry.backward if backward else entry.forward
-            if plan is not None and marked:  # what was measured was without, and may have no room for them
-                family, plan = "persistent", None
+        family, plan = _measured_plan(gpu, cell, T, B, H, dtype, precision, backward, training)
+        if marked:  # what was measured was without marks, and may have no room for them
+            plan = None
     choice = choose(family, GATES[cell], B, H, dtype.itemsize, precision, backward, gpu, marked)
     if plan is not None:
-        choice = Choice(choice.step, plan)
-    if choice.persistent is None or strict():  # strict: tried again, to be refused again
+        choice = Choice(family, plan, choice.step)
+    if strict():  # strict: a plan that was refused is tried again, to be refused again
         return choice
-    refusal = _refusal(choice.persistent, device)
-    return choice if refusal is None else Choice(choice.step, reason=refusal)
+    refusal = _hindrance(choice.family, device) or _refused.get((device, choice.plan))
+    return choice.without(refusal) if refusal else choice
 
 
-def _refusal(plan: PersistentPlan, device: torch.device) -> str | None:
-    """Why the driver would not launch `plan`, as far as is known."""
-    if not cooperative(device):
-        return UNCOOPERATIVE
-    return _refused.get((device, plan))
+def _measured_plan(
+    gpu: GpuLimits | None, cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool
+) -> tuple[str, Plan | None]:
+    """The family that was measured as the fastest and its plan; the step kernels where nothing was measured."""
+    from rnnfast.kernels.families import family_of
+
+    names = tuning_file.names(dtype, precision)
+    entry = None if gpu is None else tuned.kernels(gpu, cell, T, B, H, *names, training)
+    plan = None if entry is None else entry.backward if backward else entry.forward
+    return ("step", None) if plan is None else (family_of(plan), plan)
+
+
+def _hindrance(family: str, device: torch.device) -> str:
+    """Why no plan of this family can be launched on `device`, else empty."""
+    from rnnfast.kernels.families import FAMILIES
+
+    return UNCOOPERATIVE if FAMILIES[family].waits and not cooperative(device) else ""
 
 
 def measured(device: torch.device) -> bool:
@@ -189,25 +217,20 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
     Raises:
         RuntimeError: with RNNFAST_STRICT=1, if the driver refuses.
     """
-    from rnnfast.kernels import persistent, step
+    from rnnfast.kernels.families import FAMILIES
 
-    if choice.persistent is None:
-        getattr(step, direction)(*args, **options, plan=choice.step)
-        return choice
-    refusal, cause = "" if cooperative(device) else UNCOOPERATIVE, None
+    refusal, cause = _hindrance(choice.family, device), None
     if not refusal:
         try:
-            getattr(persistent, direction)(*args, **options, plan=choice.persistent)
+            getattr(FAMILIES[choice.family].package, direction)(*args, **options, plan=choice.plan)
             return choice
         except Exception as error:
-            if not _is_refusal(error):
+            if choice.family == "step" or not _is_refusal(error):
                 raise
             cause, refusal = error, f"the driver refused the launch: {error}"
     if strict():
-        raise RuntimeError(f"RNNFAST_STRICT is set and the persistent kernels cannot run this call: {refusal}") from cause
-    _refused[device, choice.persistent] = refusal
-    message = f"the persistent kernels were chosen, but the step kernels run: {refusal}"
+        raise RuntimeError(f"RNNFAST_STRICT is set and the {choice.family} kernels cannot run this call: {refusal}") from cause
+    _refused[device, choice.plan] = refusal
+    message = f"the {choice.family} kernels were chosen, but the step kernels run: {refusal}"
     warnings.warn(message, FallbackWarning, stacklevel=user_level())
-    choice = Choice(choice.step, reason=refusal)
-    getattr(step, direction)(*args, **options, plan=choice.step)
-    return choice
+    return run(direction, choice.without(refusal), device, *args, **options)
