@@ -10,13 +10,12 @@ OUT ?= out/gpu-check
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
-CHECKOUT := build/checkout
 CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo examples test sweep schedules static docs lint bench-check gpu-check checkout clean FORCE
+.PHONY: help demo examples test sweep schedules static docs lint bench-check gpu-check clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,7 +52,7 @@ docs: $(VENV)/docs.done ## the pages and the API reference as HTML in build/docs
 	@$(RUN) -m sphinx -W --keep-going -q -b doctest docs build/doctest $(ARGS) && tail -n 8 build/doctest/output.txt
 	@echo "build/docs/index.html"
 
-lint: $(VENV)/dev.done checkout ## ruff, pyright and the warnings of the docs
+lint: $(VENV)/dev.done ## ruff, pyright and the warnings of the docs
 	@failed=0; \
 	$(RUN) -m ruff check . || failed=1; \
 	$(RUN) -m ruff format --check . || failed=1; \
@@ -64,20 +63,12 @@ lint: $(VENV)/dev.done checkout ## ruff, pyright and the warnings of the docs
 bench-check: $(VENV)/test.done ## static counts and the cost on CPU tensors against their baselines (docs/report.md)
 	@$(RUN) -m benchmarks.check $(ARGS)
 
-# Nothing can be installed there, and the kernels are rnnfast.kernels only once installed. So it runs in a copy of the
-# checkout laid out as it installs; results go to OUT, here.
-gpu-check: checkout ## on this machine's GPU, in ten minutes: tests, every kernel, times; this machine's own Python, installs nothing
+# Nothing can be installed there, and nothing needs to be: the checkout is the package.
+gpu-check: ## on this machine's GPU, in ten minutes: tests, every kernel, times; this machine's own Python, installs nothing
 	@$(PYTHON) -c 'import hypothesis, pytest, torch, triton' 2>/dev/null || \
 		{ echo "gpu-check installs nothing, and $(PYTHON) lacks torch, triton, pytest or hypothesis: name one that has them," \
 		"make gpu-check PYTHON=..." >&2; exit 1; }
-	@cd $(CHECKOUT) && PYTHONPATH="$(abspath $(CHECKOUT))$${PYTHONPATH:+:$$PYTHONPATH}" \
-		$(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m benchmarks.gpu_check --out $(abspath $(OUT)) $(ARGS)
-
-checkout:
-	@rm -rf $(CHECKOUT)
-	@mkdir -p $(CHECKOUT)
-	@cp -R rnnfast benchmarks examples tests pyproject.toml $(CHECKOUT)
-	@cp -R kernels $(CHECKOUT)/rnnfast/kernels
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu_check --out $(abspath $(OUT)) $(ARGS)
 
 clean: ## remove the virtual environment and everything built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -103,9 +103,9 @@ class StandInDriver(DriverBase):
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that a layer can launch."""
-    from rnnfast.kernels import dropout, gates, persistent, step
+    from rnnfast.kernels import dropout, persistent, recompute, step
 
-    modules = (step, persistent, gates, dropout)
+    modules = (step, persistent, recompute, dropout)
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
     return [kernel for kernel in found if isinstance(kernel, triton.JITFunction)]
 
@@ -113,10 +113,10 @@ def kernels() -> list[triton.JITFunction]:
 @contextmanager
 def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     """Kernels launched inside compile for sm_`arch` and are counted, not run. Takes CPU tensors."""
-    from rnnfast import families
-    from rnnfast.kernels import step
+    from rnnfast.choice import kernel_plan
+    from rnnfast.kernels import runtime
 
-    if step.mode() != "compiled":
+    if runtime.mode() != "compiled":
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
     driver = StandInDriver(arch)
     triton.runtime.driver.set_active(driver)
@@ -125,7 +125,7 @@ def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     for kernel in kernels():
         kernel.device_caches.clear()
     try:
-        with families.assume(limits_of(arch)):
+        with kernel_plan.pretend_gpu(limits_of(arch)):
             yield driver
     finally:
         knobs.compilation.listener = None

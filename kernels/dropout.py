@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.step import as_a_gpu, emulate_bf16
+from rnnfast.kernels.runtime import as_a_gpu, emulate_bf16
 
 __all__ = ["apply", "dropout_kernel"]
 
@@ -82,4 +82,5 @@ def apply(joined, first, second, seed, p: float, *, backward: bool) -> None:
     dropout_kernel[(rows, -(-W // block))](
         joined, first, first if second is None else second, seed, round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p),
         first.shape[1], W, BACKWARD=backward, EMULATE_BF16=emulate_bf16(joined), BLOCK_J=block, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip

@@ -6,7 +6,7 @@
 
 Asked for, in this order: by `use_backend` around the call, by ``backend=`` on the module or function, by RNNFAST_BACKEND in
 the environment; else chosen for each call: "triton" where it can run, unless `rnnfast tune` measured "torch" as faster
-(see `rnnfast.tuning`), and "torch" where not. A backend that was asked for but cannot run gives way to "torch" with a
+(see `rnnfast.choice.tuned`), and "torch" where not. A backend that was asked for but cannot run gives way to "torch" with a
 `FallbackWarning`; with RNNFAST_STRICT=1, nothing gives way: a `RuntimeError` says why.
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor, _guards
 from torch.autograd import forward_ad
 
 from rnnfast import transforms
+from rnnfast.choice import launchable
 from rnnfast.transforms import innermost
 
 __all__ = [
@@ -162,9 +163,9 @@ def _find_device_obstacle(kind: str, index: int | None) -> str | None:
         return f"the tensors are on a {kind!r} device: the kernels need an NVIDIA GPU"
     if triton_obstacle():
         return None if kind == "cuda" else "the tensors are on the CPU"
-    from rnnfast.kernels import step
+    from rnnfast.kernels import runtime
 
-    mode = step.mode()
+    mode = runtime.mode()
     if mode == "mixed":
         return "TRITON_INTERPRET was changed after Triton had been imported: set it before Python starts"
     if kind == "cpu":
@@ -175,7 +176,7 @@ def _find_device_obstacle(kind: str, index: int | None) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"the GPU is sm_{major}{minor}: the kernels need sm_80 (Ampere) or newer"
-    return None
+    return launchable.obstacle(index) if mode == "compiled" else None
 
 
 def autocast(kind: str) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import backends, families, sequences, tuning
+from rnnfast import backends, sequences
+from rnnfast.choice import kernel_plan, tuned, tuning_file
 from rnnfast.dispatch import Dispatched
 from rnnfast.nn import _Recurrent
 from rnnfast.sequences import Sequences
@@ -90,7 +91,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         by = f"{name!r} was {by}, but cannot run this call"
     if backends.strict() and name != "torch" and module._obstacles(input, name):
         by += "; RNNFAST_STRICT is set, so the call raises"
-    tuned = None
+    shape = None
     if (
         layer
         and isinstance(input, Tensor)
@@ -99,12 +100,12 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         and not obstacles
         and name in (None, "triton")
     ):
-        tuned = layer._shape(input, hx)
+        shape = layer._shape(input, hx)
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (tensor, *module.parameters()))
     details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, input, given, training)
     if layer and training:
         details += _recompute(layer, backend, given)
-    return Explanation(backend, by, obstacles, call, details, _tuning(tuned, tensor.device) if tuned else "")
+    return Explanation(backend, by, obstacles, call, details, _tuning(shape, tensor.device) if shape else "")
 
 
 def _recompute(layer: _Recurrent, backend: str, given: Sequences | None) -> str:
@@ -119,17 +120,17 @@ def _recompute(layer: _Recurrent, backend: str, given: Sequences | None) -> str:
     return "; backward computes the gates again"
 
 
-def _tuning(shape: tuning.Shape, device: torch.device) -> str:
-    gpu = families.limits(device)
-    if gpu is None or families.asked() != "auto":
+def _tuning(shape: tuning_file.Shape, device: torch.device) -> str:
+    gpu = kernel_plan.limits(device)
+    if gpu is None or kernel_plan.asked() != "auto":
         return ""
-    table = tuning.table(gpu)
+    table = tuned.table(gpu)
     command = f"rnnfast tune --cell {shape.cell} --hidden {shape.H} --input {shape.I} --batch {shape.B} --steps {shape.T}"
     command += f" --dtype {'tf32' if shape.precision == 'tf32' else shape.dtype} --layers {shape.layers}"
     advice = f"to measure it: {command}{' --bidirectional' if shape.directions > 1 else ''}"
     if table.unused:
         return f"not measured here ({table.unused}); {advice}"
-    entry = tuning.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training)
+    entry = tuned.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training)
     if entry is None:
         return f"{table.path} has nothing near this call; {advice}"
     return f"by {table.path}, measured at {entry.shape}"
@@ -151,7 +152,7 @@ def _reference(module: Dispatched, input: Tensor | PackedSequence, given: Sequen
 
 
 def _triton(module: Dispatched, input: Tensor | PackedSequence, given: Sequences, training: bool) -> str:
-    from rnnfast.kernels import step
+    from rnnfast.kernels import runtime
 
     layer = module if isinstance(module, _Recurrent) else None
     layers, directions = (layer.num_layers, 2 if layer.bidirectional else 1) if layer else (1, 1)
@@ -175,18 +176,15 @@ def _triton(module: Dispatched, input: Tensor | PackedSequence, given: Sequences
 
     def words(backward: bool) -> str:
         keeps = backward or training
-        choice = families.pick(cell, steps, rows, units, dtype, families.precision(), backward, keeps, tensor.device, marked)
-        if choice.persistent is not None:
-            launch = f"one launch for {min(choice.persistent.steps, steps)} time steps: {times} {steps} steps"
-            return f"persistent kernels, {launch}; {choice.persistent.words(rows)}"
-        tiles = choice.step
+        choice = kernel_plan.pick(
+            cell, steps, rows, units, dtype, kernel_plan.precision(), backward, keeps, tensor.device, marked
+        )
+        interpreted = ", interpreted" if runtime.mode() == "interpreted" else ""
         return (
-            f"step kernels{', interpreted' if step.mode() == 'interpreted' else ''}, one launch a time step: "
-            f"{times} {steps} steps; a program computes {tiles.BLOCK_H} units of {tiles.BLOCK_B} rows in chunks of "
-            f"{tiles.BLOCK_K}, {tiles.num_warps} warps, {tiles.num_stages} stages"
-            + (f"; not persistent: {choice.reason}" if choice.reason else "")
+            f"{choice.family} kernels{interpreted}, {choice.plan.launch_words(steps)}: {times} {steps} steps; "
+            f"{choice.plan.words(rows)}" + (f"; not {choice.wanted}: {choice.reason}" if choice.reason else "")
         )
 
     forward, backward = words(False), words(True)
     text = (forward if forward == backward else f"forward: {forward}\n       backward: {backward}") + extras
-    return text + (f"; products in {families.precision()}" if dtype == torch.float32 else "")
+    return text + (f"; products in {kernel_plan.precision()}" if dtype == torch.float32 else "")

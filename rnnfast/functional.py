@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast import backends, families, ops, reference, sequences, transforms
+from rnnfast import backends, ops, reference, sequences, transforms
+from rnnfast.choice import kernel_plan
 from rnnfast.dispatch import computed_again
 
 __all__ = ["gru", "lstm", "rnn"]
@@ -177,11 +178,11 @@ def _layer(
 
 def _torch_wins(cell: str, x: Tensor, hx: _States | None, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> bool:
     """As of the modules, for a module of one layer and direction."""
-    if torch.compiler.is_compiling() or transforms.inside() or not families.measured(x.device):
+    if torch.compiler.is_compiling() or transforms.inside() or not kernel_plan.measured(x.device):
         return False
     T, B, I = x.shape
     tensors = (x, *(hx or ()), w_ih, w_hh, *biases)
-    return families.torch_wins(families.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors), x.device)
+    return kernel_plan.torch_wins(kernel_plan.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors), x.device)
 
 
 def _check(

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnfast import backends, families, ops, ops_dropout, reference, sequences, transforms, tuning
+from rnnfast import backends, ops, ops_dropout, reference, sequences, transforms
+from rnnfast.choice import kernel_plan, tuning_file
 from rnnfast.dispatch import Dispatched, computed_again
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -190,17 +191,17 @@ class _Recurrent(Dispatched, torch.nn.RNNBase):
         """Not in compiled code, where PyTorch unrolls its layer, nor inside a transform."""
         if torch.compiler.is_compiling() or transforms.inside() or not isinstance(input, Tensor) or self.proj_size:
             return False
-        if not families.measured(input.device):
+        if not kernel_plan.measured(input.device):
             return False
-        return families.torch_wins(self._shape(input, hx), input.device)
+        return kernel_plan.torch_wins(self._shape(input, hx), input.device)
 
-    def _shape(self, input: Tensor, hx: Any) -> tuning.Shape:
+    def _shape(self, input: Tensor, hx: Any) -> tuning_file.Shape:
         """Of a plain call on the kernels, as it is tuned for."""
         T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
         if input.dim() == 3 and self.batch_first:
             T, B = B, T
         tensors = (input, *self._states(hx), *self.parameters())
-        return families.shape(
+        return kernel_plan.shape(
             self.mode.lower(), T, B, self.input_size, self.hidden_size, self.num_layers, 1 + self.bidirectional, tensors
         )
 

@@ -2,7 +2,7 @@
 
     forward    for one chunk of steps after another: W_ih x of the chunk, one GEMM through PyTorch into a float32 buffer that
                does not grow with T; then the recurrence over the chunk, on the kernels that
-               `rnnfast.families` chose.
+               `rnnfast.choice.kernel_plan` chose.
     backward   the recurrence in reverse, which writes the gate gradients of all steps; then, in `rnnfast.ops_autograd`, each
                weight, bias and input gradient as one GEMM or sum over T * B, through PyTorch, and only those that are needed.
 
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnfast import families, ops_autograd, ops_marks, reference, transforms
-from rnnfast.families import precision
+from rnnfast import ops_autograd, ops_marks, reference, transforms
+from rnnfast.choice import kernel_plan
+from rnnfast.choice.kernel_plan import precision
 from rnnfast.reference import GATES, GRADS, RESETS, SAVED, STARTS
 
 __all__ = ["FLOP_FORMULAS", "backward", "forward", "on_device", "precision"]
@@ -110,7 +111,7 @@ def forward(
         (T, B, `Cell.saved` * H) and all cell states (T, B, H) in float32, each empty where nothing is kept, zero in
         padding too.
     """
-    from rnnfast.kernels import cells, plan
+    from rnnfast.kernels import cells
 
     _refuse_forward_mode()
     spec = cells.CELLS[cell]
@@ -123,14 +124,14 @@ def forward(
         saved = new((T, B, spec.saved * H) if save and spec.saved and not recompute else (0,))
         w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
         bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
-        choice = families.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device, marks is not None)
+        choice = kernel_plan.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device, marks is not None)
         options = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
             options = ops_marks.for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.tile)
-        n = plan.chunk_steps(T, B) if choice.persistent is None else choice.persistent.steps
+        n = choice.plan.chunk_steps(T, B)
         for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
-            choice = families.run(
+            choice = kernel_plan.run(
                 "forward",
                 choice,
                 x.device,
@@ -211,7 +212,8 @@ def backward(
         The gate gradients (T, B, `Cell.grads` * H), zero in padding, and the gradients of h0, c0, reset_h and reset_c, each
         (B, H), or empty where there is none or it is not wanted.
     """
-    from rnnfast.kernels import cells, gates, plan
+    from rnnfast.kernels import cells, recompute
+    from rnnfast.kernels.step import plan
 
     _refuse_forward_mode()
     spec = cells.CELLS[cell]
@@ -225,7 +227,7 @@ def backward(
             for grad in (dh_n, dc_n)
         )
         w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
-        choice = families.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device, marks is not None)
+        choice = kernel_plan.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device, marks is not None)
         options: dict[str, Tensor | None] = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
@@ -245,8 +247,8 @@ def backward(
                 h_before = _entering(begin, steps, y, h0, reverse) if entered is None else entered[begin : begin + steps]
                 saved = y.new_empty(steps, B, spec.saved * H)
                 sides = _project(x[begin : begin + steps], w_ih), _project(h_before, w)
-                gates.compute(spec, *sides, _dense_or_none(b_ih), _dense_or_none(b_hh), saved)
-            choice = families.run(
+                recompute.compute(spec, *sides, _dense_or_none(b_ih), _dense_or_none(b_hh), saved)
+            choice = kernel_plan.run(
                 "backward",
                 choice,
                 y.device,

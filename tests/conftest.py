@@ -32,7 +32,7 @@ def _clean_settings(monkeypatch):
     for name in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "RNNFAST_STRICT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RNNFAST_TUNING_FILE", os.devnull + ".no-such-file")
-    monkeypatch.setattr("rnnfast.tuning._tables", {})
+    monkeypatch.setattr("rnnfast.choice.tuned._tables", {})
     torch.manual_seed(0)
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "ieee"  # of float32 products on a GPU; TF32 has a test of its own

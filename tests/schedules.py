@@ -29,7 +29,8 @@ from side_by_side import together
 from triton.runtime import interpreter
 
 import rnnfast
-from rnnfast import check, families
+from rnnfast import check
+from rnnfast.choice import kernel_plan
 from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan
 
 CELLS = ("LSTM", "GRU", "RNN")
@@ -127,7 +128,7 @@ def run(cell: str, dtype: str, parts: Sequence[int], seeds: range) -> Outcome:
     outcome = None
     for seed in seeds:
         with (
-            families.assume(GPUS["H100"]),
+            kernel_plan.pretend_gpu(GPUS["H100"]),
             mock.patch.dict(os.environ, RNNFAST_KERNELS="persistent"),
             mock.patch("rnnfast.kernels.persistent.plan.persistent_plan") as plan,
             together(seed) as happened,

@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
 from rnnfast import backends, functional, nn, ops, reference, transforms
-from rnnfast.kernels import step
+from rnnfast.choice import launchable
+from rnnfast.kernels import runtime, step
 
 T, B, I, H = 3, 2, 3, 4
 FLOAT64 = "the dtype is torch.float64: the kernels take float16, bfloat16 and float32"
@@ -304,8 +305,9 @@ def test_without_triton_torch_runs(unknown, device, monkeypatch, ran):
 
 def test_devices(monkeypatch):
     """Each device that cannot run the kernels is refused for its own reason; Ampere and newer are taken."""
-    monkeypatch.setattr(step, "mode", lambda: "compiled")
+    monkeypatch.setattr(runtime, "mode", lambda: "compiled")
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(launchable, "obstacle", lambda index: None)
     for capability, taken in (((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
         reason = f"the GPU is sm_{capability[0]}{capability[1]}: the kernels need sm_80 (Ampere) or newer"
@@ -315,10 +317,10 @@ def test_devices(monkeypatch):
         assert backends._find_device_obstacle(kind, None).startswith(f"the tensors are on a {kind!r} device")
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert backends._find_device_obstacle("cuda", 0) == "the kernels are not validated on AMD GPUs"
-    monkeypatch.setattr(step, "mode", lambda: "mixed")
+    monkeypatch.setattr(runtime, "mode", lambda: "mixed")
     for kind in ("cpu", "cuda"):
         assert "TRITON_INTERPRET was changed after Triton had been imported" in backends._find_device_obstacle(kind, 0)
-    monkeypatch.setattr(step, "mode", lambda: "interpreted")
+    monkeypatch.setattr(runtime, "mode", lambda: "interpreted")
     assert backends._find_device_obstacle("cpu", None) is None
 
 

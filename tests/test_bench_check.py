@@ -162,7 +162,7 @@ def test_a_slow_commit_is_caught(tmp_path):
         ("num_stages=3", "num_stages=2", "one load less in flight"),
         ("Launch plans:", "The launch plans:", "innocent, too"),
     ):
-        plan = clone / "kernels/plan.py"
+        plan = clone / "kernels/step/plan.py"
         assert old in plan.read_text()
         plan.write_text(plan.read_text().replace(old, new))
         subprocess.run([*git, "commit", "-qam", subject], check=True)

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnnfast import ops, reference
 from rnnfast.check import Case, allowed, compare, error
-from rnnfast.kernels import cells, plan
+from rnnfast.kernels import cells
+from rnnfast.kernels.step import plan
 
 CELLS = list(reference.GATES)
 T, B, I, H = 4, 3, 5, 6

@@ -10,10 +10,12 @@ from side_by_side import together
 from test_ops import CELLS, make, op_args
 
 import rnnfast
-from rnnfast import families, ops, reference
+from rnnfast import ops, reference
 from rnnfast.check import allowed, error
-from rnnfast.kernels import persistent, plan, step
+from rnnfast.choice import kernel_plan
+from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import GPUS
+from rnnfast.kernels.step import plan
 
 T, B, I, H = 7, 3, 5, 6
 
@@ -61,7 +63,7 @@ def test_opcheck(cell, device):
         torch.library.opcheck(ops.backward, (*given, None, None, None, None, None, x, w_ih, b_ih, b_hh))
 
 
-@pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 @pytest.mark.parametrize("family", [step, persistent])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
@@ -207,7 +209,7 @@ def gradients(layer, x, hx, options):
     return [*outputs, *torch.autograd.grad(outputs, [x, *each, *layer.parameters()], upstream)]
 
 
-@pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 @pytest.mark.parametrize("name, marked", [("LSTM", True), ("GRU", False)])
 def test_on_the_persistent_kernels(name, marked, monkeypatch):
     """Both directions on an H100's plans, backward in three calls each: what the same kernels give with all gates kept."""
@@ -217,7 +219,7 @@ def test_on_the_persistent_kernels(name, marked, monkeypatch):
     options = {"lengths": [T, 0, 4], "resets": torch.arange(T * B).view(T, B) % 5 == 3, "reset_to": hx} if marked else {}
     found, launches = [], []
     for layer.recompute in (False, True):
-        with families.assume(GPUS["H100"]), together(1) as happened:
+        with kernel_plan.pretend_gpu(GPUS["H100"]), together(1) as happened:
             found.append(gradients(layer, x, hx, options))
         launches.append([kernel for kernel, _ in happened.grids])
     close(found[1], found[0])

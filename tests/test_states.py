@@ -99,12 +99,12 @@ def test_explain(device):
 @pytest.mark.parametrize("options", [{"lengths": [1, 2, 2]}, {"return_all_states": True}], ids=str)
 def test_explain_the_family(options, device, monkeypatch):
     """Asked for the persistent kernels these calls run on them where there is a plan; else it is said why not."""
-    from rnnfast import families
+    from rnnfast.choice import kernel_plan
     from rnnfast.kernels.persistent.plan import GPUS
 
     monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
     ours, x = rnnfast.LSTM(32, 32, device=device), torch.randn(T, B, 32, device=device)
-    with families.assume(GPUS["H100"]):
+    with kernel_plan.pretend_gpu(GPUS["H100"]):
         text = str(rnnfast.explain(ours, x, **options))
         large = rnnfast.LSTM(1, 2200, device=device)
         assert "not persistent: no tiles fit" in str(rnnfast.explain(large, torch.zeros(T, B, 1, device=device), **options))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import isqrt
 
-from rnnfast.kernels.persistent.model import (
+from rnnfast.kernels.persistent.cost_model import (
     StepTime,
     hmma_clocks,
     instructions_estimate,
@@ -88,6 +88,13 @@ class PersistentPlan:
         at_once = self.programs // units
         for tile in range(0, tiles, at_once):
             yield (units, min(at_once, tiles - tile), 1), tile * self.BLOCK_B
+
+    def chunk_steps(self, T: int, B: int) -> int:
+        """The steps of a launch: their input side is one buffer."""
+        return self.steps
+
+    def launch_words(self, T: int) -> str:
+        return f"one launch for {min(self.steps, T)} time steps"
 
     def words(self, B: int) -> str:
         """The plan in words, for a batch of `B` rows."""

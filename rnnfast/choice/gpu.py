@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["assume", "cooperative", "driver_version", "limits"]
+__all__ = ["cooperative", "driver_version", "limits", "pretend_gpu"]
 
 COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 
@@ -43,7 +43,7 @@ def _find_limits(device: torch.device) -> GpuLimits:
 
 
 @contextmanager
-def assume(gpu: GpuLimits, cooperative: bool = True) -> Iterator[None]:
+def pretend_gpu(gpu: GpuLimits, cooperative: bool = True) -> Iterator[None]:
     """Within the ``with`` block CPU tensors are taken to be on `gpu`, which has cooperative launch or not: for launches that
     are compiled and counted, not run."""
     cpu = torch.device("cpu")
