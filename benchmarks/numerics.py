@@ -13,16 +13,16 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import torch
 
-from rnnfast import ops
 from rnnfast.check import Case, compare
+from rnnfast.ops import recurrence
 
 SHOWN = ("output", "grad of input", "grad of weight_hh_l0")
 
 
 def main(argv: list[str]) -> int:
     if "--round-input-side" in argv:
-        project = ops._project
-        ops._project = lambda x, w_ih: project(x, w_ih).to(x.dtype).float()
+        project = recurrence.project
+        recurrence.project = lambda x, w_ih: project(x, w_ih).to(x.dtype).float()
     print("| | " + " | ".join(SHOWN) + " | largest of all |")
     for cell in ("LSTM", "GRU", "RNN"):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnfast import backends, ops, ops_dropout, reference, sequences, transforms
+from rnnfast import backends, ops, reference, sequences, transforms
 from rnnfast.choice import kernel_plan, tuning_file
 from rnnfast.dispatch import Dispatched, computed_again
 
@@ -248,7 +248,7 @@ class _Recurrent(Dispatched, torch.nn.RNNBase):
                 all_states.append((x, *(_joined(c) for c in zip(*cells, strict=True))))
                 all_gates.append(torch.stack(gates, dim=2))
             if fused:
-                x = ops_dropout.dropout(outputs, self.dropout)
+                x = ops.dropout.dropout(outputs, self.dropout)
             elif drops:
                 x = torch.dropout(x, self.dropout, train=True)  # whose errors are torch.nn.LSTM's
 

@@ -1,29 +1,36 @@
-"""The equations in plain PyTorch: the definition of the project, and the oracle of its tests. Any floating dtype, any device.
+"""The equations in plain PyTorch. They define what this project computes, and its tests compare with them.
 
-Written to be read, one time step after another; autograd gives every gradient. For one layer and one direction:
+They run in any floating dtype on any device, one time step after another; autograd gives the gradients. For one layer in one
+direction:
 
     x      (T, B, I)    inputs of all time steps
-    h0     (B, H)       initial hidden state; for the LSTM also c0 (B, H)
-    w_ih   (G*H, I)     input weights, G blocks of H rows, a block a gate
+    h0     (B, H)       initial hidden state; the LSTM has an initial cell state c0 (B, H) too
+    w_ih   (G*H, I)     input weights: G blocks of H rows, one block a gate
     w_hh   (G*H, H)     recurrent weights
     b_ih   (G*H,)       biases, or None
     b_hh   (G*H,)
     y      (T, B, H)    the hidden state h_t of every time step
 
 Gate order and equations are those of torch.nn: i, f, g, o for the LSTM (Hochreiter and Schmidhuber 1997, with the forget
-gate of Gers et al. 2000), r, z, n for the GRU (Cho et al. 2014, reset after the product), one block for the Elman network.
+gate of Gers et al. 2000); r, z, n for the GRU (Cho et al. 2014, with the reset gate after the product); one block for the Elman
+network.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, relu, sigmoid, stack, tanh
 from torch.nn.functional import linear
 
-__all__ = ["GATES", "gru_step", "layer", "lstm_step", "marks", "rnn_relu_step", "rnn_tanh_step", "trace", "unroll"]
+__all__ = [
+    "CELLS", "GATES", "Cell", "gru_step", "layer", "lstm_step", "marks", "rnn_relu_step", "rnn_tanh_step", "trace", "unroll",
+]  # fmt: skip
 
 States = tuple[Tensor, ...]
-Step = tuple[States, States]  # the new states, the gate activations in gate order
+Step = tuple[States, States]  # the new states, and the gate activations in gate order
 
 CONTINUES, STARTS, RESETS, PADDED = range(4)  # the marks: see `marks`
 
@@ -59,25 +66,57 @@ def rnn_relu_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: T
     return (h,), (h,)
 
 
-STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": rnn_tanh_step, "rnn_relu": rnn_relu_step}
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-# blocks of H that the kernels keep for backward, and that their gate gradients have: `Cell.saved` and `Cell.grads` of the
-# kernels, said here too because PyTorch asks for the shapes of results where there is no Triton
-SAVED = {"lstm": 4, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
-GRADS = {"lstm": 4, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
+@dataclass(frozen=True)
+class Cell:
+    """What the code around the kernels has to know of a cell. Only `step` is an equation.
+
+    `saved` and `grads` repeat `rnnfast.kernels.cells.Cell`, because PyTorch asks for the shapes of results where there is no
+    Triton. `rnnfast.kernels.cells` explains them.
+
+    Attributes:
+        step: the equations of one time step.
+        states: the number of states: 2 if there is a cell state besides h, else 1.
+        gates: blocks of H rows in the weights.
+        saved: blocks of H that the kernels save for backward, for each batch row and step.
+        grads: blocks of H of gate gradients.
+        reads_h_before: whether backward of a step reads h_{t-1}.
+        allows_edits: whether the input, the biases and the output may be edited in place before backward, where it does not
+            read the values that were. As in torch.nn on a CPU: its LSTM (oneDNN) refuses, its GRU and RNN accept.
+    """
+
+    step: Callable[..., Step]
+    states: int
+    gates: int
+    saved: int
+    grads: int
+    reads_h_before: bool = False
+    allows_edits: bool = True
+
+
+CELLS = {
+    "lstm": Cell(lstm_step, states=2, gates=4, saved=4, grads=4, allows_edits=False),
+    "gru": Cell(gru_step, states=1, gates=3, saved=4, grads=4, reads_h_before=True),
+    "rnn_tanh": Cell(rnn_tanh_step, states=1, gates=1, saved=0, grads=1),
+    "rnn_relu": Cell(rnn_relu_step, states=1, gates=1, saved=0, grads=1),
+}
+STEPS = {name: cell.step for name, cell in CELLS.items()}
+GATES = {name: cell.gates for name, cell in CELLS.items()}
+SAVED = {name: cell.saved for name, cell in CELLS.items()}
 
 
 def marks(x: Tensor, lengths: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
-    """What state enters each step of each batch row, in the terms of the direction that runs.
+    """A code for each step of each batch row: which state enters it, for the direction that runs.
 
-    CONTINUES, that of the step before; STARTS, the initial state; RESETS, the reset state; PADDED, none: the step is padding.
-    A reset is a boundary between two steps in time: forward it restarts the state that enters its step, in reverse the one that
-    enters the step before it in time.
+    CONTINUES: the state of the step before. STARTS: the initial state. RESETS: the reset state. PADDED: none, the step is
+    padding.
+
+    A reset is a boundary between two steps in time. In the forward direction it replaces the state that enters the step after
+    the boundary; in reverse, the state that enters the step before the boundary.
 
     Args:
         x: (T, B, I), for its shape and device.
-        lengths: (B,) integers in 0..T, the steps of each row that count, the first ones; or None for all.
-        resets: (T, B) bool, whether a boundary lies before a step; or None for no resets.
+        lengths: (B,) integers in 0..T: the first so many steps of each row count. None if all steps count.
+        resets: (T, B) bool, whether there is a boundary before a step. None for no resets.
         reverse: from the last step to the first.
 
     Returns:
@@ -99,7 +138,7 @@ def marks(x: Tensor, lengths: Tensor | None, resets: Tensor | None, reverse: boo
 
 
 def layer(*args, **options) -> tuple[Tensor, States]:
-    """`trace` without its details: ``y`` and the states after the last step taken."""
+    """The first two results of `trace`: ``y`` and the states after the last step."""
     y, states, _, _ = trace(*args, **options)
     return y, states
 
@@ -119,22 +158,22 @@ def trace(
     resets: Tensor | None = None,
     reset_to: States | None = None,
 ) -> tuple[Tensor, States, tuple[Tensor, ...], Tensor]:
-    """One layer, one direction: the step unrolled over time.
+    """One layer in one direction: the step, unrolled over time.
 
     Args:
-        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        cell: a name in `CELLS`.
         x: (T, B, I).
-        states: ``(h0, c0)`` for the LSTM, ``(h0,)`` otherwise, each (B, H); None for zeros.
-        w_ih, w_hh, b_ih, b_hh: weights as above.
-        w_hr: (P, H), of an LSTM with h_t = W_hr (o tanh(c_t)); H is then P in the shapes of h0, ``y`` and w_hh, (G*H, P).
+        states: ``(h0, c0)`` for the LSTM, ``(h0,)`` for the others, each (B, H). None for zeros.
+        w_ih, w_hh, b_ih, b_hh: weights, with the shapes above.
+        w_hr: (P, H), for an LSTM with h_t = W_hr (o tanh(c_t)). Then h0 and ``y`` have P units instead of H, and w_hh is
+            (G*H, P).
         reverse: from the last step to the first; ``y[t]`` still belongs to ``x[t]``.
-        lengths, resets: as in `marks`; both None for full rows that nothing restarts. A padded step gives zeros and leaves
-            the states as they are.
-        reset_to: what resets restart from, like `states`; None for zeros.
+        lengths, resets: as in `marks`. A padded step gives zeros and leaves the states as they are.
+        reset_to: the states after a reset, like `states`. None for zeros.
 
     Returns:
-        ``y`` (T, B, H); the states after the last step taken; the cell states of all steps, ``(c,)`` with c (T, B, H), or
-        ``()``; the gate activations of all steps (T, B, G, H), without gradient.
+        ``y`` (T, B, H); the states after the last step of each row; the cell states of all steps, ``(c,)`` with c (T, B, H),
+        or ``()``; the gate activations of all steps (T, B, G, H), without gradient.
     """
     codes = None if lengths is None and resets is None else marks(x, lengths, resets, reverse)
     return unroll(cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, reverse=reverse, codes=codes, reset_to=reset_to)
@@ -154,9 +193,10 @@ def unroll(
     codes: Tensor | None,
     reset_to: States | None,
 ) -> tuple[Tensor, States, tuple[Tensor, ...], Tensor]:
-    """`trace`, of which lengths and resets are known as `codes`, the (T, B) of `marks`; None for neither."""
+    """`trace` with lengths and resets given as `codes`, the (T, B) result of `marks`. None for neither."""
     T, B, _ = x.shape
-    zeros = (x.new_zeros(B, w_hh.shape[1]), x.new_zeros(B, w_hh.shape[0] // GATES[cell]))[: 2 if cell == "lstm" else 1]
+    spec = CELLS[cell]
+    zeros = (x.new_zeros(B, w_hh.shape[1]), *[x.new_zeros(B, w_hh.shape[0] // spec.gates)] * (spec.states - 1))
     start, reset = states or zeros, reset_to or zeros
     if codes is not None:
         codes = codes[..., None]
@@ -167,7 +207,7 @@ def unroll(
         before = states
         if codes is not None:
             states = _select(codes[t] == STARTS, start, _select(codes[t] == RESETS, reset, states))
-        states, gates = STEPS[cell](x[t], states, w_ih, w_hh, b_ih, b_hh)
+        states, gates = spec.step(x[t], states, w_ih, w_hh, b_ih, b_hh)
         if w_hr is not None:
             states = (linear(states[0], w_hr), *states[1:])
         steps[t] = (*states, torch.cat(gates, dim=1).detach())
@@ -176,7 +216,7 @@ def unroll(
             steps[t] = tuple(tensor.masked_fill(padded, 0) for tensor in steps[t])
             states = _select(padded, before, states)
     y, *cells, gates = (stack(tensors) for tensors in zip(*steps, strict=True))
-    return y, states, tuple(cells), gates.view(T, B, GATES[cell], -1)
+    return y, states, tuple(cells), gates.view(T, B, spec.gates, -1)
 
 
 def _select(condition: Tensor, where: States, otherwise: States) -> States:

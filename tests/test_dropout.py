@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import rnnfast
-from rnnfast import ops, ops_dropout
+from rnnfast import ops
 from rnnfast.kernels import dropout as kernel
 from rnnfast.kernels import recompute, step
+from rnnfast.ops import recurrence
 
 MASK = 0xFFFFFFFF
 
@@ -36,7 +37,7 @@ def test_documented_mask(seed, directions, device):
     T, B, H, p = 2, 3, 7, 0.3
     sides = [torch.ones(T, B, H, device=device) for _ in range(directions)]
     second = sides[1] if directions == 2 else None
-    found = ops_dropout.dropout_joined(sides[0], second, torch.tensor([seed], device=device), p)
+    found = ops.dropout.dropout_joined(sides[0], second, torch.tensor([seed], device=device), p)
     expected = [
         [philox(seed, (j // 4, row, 0, 0))[j % 4] >= round(p * 2**32) for j in range(directions * H)] for row in range(T * B)
     ]
@@ -52,8 +53,8 @@ def test_gradients(directions, dtype, device):
     seed = torch.tensor([7], device=device)
     sides = [torch.randn(T, B, H, device=device, dtype=dtype, requires_grad=True) for _ in range(directions)]
     second = sides[1] if directions == 2 else None
-    mask = ops_dropout.dropout_joined(*(None if s is None else torch.ones_like(s) for s in (sides[0], second)), seed, p)
-    out = ops_dropout.dropout_joined(sides[0], second, seed, p)
+    mask = ops.dropout.dropout_joined(*(None if s is None else torch.ones_like(s) for s in (sides[0], second)), seed, p)
+    out = ops.dropout.dropout_joined(sides[0], second, seed, p)
     assert torch.equal(out, torch.cat(sides, 2) * mask)
     upstream = torch.randn(B, T, directions * H, device=device, dtype=dtype, requires_grad=True).transpose(0, 1)
     grads = torch.autograd.grad(out, sides, upstream, create_graph=True)
@@ -66,13 +67,13 @@ def test_opcheck(device):
     sides = [torch.randn(2, 3, 5, device=device, requires_grad=True) for _ in range(2)]
     seed = torch.tensor([1], device=device)
     for second in (None, sides[1]):
-        torch.library.opcheck(ops_dropout.dropout_joined, (sides[0], second, seed, 0.4))
+        torch.library.opcheck(ops.dropout.dropout_joined, (sides[0], second, seed, 0.4))
 
 
 def test_launches_are_on_the_tensors_device(device, monkeypatch):
     """Triton launches on the current device, which with several GPUs may be another: every launch of a layer is inside
-    `ops.on_device`."""
-    inside, launches, guard = [], [], ops.on_device
+    `recurrence.on_device`."""
+    inside, launches, guard = [], [], recurrence.on_device
 
     @contextlib.contextmanager
     def on_device(tensor):
@@ -89,7 +90,7 @@ def test_launches_are_on_the_tensors_device(device, monkeypatch):
 
         return launch
 
-    monkeypatch.setattr(ops, "on_device", on_device)
+    monkeypatch.setattr(recurrence, "on_device", on_device)
     for module, name in ((step, "forward"), (step, "backward"), (recompute, "compute"), (kernel, "apply")):
         monkeypatch.setattr(module, name, watched(f"{module.__name__}.{name}", getattr(module, name)))
     layer = rnnfast.GRU(5, 4, 2, dropout=0.5, recompute=True, device=device, backend="triton")
@@ -101,28 +102,28 @@ def test_share_and_seed(device):
     """About p is dropped, another mask for each layer call, the same after the same seed; only the seed is kept."""
     x = [torch.ones(4, 4, 4096, device=device)]
     torch.manual_seed(3)
-    first, second = (ops_dropout.dropout(x, 0.25) for _ in range(2))
+    first, second = (ops.dropout.dropout(x, 0.25) for _ in range(2))
     torch.manual_seed(3)
-    assert torch.equal(ops_dropout.dropout(x, 0.25), first) and not torch.equal(first, second)
+    assert torch.equal(ops.dropout.dropout(x, 0.25), first) and not torch.equal(first, second)
     share = (first == 0).double().mean().item()
     assert abs(share - 0.25) < 5 * (0.25 * 0.75 / first.numel()) ** 0.5
     assert set(first.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ops_dropout.dropout([x[0].clone().requires_grad_()], 0.25)
+        ops.dropout.dropout([x[0].clone().requires_grad_()], 0.25)
     assert sum(t.nbytes for t in kept) == 8
 
 
 def test_edges(device):
     """p = 1 gives zeros, p = 0 the input; a NaN that is dropped is gone; a wrong p is torch.dropout's error."""
     x = torch.full((1, 1, 64), float("nan"), device=device)
-    assert torch.equal(ops_dropout.dropout([x], 1.0), torch.zeros_like(x))
-    dropped = ops_dropout.dropout([x], 0.5)
+    assert torch.equal(ops.dropout.dropout([x], 1.0), torch.zeros_like(x))
+    dropped = ops.dropout.dropout([x], 0.5)
     assert 0 < int((dropped == 0).sum()) < 64 and int(dropped.isnan().sum()) == 64 - int((dropped == 0).sum())
     x = torch.randn(1, 1, 64, device=device)
-    assert torch.equal(ops_dropout.dropout([x], 0.0), x)
+    assert torch.equal(ops.dropout.dropout([x], 0.0), x)
     with pytest.raises(RuntimeError, match="dropout probability has to be between 0 and 1"):
-        ops_dropout.dropout([x], 1.5)
+        ops.dropout.dropout([x], 1.5)
 
 
 def test_stack_matches_its_layers(device):
@@ -138,7 +139,7 @@ def test_stack_matches_its_layers(device):
     y, _ = stack(x)
     torch.manual_seed(1)
     inner, _ = layers[0](x)
-    expected, _ = layers[1](ops_dropout.dropout(list(inner.chunk(2, dim=2)), 0.5))
+    expected, _ = layers[1](ops.dropout.dropout(list(inner.chunk(2, dim=2)), 0.5))
     assert torch.equal(y, expected)
     theirs = torch.autograd.grad(expected.square().sum(), [p for layer in layers for p in layer.parameters()])
     ours = torch.autograd.grad(y.square().sum(), list(stack.parameters()))

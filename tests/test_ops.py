@@ -43,8 +43,9 @@ def op_args(cell, tensors, reverse, save):
 def test_shapes_known_without_triton():
     """What the fake kernels say of a cell is what the kernels' own description says."""
     for cell, spec in cells.CELLS.items():
-        known = (reference.GATES[cell], reference.SAVED[cell], reference.GRADS[cell])
-        assert known == (spec.gates, spec.saved, spec.grads)
+        known = reference.CELLS[cell]
+        assert (known.gates, known.saved, known.grads) == (spec.gates, spec.saved, spec.grads)
+        assert (known.states > 1) == spec.carries_c
 
 
 @pytest.mark.parametrize("bare, grad", [(False, True), (True, True), (True, False)])

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
-from rnnfast import ops, ops_dropout, reference
+from rnnfast import ops, reference
 
 T, B = 2, 3
 STACKED = {"num_layers": 2, "bidirectional": True}
@@ -110,7 +110,7 @@ def test_gradient_penalty_with_dropout(bidirectional, device):
     torch.manual_seed(1)
     found = penalty(lambda x: ours(x)[0], x.clone(), ours.parameters())
     torch.manual_seed(1)
-    mask = ops_dropout.dropout([torch.ones(T, B, H, device=device)] * D, 0.5).double().transpose(0, 1)
+    mask = ops.dropout.dropout([torch.ones(T, B, H, device=device)] * D, 0.5).double().transpose(0, 1)
     options = {"batch_first": True, "bidirectional": bidirectional, "backend": "reference", "device": device}
     parts = [rnnfast.LSTM(size, H, **options, dtype=torch.float64) for size in (I, D * H)]
     values = [weight.detach().double() for weight in ours.parameters()]

@@ -1,7 +1,7 @@
-"""What lengths and resets add to the operators of `rnnfast.ops`, around the kernels.
+"""What lengths and resets add to the operators, around the kernels.
 
-All of it is tensors: no size, no branch and no launch depends on a length or a reset, so nothing waits for the GPU, and a graph
-that was captured replays with others.
+Everything here is tensors: no size, no branch and no launch depends on a length or a reset. Nothing waits for the GPU, and a
+CUDA graph that was captured replays with other lengths and resets.
 """
 
 from __future__ import annotations
@@ -26,8 +26,15 @@ def for_kernels(
     y: Tensor,
     tile: int,
 ) -> dict[str, Tensor | None]:
-    """What the kernels take besides where there are marks. `starts_h`, `starts_c`: the initial and the reset state, None for
-    zeros. Rows of several tiles are taken longest first: a tile costs nothing from the step on at which its longest row ended.
+    """The arguments that the kernels take where there are marks.
+
+    Args:
+        marks, lengths: as in `rnnfast.ops.recurrence.forward`.
+        starts_h: the initial and the reset h, None for zeros.
+        starts_c: the initial and the reset c; None for a cell without a cell state.
+        y: (T, B, H), for its shape and dtype.
+        tile: batch rows of a program. With more rows than that, programs take the longest rows first: a tile costs nothing
+            after the end of its longest row.
     """
     h, c = y[0], y[0].float()
     order = None if lengths is None or y.shape[1] <= tile else lengths.argsort(descending=True).to(torch.int32)
@@ -40,8 +47,10 @@ def for_kernels(
 
 
 def last_states(states: Tensor, start: Tensor | None, lengths: Tensor | None, reverse: bool) -> Tensor:
-    """The state after the last step taken of each row: its own last one, or `start` where it has none. `states` (T, B, H), or
-    (1, B, H) where each row's last state is kept in place."""
+    """The state of each row after its last step, (B, H); `start` for a row without steps.
+
+    `states` is (T, B, H), or (1, B, H) if it holds the last state of each row alone.
+    """
     if lengths is None or (reverse or states.shape[0] == 1):
         last = states[0 if reverse else -1].clone()
     else:
@@ -59,8 +68,11 @@ def start_grads(
     lengths: Tensor | None,
     options: dict[str, Tensor | None],
 ) -> list[Tensor | None]:
-    """Gradients of h0, c0, reset_h and reset_c: those that the kernel handed over, what comes from the step that was processed
-    first, `first` its gate gradients and `mark` its marks, and of an empty row those of its last states."""
+    """The gradients of h0, c0, reset_h and reset_c; None for each that is not wanted.
+
+    They are a sum of three parts: what the kernels left in `options`; what comes from the step that was processed first, with
+    the gate gradients `first` and the marks `mark`; and, for a row without steps, the gradients of its last states.
+    """
     d_starts_h, d_starts_c = options.get("d_starts_h"), options.get("d_starts_c")
     if first is None or d_starts_h is None:
         return [None] * 4
@@ -78,7 +90,7 @@ def start_grads(
 
 
 def entered(y: Tensor, h0: Tensor | None, reset_h: Tensor | None, marks: Tensor, reverse: bool) -> Tensor:
-    """The h that entered each step, (T, B, H): a copy, for one product over all steps; zero in padding."""
+    """The h that entered each step, (T, B, H), zero in padding. It is a copy, so that one product takes all steps."""
     edge = torch.zeros_like(y[:1])
     before = torch.cat([y[1:], edge] if reverse else [edge, y[:-1]])
     start, reset = _or_zeros(h0, y[0]), _or_zeros(reset_h, y[0])

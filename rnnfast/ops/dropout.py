@@ -1,7 +1,7 @@
 """Dropout between layers as PyTorch operators, ``rnnfast::dropout`` and its backward: see `rnnfast.kernels.dropout`.
 
-The seed is drawn from PyTorch's generator of the device, one number a layer: ``torch.manual_seed`` fixes the masks,
-checkpointing makes them again, a CUDA graph draws anew at each replay. Kept for backward: the seed.
+The seed comes from PyTorch's generator of the device, one number a layer. So ``torch.manual_seed`` fixes the masks,
+checkpointing makes the same masks again, and a CUDA graph draws new ones at each replay. Only the seed is saved for backward.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from rnnfast import ops, ops_autograd
+from rnnfast.ops import recurrence, torch_private
+from rnnfast.ops.vmap import batched, each
 
 __all__ = ["dropout", "dropout_joined"]
 
@@ -24,7 +24,7 @@ def dropout_joined(first: Tensor, second: Tensor | None, seed: Tensor, p: float)
     Args:
         first, second: float16, bfloat16 or float32; `second` None for one direction.
         seed: one int64 on their device.
-        p: the probability to be dropped, 0 to 1; what stays is multiplied by 1 / (1 - p).
+        p: the probability that an element is dropped, 0 to 1. The others are multiplied by 1 / (1 - p).
     """
     from rnnfast.kernels import dropout as kernel
 
@@ -34,7 +34,7 @@ def dropout_joined(first: Tensor, second: Tensor | None, seed: Tensor, p: float)
     joined = first.new_empty(T, B, W)
     if joined.numel():
         sides = (first.view(T * B, H), None if second is None else second.contiguous().view(T * B, H))
-        with ops.on_device(first):
+        with recurrence.on_device(first):
             kernel.apply(joined.view(T * B, W), *sides, seed, p, backward=False)
     return joined
 
@@ -48,7 +48,7 @@ def _dropout_apart(joined: Tensor, seed: Tensor, p: float, directions: int) -> t
     first, second = (joined.new_empty(T, B, W // directions) if n < directions else joined.new_empty(0) for n in (0, 1))
     if joined.numel():
         sides = [side.view(T * B, -1) if side.numel() else None for side in (first, second)]
-        with ops.on_device(joined):
+        with recurrence.on_device(joined):
             kernel.apply(joined.contiguous().view(T * B, W), sides[0], sides[1], seed, p, backward=True)
     return first, second
 
@@ -75,7 +75,7 @@ def _backward_joined(ctx, grad):
     (seed,) = ctx.saved_tensors
 
     def run(grad):
-        if forward_ad._current_level < 0:
+        if not torch_private.in_forward_mode():
             return _dropout_apart(grad, seed, ctx.p, ctx.directions)
         # an operator has no tangent, a product has
         return tuple(
@@ -85,7 +85,7 @@ def _backward_joined(ctx, grad):
             )
         )
 
-    first, second = (*ops_autograd.batched(run, (grad,)), None)[:2]
+    first, second = (*batched(run, (grad,)), None)[:2]
     return first, second if ctx.directions == 2 else None, None, None
 
 
@@ -98,21 +98,21 @@ def _backward_apart(ctx, first, second):
     def run(*parts):
         return (dropout_joined(*(*parts, None)[:2], ctx.saved_tensors[0], ctx.p),)
 
-    (joined,) = ops_autograd.batched(run, (first, second)[: ctx.directions])
+    (joined,) = batched(run, (first, second)[: ctx.directions])
     return joined, None, None, None
 
 
 dropout_joined.register_autograd(_backward_joined, setup_context=_setup_joined)
 _dropout_apart.register_autograd(_backward_apart, setup_context=_setup_apart)
-dropout_joined.register_vmap(partial(ops_autograd.vmap_each, dropout_joined))
-_dropout_apart.register_vmap(partial(ops_autograd.vmap_each, _dropout_apart))
+dropout_joined.register_vmap(partial(each, dropout_joined))
+_dropout_apart.register_vmap(partial(each, _dropout_apart))
 
 
 def dropout(directions: list[Tensor], p: float) -> Tensor:
-    """`dropout_joined` with a seed of PyTorch's generator.
+    """`dropout_joined` of one or two directions, with a seed from PyTorch's generator.
 
     Raises:
-        RuntimeError: torch.dropout's, for a `p` that is none.
+        RuntimeError: torch.dropout's, if `p` is no probability.
     """
     first = directions[0]
     if not 0 <= p <= 1:

@@ -1,0 +1,272 @@
+"""One layer in one direction on the Triton kernels, forward and backward.
+
+    forward    chunk after chunk of steps: W_ih x of the chunk, one GEMM through PyTorch into a float32 buffer that does not
+               grow with T; then the recurrence over the chunk, on the kernels that `rnnfast.choice.kernel_plan` chose.
+    backward   the recurrence in reverse, which writes the gate gradients of all steps. `rnnfast.ops.gradients` makes the
+               gradients of weights, biases and inputs from them, by large products.
+
+Everything in here is time-major and contiguous. Saved for backward, in bytes per unit and step, with elements of e bytes: LSTM
+4 e + 4 (gates, and the cell state in float32), GRU 4 e, RNN nothing. The input and the output are saved too. Other layers
+mostly keep those anyway, but two directions are joined in a copy, and dropout makes a copy. With ``recompute`` backward
+computes the gates again, a chunk at a time, with two GEMMs: then LSTM 4, GRU nothing.
+
+Lengths and resets come as marks (`rnnfast.reference.marks`); see `rnnfast.ops.marks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rnnfast.choice import kernel_plan
+from rnnfast.choice.kernel_plan import precision
+from rnnfast.ops import torch_private
+from rnnfast.ops.marks import entered, for_kernels, last_states, start_grads
+
+__all__ = ["backward", "forward", "no_autocast", "on_device", "project"]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Contiguous and on a 16-byte boundary, which the kernels are compiled for."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _dense_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _dense(tensor)
+
+
+def _dense_float_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _dense(tensor.float())
+
+
+def no_autocast(kind: str) -> contextlib.AbstractContextManager:
+    """Switch autocast off on devices of a kind. Where it is off already, entering it again would cost microseconds."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def on_device(tensor: Tensor) -> Iterator[None]:
+    """Make the tensor's device current, because Triton launches on the current device, and switch autocast off."""
+    with no_autocast(tensor.device.type), torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+        yield
+
+
+def project(x: Tensor, w_ih: Tensor) -> Tensor:
+    """W_ih x of some steps, in float32. That saves one rounding, which is worth little: see docs/numerics.md."""
+    rows = x.reshape(-1, x.shape[2])
+    if x.dtype == torch.float32 or not x.is_cuda:
+        product = rows.float() @ w_ih.float().t()
+    else:
+        product = torch.mm(rows, w_ih.t(), out_dtype=torch.float32)
+    return product.view(*x.shape[:2], -1)
+
+
+def _refuse_forward_mode() -> None:
+    """PyTorch takes the forward-mode derivative of an operator without a rule for zero. rnnfast's layers do not come here in
+    forward mode, but programs that were compiled or exported before may."""
+    if torch_private.in_forward_mode():
+        raise NotImplementedError(
+            "rnnfast's operators have no forward-mode derivative, and this program calls them itself, for it was compiled or "
+            "exported outside of forward mode: run the layer as it is, or compile within rnnfast.use_backend('reference')"
+        )
+
+
+def forward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    reverse: bool,
+    save: bool,
+    marks: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer, one direction.
+
+    Args:
+        cell: a name in `rnnfast.reference.CELLS`.
+        x: (T, B, I), T, B, I >= 1; float16, bfloat16 or float32, as every other tensor.
+        h0, c0: (B, H), or None for zeros. c0 is None for a cell without a cell state.
+        w_ih, w_hh: (G*H, I), (G*H, H).
+        b_ih, b_hh: (G*H,), or both None.
+        reverse: from the last step to the first.
+        save: whether to save what `backward` needs.
+        marks: (T, B) of `rnnfast.reference.marks` for this direction, or None.
+        lengths: (B,) in 0..T, those that `marks` was made of. None if it has no padding.
+        reset_h, reset_c: (B, H), the states after a reset. None for zeros.
+        recompute: save only the float32 cell states. `backward` recomputes the gates from x and y.
+
+    Returns:
+        y (T, B, H), zero in padding; h_n (B, H); c_n (B, H); the saved activations (T, B, `Cell.saved` * H); all cell states
+        (T, B, H) in float32. The saved ones are zero in padding. Each is empty where there is none or it is not saved.
+    """
+    from rnnfast.kernels import cells
+
+    _refuse_forward_mode()
+    spec = cells.CELLS[cell]
+    T, B, _ = x.shape
+    H = w_hh.shape[1]
+    with on_device(x):
+        new = x.new_empty if lengths is None else x.new_zeros  # the kernels write nothing in padding
+        y = new(T, B, H)
+        c = new(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
+        saved = new((T, B, spec.saved * H) if save and spec.saved and not recompute else (0,))
+        w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
+        bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
+        choice = kernel_plan.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device, marks is not None)
+        options = {}
+        if marks is not None:
+            starts_c = (start_c, reset_c) if spec.carries_c else None
+            options = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.tile)
+        n = choice.plan.chunk_steps(T, B)
+        for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
+            choice = kernel_plan.run(
+                "forward",
+                choice,
+                x.device,
+                spec,
+                project(x[begin : begin + n], w_ih),
+                begin,
+                w,
+                bias_x,
+                bias_h,
+                start_h,
+                start_c,
+                y,
+                c,
+                saved if save else None,
+                reverse=reverse,
+                precision=precision(),
+                **options,
+            )
+        h_n = last_states(y, h0, lengths, reverse)
+        c_n = x.new_empty(0) if c is None else last_states(c, c0, lengths, reverse).to(x.dtype)
+        cs = c if save and c is not None else x.new_empty(0, dtype=torch.float32)
+    return y, h_n, c_n, saved, cs
+
+
+def backward(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    c: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    reverse: bool,
+    need_starts: bool,
+    dcs: Tensor | None = None,
+    marks: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    x: Tensor | None = None,
+    w_ih: Tensor | None = None,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The recurrence of `forward` in reverse.
+
+    Args:
+        dy, dh_n, dc_n: gradients of y, h_n and c_n, None for zeros.
+        y, saved, c: what `forward` returned.
+        need_starts: whether h0's gradient is wanted (one more product); with marks, that of any initial or reset state.
+        dcs: gradient of all cell states (T, B, H) in float32, or None.
+        marks, lengths, reset_h, reset_c: as in `forward`.
+        x, w_ih, b_ih, b_hh: as in `forward`, if that was called with ``recompute``.
+
+    Returns:
+        The gate gradients (T, B, `Cell.grads` * H), zero in padding, and the gradients of h0, c0, reset_h and reset_c, each
+        (B, H), or empty where there is none or it is not wanted.
+    """
+    from rnnfast.kernels import cells
+    from rnnfast.kernels.recompute import compute
+    from rnnfast.kernels.step.plan import chunk_steps
+
+    _refuse_forward_mode()
+    spec = cells.CELLS[cell]
+    T, B, H = y.shape
+    with on_device(y):
+        d_gates = (y.new_empty if lengths is None else y.new_zeros)(T, B, spec.grads * H)
+        d_h, d_c = (
+            torch.zeros(B, H, dtype=torch.float32, device=y.device)
+            if grad is None
+            else grad.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            for grad in (dh_n, dc_n)
+        )
+        w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
+        choice = kernel_plan.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device, marks is not None)
+        options: dict[str, Tensor | None] = {}
+        if marks is not None:
+            starts_c = (start_c, reset_c) if spec.carries_c else None
+            options = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.tile)
+            for name in ("starts_h", "starts_c") if need_starts else ():
+                starts = options[name]
+                options[f"d_{name}"] = None if starts is None else torch.zeros_like(starts, dtype=torch.float32)
+        if dcs is not None:
+            options["dcs"] = _dense(dcs)
+        recompute = x is not None and spec.saved > 0
+        n = chunk_steps(T, B) if recompute else T
+        before = entered(y, h0, reset_h, marks, reverse) if recompute and marks is not None else None
+        for begin in range(0, T, n) if reverse else reversed(range(0, T, n)):
+            steps = min(n, T - begin)
+            if recompute:
+                assert x is not None and w_ih is not None
+                h_before = _entering(begin, steps, y, h0, reverse) if before is None else before[begin : begin + steps]
+                saved = y.new_empty(steps, B, spec.saved * H)
+                sides = project(x[begin : begin + steps], w_ih), project(h_before, w)
+                compute(spec, *sides, _dense_or_none(b_ih), _dense_or_none(b_hh), saved)
+            choice = kernel_plan.run(
+                "backward",
+                choice,
+                y.device,
+                spec,
+                _dense_or_none(dy),
+                saved,
+                y,
+                start_h,
+                c if spec.carries_c else None,
+                start_c,
+                w,
+                d_gates,
+                d_h,
+                d_c if spec.carries_c else None,
+                reverse=reverse,
+                precision=precision(),
+                begin=begin,
+                steps=steps,
+                **options,
+            )
+        first = d_gates[-1 if reverse else 0, :, (spec.grads - spec.gates) * H :] if need_starts else None
+        direct = d_h if spec.direct else None
+        if marks is not None:
+            grads = start_grads(first, w, direct, d_h, d_c, marks[-1 if reverse else 0], lengths, options)
+        else:
+            grads = [None if first is None else first @ w, d_c if spec.carries_c else None, None, None]
+            if grads[0] is not None and direct is not None:
+                grads[0] = grads[0] + direct
+    dh0, dc0, d_reset_h, d_reset_c = (y.new_empty(0) if grad is None else grad.to(y.dtype, copy=True) for grad in grads)
+    return d_gates, dh0, dc0, d_reset_h, d_reset_c
+
+
+def _entering(begin: int, steps: int, y: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+    """The h that entered the steps begin, ..., begin + steps - 1, (steps, B, H), of a call without marks."""
+    start = torch.zeros_like(y[:1]) if h0 is None else h0[None]
+    if reverse:
+        at_edge = begin + steps == y.shape[0]
+        return torch.cat([y[begin + 1 : begin + steps], start]) if at_edge else y[begin + 1 : begin + steps + 1]
+    return torch.cat([start, y[: steps - 1]]) if begin == 0 else y[begin - 1 : begin + steps - 1]

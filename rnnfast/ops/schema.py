@@ -1,0 +1,82 @@
+"""The schema of a recurrent call: every tensor that goes into or comes out of an operator, by name.
+
+`TENSORS` describes each tensor once. Fake kernels, gradients, vmap rules and FLOP formulas read the arguments of an operator
+by name: `record` turns the operator's signature into a NamedTuple. To add an argument, add it to `TENSORS`, to the signature of
+the operator, and to the code that uses it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["DIFFERENTIABLE", "TENSORS", "UPSTREAM", "Described", "batch_axis", "record"]
+
+
+@dataclass(frozen=True)
+class Described:
+    """One tensor of a recurrent call.
+
+    Attributes:
+        shape: T steps, B batch, I input, H hidden; G, S and D are `Cell.gates`, `Cell.saved` and `Cell.grads`.
+        differentiable: whether `rnnfast::forward` has a gradient with respect to it.
+    """
+
+    shape: str
+    differentiable: bool = False
+
+    @property
+    def batch(self) -> int | None:
+        """The axis of the batch. None for a weight, which all rows share."""
+        sizes = self.shape.split()
+        return sizes.index("B") if "B" in sizes else None
+
+
+TENSORS = {
+    # what `rnnfast::forward` takes
+    "x": Described("T B I", differentiable=True),
+    "h0": Described("B H", differentiable=True),
+    "c0": Described("B H", differentiable=True),
+    "w_ih": Described("G*H I", differentiable=True),
+    "w_hh": Described("G*H H", differentiable=True),
+    "b_ih": Described("G*H", differentiable=True),
+    "b_hh": Described("G*H", differentiable=True),
+    "marks": Described("T B"),
+    "lengths": Described("B"),
+    "reset_h": Described("B H", differentiable=True),
+    "reset_c": Described("B H", differentiable=True),
+    # what it returns
+    "y": Described("T B H"),
+    "h_n": Described("B H"),
+    "c_n": Described("B H"),
+    "saved": Described("T B S*H"),
+    "c": Described("T B H"),
+    # gradients of what it returns, which `rnnfast::backward` takes
+    "dy": Described("T B H"),
+    "dh_n": Described("B H"),
+    "dc_n": Described("B H"),
+    "dcs": Described("T B H"),
+    # what `rnnfast::backward` returns
+    "d_gates": Described("T B D*H"),
+    "dh0": Described("B H"),
+    "dc0": Described("B H"),
+    "d_reset_h": Described("B H"),
+    "d_reset_c": Described("B H"),
+}
+DIFFERENTIABLE = tuple(name for name, tensor in TENSORS.items() if tensor.differentiable)
+UPSTREAM = {"dy": "y", "dh_n": "h_n", "dc_n": "c_n", "dcs": "c"}  # a gradient that comes from outside -> whose it is
+
+
+def batch_axis(name: str) -> int | None:
+    """The axis of the batch of an argument or a result. None for a weight and for what is no tensor."""
+    return TENSORS[name].batch if name in TENSORS else None
+
+
+def record(name: str, signature: Callable) -> Any:
+    """A NamedTuple with the parameters of a function as fields, and with their defaults."""
+    parameters = inspect.signature(signature).parameters.values()
+    defaults = [parameter.default for parameter in parameters if parameter.default is not parameter.empty]
+    return namedtuple(name, [parameter.name for parameter in parameters], defaults=defaults)

@@ -1,0 +1,85 @@
+"""vmap over the operators: rows of a larger batch for the kernels. Where weights differ, one call of a kernel for each.
+
+Also the older vmap of torch.autograd.grad's ``is_grads_batched=True`` (`batched`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnfast.ops import operators, torch_private
+from rnnfast.ops.operators import Backward, Forward, Grads, Results
+from rnnfast.ops.schema import batch_axis
+
+__all__ = ["batched", "each"]
+
+
+def _rule(operator, arguments_type, results_type) -> Callable:
+    """The rule of an operator that takes and returns the tensors of these records."""
+    axes = [batch_axis(name) for name in arguments_type._fields]
+    result_axes = [batch_axis(name) for name in results_type._fields]
+
+    def rule(info, in_dims, *arguments):
+        if any(axis is None and dim is not None for axis, dim in zip(axes, in_dims, strict=False)):
+            return each(operator, info, in_dims, *arguments)
+        size = info.batch_size
+        folded = [
+            _folded(value, dim, axis, size) if isinstance(value, Tensor) and axis is not None else value
+            for value, dim, axis in zip(arguments, in_dims, axes, strict=False)
+        ]
+        results = operator(*folded)
+        dims = tuple(axis if result.numel() else None for result, axis in zip(results, result_axes, strict=True))
+        return tuple(
+            result if dim is None else result.unflatten(dim, (size, -1)) for result, dim in zip(results, dims, strict=True)
+        ), dims
+
+    return rule
+
+
+def each(operator, info, in_dims, *arguments):
+    """The rule of an operator that is called once for each."""
+    pairs = list(zip(arguments, in_dims, strict=True))
+    calls = [
+        operator(*(value if dim is None else value.select(dim, n) for value, dim in pairs)) for n in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    return tuple(torch.stack(results) for results in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def _folded(tensor: Tensor, dim: int | None, axis: int, size: int) -> Tensor:
+    """`tensor`, mapped over along `dim`, with that dimension inside its batch `axis`."""
+    if not tensor.numel():  # nothing was saved
+        return tensor if dim is None else tensor.select(dim, 0)
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.movedim(0, axis).flatten(axis, axis + 1)
+
+
+def batched(run: Callable[..., tuple[Tensor, ...]], upstream: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """``run(*upstream)``, also where torch.autograd.grad maps over `upstream` (``is_grads_batched=True``).
+
+    torch.autograd.grad maps by an older vmap, to which no rule can be given, and in which the derivatives of an
+    autograd.Function are lost. Here torch.func's vmap does it instead.
+    """
+    mapped = [n for n, grad in enumerate(upstream) if grad is not None and torch_private.is_mapped_by_autograd(grad)]
+    if not mapped:
+        return run(*upstream)
+    level = torch_private.mapped_level()
+
+    def one(*grads):
+        replaced = list(upstream)
+        for n, grad in zip(mapped, grads, strict=True):
+            replaced[n] = grad
+        return run(*replaced)
+
+    # the size 0 would be taken for a tensor without a mapped dimension, but each of these has one
+    whole = (torch_private.remove_batch(upstream[n], level, 0, 0) for n in mapped)
+    return tuple(torch_private.add_batch(grad, 0, level) for grad in torch.func.vmap(one)(*whole))
+
+
+operators.forward.register_vmap(_rule(operators.forward, Forward, Results))
+operators.backward.register_vmap(_rule(operators.backward, Backward, Grads))
