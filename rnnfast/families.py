@@ -12,7 +12,6 @@ such a launch raise.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from rnnfast import tuning
-from rnnfast.backends import FallbackWarning, autocast, strict, user_level
+from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
 from rnnfast.gpu import assume, cooperative, limits
 from rnnfast.reference import GATES
+from rnnfast.settings import KERNELS, strict
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
@@ -44,7 +44,7 @@ __all__ = [
     "torch_wins",
 ]
 
-FAMILIES = ("auto", "step", "persistent")
+FAMILIES = KERNELS.choices
 UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
 
 _refused: dict[tuple[torch.device, PersistentPlan], str] = {}  # plans that a driver would not launch, and its words
@@ -72,10 +72,7 @@ class Choice:
 
 def asked() -> str:
     """The family that RNNFAST_KERNELS names, or "auto"."""
-    name = os.environ.get("RNNFAST_KERNELS") or "auto"
-    if name not in FAMILIES:
-        raise ValueError(f"RNNFAST_KERNELS should be one of {', '.join(map(repr, FAMILIES))}, got {name!r}")
-    return name
+    return KERNELS.get() or "auto"
 
 
 def choose(

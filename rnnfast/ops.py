@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnfast import families, ops_autograd, ops_marks, reference, transforms
+from rnnfast import families, ops_autograd, ops_marks, reference, torch_private
 from rnnfast.families import precision
 from rnnfast.reference import GATES, GRADS, RESETS, SAVED, STARTS
 
@@ -375,7 +375,7 @@ def _unroll(
     marks = None
     if lengths is not None or resets is not None:
         marks = reference.marks(x, lengths, resets, reverse)
-    run = forward if not transforms.inside() else ops_autograd.Layer.apply
+    run = forward if not torch_private.inside() else ops_autograd.Layer.apply
     needed = run is not forward or any(tensor is not None and tensor.requires_grad for tensor in tensors)
     save = details or (torch.is_grad_enabled() and needed)
     layout = _plain if w_hr is None else _projected

@@ -5,7 +5,7 @@
                       PyTorch (`rnnfast.reference`), one step after another, in float32; only where such a derivative is taken
     torch.func        cannot differentiate an operator, so inside its transforms `Layer` stands before it: same kernels
     vmap              rows of a larger batch for the kernels; where the weights differ, one call of a kernel for each
-    forward mode      has no rule here: `rnnfast.transforms` has such calls sent to the equations before they come
+    forward mode      has no rule here: `rnnfast.choice.decide` has such calls sent to the equations before they come
 
 Inputs are named as in `rnnfast::forward`; `INPUTS` are those that have gradients.
 """

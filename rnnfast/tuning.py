@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rnnfast.backends import user_level
+from rnnfast.choice.obstacles import user_level
+from rnnfast.settings import TUNING_FILE
 from rnnfast.gpu import driver_version
 from rnnfast.reference import GATES
 
@@ -123,7 +124,7 @@ class Table:
 
 def where(gpu: GpuLimits) -> Path:
     """The tuning file of `gpu`, there or not."""
-    if named := os.environ.get("RNNFAST_TUNING_FILE"):
+    if named := TUNING_FILE.get():
         return Path(os.path.expanduser(named))
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "rnnfast" / f"{re.sub('[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"

@@ -1,0 +1,1 @@
+"""What runs a call: `decide` makes the decision, `obstacles` knows what keeps the kernels from running here."""
