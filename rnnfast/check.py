@@ -188,9 +188,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
-    from rnnfast import backends
+    from rnnfast.choice.obstacles import tensor_obstacles
 
-    obstacles = backends.tensor_obstacles(torch.empty(1, device=device))
+    obstacles = tensor_obstacles(torch.empty(1, device=device))
     if obstacles:
         print(f"the Triton kernels cannot be checked here: {'; '.join(obstacles)}", file=sys.stderr)
         return 2

@@ -12,8 +12,8 @@ import torch
 from side_by_side import together
 
 import rnnfast
-from rnnfast import backends, ops, reference
-from rnnfast.choice import gpu, kernel_plan, tuned, tuning_file
+from rnnfast import ops, reference
+from rnnfast.choice import gpu, kernel_plan, obstacles, tuned, tuning_file
 from rnnfast.kernels import persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan, persistent_plans
 from rnnfast.kernels.step import plan
@@ -68,7 +68,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="takes CPU tensors
 def test_other_names_are_refused(name, layer, device, monkeypatch):
     monkeypatch.setenv("RNNFAST_KERNELS", name)
     x = torch.zeros(2, 1, 3, device=device)
-    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of 'auto', 'step', 'persistent', got '{name}'"):
+    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of 'auto', 'step' or 'persistent', got '{name}'"):
         layer.to(device)(x)
     with pytest.raises(ValueError, match="RNNFAST_KERNELS"):
         rnnfast.explain(layer, x)
@@ -248,7 +248,7 @@ def test_no_driver_to_ask(monkeypatch):
 @pytest.mark.parametrize("family", ["persistent", "auto"])
 def test_too_old_triton(family, device, monkeypatch):
     """PyTorch's own layer runs, explain says why, and strict mode raises."""
-    monkeypatch.setattr(backends, "_known", {})
+    monkeypatch.setattr(obstacles, "known", {})
     monkeypatch.setattr(sys.modules["triton"], "__version__", "3.5.1")
     monkeypatch.setenv("RNNFAST_KERNELS", family)
     layer, x = rnnfast.GRU(3, 4, device=device), torch.zeros(3, 2, 3, device=device)

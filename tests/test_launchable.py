@@ -14,8 +14,7 @@ import torch
 from test_backends import python
 
 import rnnfast
-from rnnfast import backends
-from rnnfast.choice import launchable
+from rnnfast.choice import launchable, obstacles
 from rnnfast.kernels import runtime
 
 COMPILER = shutil.which("cc")
@@ -42,7 +41,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(backends, "_known", {"triton": None})
+    monkeypatch.setattr(obstacles, "known", {"triton": None})
     return tried
 
 
@@ -79,15 +78,15 @@ def test_no_python_header(pretended, monkeypatch, tmp_path):
 
 def test_once_a_device_and_only_where_kernels_are_compiled(pretended, monkeypatch):
     for index in (0, 1, 0, 0):
-        assert backends.device_obstacle("cuda", index) is None
+        assert obstacles.device_obstacle("cuda", index) is None
     assert pretended == ["trial"] * 2
-    backends._known.clear()
+    obstacles.known.clear()
     monkeypatch.setattr(runtime, "mode", lambda: "interpreted")
-    assert backends.device_obstacle("cuda", 0) is None
+    assert obstacles.device_obstacle("cuda", 0) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(runtime, "mode", lambda: "compiled")
-    assert "sm_75" in backends._find_device_obstacle("cuda", 0)
-    assert "the tensors are on the CPU" in backends._find_device_obstacle("cpu", None)
+    assert "sm_75" in obstacles._find_device_obstacle("cuda", 0)
+    assert "the tensors are on the CPU" in obstacles._find_device_obstacle("cpu", None)
     assert pretended == ["trial"] * 2
 
 
@@ -95,7 +94,7 @@ def test_once_a_device_and_only_where_kernels_are_compiled(pretended, monkeypatc
 def test_layer_runs_on_pytorch(asked, strict, device, monkeypatch):
     """PyTorch's own layer runs, with a warning only where a backend was named; explain says why; strict mode raises."""
     reason = "Triton found no C compiler: install gcc, or set CC"
-    monkeypatch.setattr(backends, "_known", {"triton": None, "cpu:None": reason, "cuda:0": reason})
+    monkeypatch.setattr(obstacles, "known", {"triton": None, "cpu:None": reason, "cuda:0": reason})
     layer, x = rnnfast.LSTM(3, 4, device=device, backend=asked), torch.randn(5, 2, 3, device=device)
     if strict:
         monkeypatch.setenv("RNNFAST_STRICT", "1")
@@ -118,9 +117,9 @@ from pathlib import Path
 HERE = os.environ["TRITON_LIBCUDA_PATH"]
 stub = ctypes.CDLL(os.path.join(HERE, "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
 import torch, triton
-from triton.backends.nvidia import driver as nvidia
+from triton.obstacles.nvidia import driver as nvidia
 import rnnfast
-from rnnfast import backends
+from rnnfast.choice import obstacles
 from rnnfast.choice import kernel_plan
 from rnnfast.kernels.persistent.plan import GPUS
 
@@ -178,7 +177,7 @@ for change in (no_compiler, failing_compiler, missing_compiler, no_header, no_ca
     os.environ["TRITON_CACHE_DIR"] = os.path.join(HERE, change.__name__)
     change()
     triton.runtime.driver.set_active(First())
-    backends._known["cpu:None"] = backends._find_device_obstacle("cuda", 0)
+    obstacles.known["cpu:None"] = obstacles._find_device_obstacle("cuda", 0)
     layer, x = rnnfast.LSTM(8, 64), torch.randn(4, 8, 8)
     with kernel_plan.pretend_gpu(GPUS["H200"]), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -231,5 +230,5 @@ def test_real_launcher_on_a_stub_driver(tmp_path):
     assert all(refused[code].startswith(step_kernels) for code in ("1", "701", "720", "801")), refused
     assert refused["700"] == "raised: Triton Error [CUDA]: an illegal memory access was encountered"
     assert refused["719"] == "raised: Triton Error [CUDA]: unspecified launch failure"
-    builds = hasattr(importlib.import_module("triton.backends.nvidia.driver"), "make_launcher")  # Triton 3.6, for each kernel
+    builds = hasattr(importlib.import_module("triton.obstacles.nvidia.driver"), "make_launcher")  # Triton 3.6, for each kernel
     assert found["no_compiler_any_more"][:2] == (["torch", [reasons["no_compiler"]]] if builds else ["triton", []])

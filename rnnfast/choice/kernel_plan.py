@@ -12,7 +12,6 @@ such a launch raise.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from rnnfast.backends import FallbackWarning, autocast, strict, user_level
 from rnnfast.choice import tuned, tuning_file
 from rnnfast.choice.gpu import cooperative, limits, pretend_gpu
+from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
 from rnnfast.reference import GATES
+from rnnfast.settings import KERNELS, strict
 
 if TYPE_CHECKING:
     from rnnfast.kernels.families import Plan
@@ -45,7 +45,7 @@ __all__ = [
     "torch_wins",
 ]
 
-FAMILIES = ("auto", "step", "persistent")
+FAMILIES = KERNELS.choices
 UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
 REFUSALS = {  # what cuGetErrorString says of the errors that mean: this launch is not possible here
     "invalid argument": 1,  # CUDA_ERROR_INVALID_VALUE: the grid, the block or the shared memory is beyond what the GPU has
@@ -92,10 +92,7 @@ class Choice:
 
 def asked() -> str:
     """The family that RNNFAST_KERNELS names, or "auto"."""
-    name = os.environ.get("RNNFAST_KERNELS") or "auto"
-    if name not in FAMILIES:
-        raise ValueError(f"RNNFAST_KERNELS should be one of {', '.join(map(repr, FAMILIES))}, got {name!r}")
-    return name
+    return KERNELS.get() or "auto"
 
 
 def choose(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rnnfast.backends import user_level
+from rnnfast.choice.obstacles import user_level
 from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, tiles, where
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ import torch
 
 from rnnfast.choice.gpu import driver_version
 from rnnfast.reference import GATES
+from rnnfast.settings import TUNING_FILE
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
@@ -96,7 +97,7 @@ class Entry:
 
 def where(gpu: GpuLimits) -> Path:
     """The tuning file of `gpu`, there or not."""
-    if named := os.environ.get("RNNFAST_TUNING_FILE"):
+    if named := TUNING_FILE.get():
         return Path(os.path.expanduser(named))
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "rnnfast" / f"{re.sub('[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"

@@ -309,10 +309,10 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("rnnfast tune needs an NVIDIA GPU, and PyTorch sees none here", file=sys.stderr)
         return 2
-    from rnnfast import backends
+    from rnnfast.choice.obstacles import tensor_obstacles
 
     device = torch.device("cuda", torch.cuda.current_device())
-    obstacles = backends.tensor_obstacles(torch.empty(1, device=device))
+    obstacles = tensor_obstacles(torch.empty(1, device=device))
     if obstacles:
         print(f"the Triton kernels cannot be tuned here: {'; '.join(obstacles)}", file=sys.stderr)
         return 2

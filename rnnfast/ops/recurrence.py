@@ -21,9 +21,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rnnfast import torch_private
 from rnnfast.choice import kernel_plan
 from rnnfast.choice.kernel_plan import precision
-from rnnfast.ops import torch_private
 from rnnfast.ops.marks import entered, for_kernels, last_states, start_grads
 
 __all__ = ["backward", "forward", "no_autocast", "on_device", "project"]
@@ -68,7 +68,7 @@ def project(x: Tensor, w_ih: Tensor) -> Tensor:
 def _refuse_forward_mode() -> None:
     """PyTorch takes the forward-mode derivative of an operator without a rule for zero. rnnfast's layers do not come here in
     forward mode, but programs that were compiled or exported before may."""
-    if torch_private.in_forward_mode():
+    if torch_private.is_forward_mode():
         raise NotImplementedError(
             "rnnfast's operators have no forward-mode derivative, and this program calls them itself, for it was compiled or "
             "exported outside of forward mode: run the layer as it is, or compile within rnnfast.use_backend('reference')"
