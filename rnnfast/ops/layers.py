@@ -10,6 +10,7 @@ from torch import Tensor
 from rnnfast import reference, torch_private
 from rnnfast.ops import gradients, operators
 from rnnfast.ops.operators import Forward, Results
+from rnnfast.ops.recurrence import is_autocast
 from rnnfast.ops.schema import DIFFERENTIABLE
 from rnnfast.reference import CELLS, RESETS, STARTS
 
@@ -69,7 +70,7 @@ def _run(
         recompute=recompute and not details,
     )  # fmt: skip
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):  # as cuDNN's layer: everything in the lower precision
+    if is_autocast(kind):  # as cuDNN's layer: everything in the lower precision
         low = torch.get_autocast_dtype(kind)
         given = {name: getattr(call, name) for name in DIFFERENTIABLE}
         call = call._replace(**{name: tensor.to(low) for name, tensor in given.items() if tensor is not None})

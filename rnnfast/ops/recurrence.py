@@ -26,7 +26,7 @@ from rnnfast.choice import kernel_plan
 from rnnfast.choice.kernel_plan import precision
 from rnnfast.ops.marks import entered, for_kernels, last_states, start_grads
 
-__all__ = ["backward", "forward", "no_autocast", "on_device", "project"]
+__all__ = ["backward", "forward", "is_autocast", "no_autocast", "on_device", "project"]
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -43,9 +43,14 @@ def _dense_float_or_none(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else _dense(tensor.float())
 
 
+def is_autocast(kind: str) -> bool:
+    """Whether autocast is on for a kind of device. PyTorch raises where there is no autocast, as for meta tensors."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def no_autocast(kind: str) -> contextlib.AbstractContextManager:
-    """Switch autocast off on devices of a kind. Where it is off already, entering it again would cost microseconds."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    """Switch autocast off for a kind of device. Where it is off already, entering it again would cost microseconds."""
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
