@@ -14,12 +14,37 @@ The persistent kernels take the marks of a step and a tile of batch rows packed 
 has them by one scalar load, whatever the layout of its tiles, and sees at once whether no row of the tile runs.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 CONTINUES, STARTS, RESETS, PADDED = (tl.constexpr(code) for code in range(4))
 MOST_ROWS = tl.constexpr(32)  # of a tile whose marks are packed: two bits a row
 ALL_PADDED = tl.constexpr(-1)  # packed marks of a step at which no row of the tile runs
+
+
+class Marks(NamedTuple):
+    """What a kernel is given of the marks; each None where a call has none.
+
+    Attributes:
+        codes: (T, B) int8 for the step kernels, (T, tiles) words of `pack_kernel` for the persistent ones.
+        order: (B,) int32, the batch rows in the order in which programs take them.
+        starts_h: (2, B, H), the initial and the reset h.
+        starts_c: (2, B, H) float32, the initial and the reset c.
+    """
+
+    codes: Any
+    order: Any
+    starts_h: Any
+    starts_c: Any
+
+
+class StartGrads(NamedTuple):
+    """Gradients of `Marks.starts_h` and `Marks.starts_c`, each (2, B, H) float32 and added to; None where not needed."""
+
+    h: Any
+    c: Any
 
 
 @triton.jit

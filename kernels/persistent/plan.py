@@ -81,6 +81,11 @@ class PersistentPlan:
     IN_REGISTERS: int = 0
     PARTS: int = 1
 
+    @property
+    def tiles(self) -> PersistentPlan:
+        """The plan as a kernel's constant: without `steps` and `programs`, which its code does not depend on."""
+        return replace(self, steps=0, programs=0)
+
     def launches(self, B: int) -> Iterator[tuple[tuple[int, int, int], int]]:
         """Grid and first batch row of each launch: as many batch tiles at a time as `programs` allows."""
         units = self.H_PAD // self.BLOCK_H

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rnnfast.kernels.beside import after, before
 from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.runtime import Launcher, as_a_gpu, emulate_bf16
 from rnnfast.kernels.step.kernels import backward_step_kernel, forward_step_kernel
 from rnnfast.kernels.step.plan import StepPlan
@@ -12,10 +13,9 @@ __all__ = ["backward", "forward"]
 
 
 def _launcher(kernel, plan: StepPlan, B: int, H: int, constants: dict) -> Launcher:
-    tiles = {"BLOCK_B": plan.BLOCK_B, "BLOCK_H": plan.BLOCK_H, "BLOCK_K": plan.BLOCK_K}
     # fused multiply-adds by name: the default of Triton 3.10 is to be without
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
-    return Launcher(kernel, plan.grid(B, H), constants | tiles, options)
+    return Launcher(kernel, plan.grid(B, H), constants | {"PLAN": plan}, options)
 
 
 @as_a_gpu()
@@ -60,6 +60,7 @@ def forward(
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
+    mark_tensors = Marks(marks, order, starts_h, starts_c)
     launch = _launcher(forward_step_kernel, plan, B, H, constants)
     # arguments that a variant does not use still need a pointer
     bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
@@ -70,7 +71,7 @@ def forward(
         t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
         t_c, t_c_prev = (t, t_prev) if training else (0, 0)
         launch(
-            x, w, bias_x, bias_h, h_prev, c_prev, marks, order, starts_h, starts_c, h, c, saved,
+            x, w, bias_x, bias_h, h_prev, c_prev, mark_tensors, h, c, saved,
             t, at, t_prev, has_prev, t_c, t_c_prev, B, H,
         )  # fmt: skip
 
@@ -116,6 +117,7 @@ def backward(
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
+    mark_tensors, d_starts = Marks(marks, order, starts_h, starts_c), StartGrads(d_starts_h, d_starts_c)
     launch = _launcher(backward_step_kernel, plan, B, H, constants)
     dy = h if dy is None else dy
     saved = saved if cell.saved else h
@@ -126,7 +128,7 @@ def backward(
     for t in range(begin, end) if reverse else reversed(range(begin, end)):
         t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
         launch(
-            dy, saved, h, h_prev, c, c_prev, w, dcs, marks, order, starts_h, starts_c,
-            d_gates, d_h, d_c, d_starts_h, d_starts_c, t, t - begin, t_prev, t_next, has_prev, has_next, B, H,
+            dy, saved, h, h_prev, c, c_prev, w, dcs, mark_tensors,
+            d_gates, d_h, d_c, d_starts, t, t - begin, t_prev, t_next, has_prev, has_next, B, H,
         )  # fmt: skip
         t_next, has_next = t, 1
