@@ -3,10 +3,10 @@
     0 CONTINUES   that of the step before
     1 STARTS      the initial state
     2 RESETS      the reset state
-    3 PADDED      none: the step is padding, of which nothing is read or written and no gradient leaves
+    3 PADDED      none: the step is padding. Nothing of it is read or written, and no gradient leaves it
 
-So sequences of several lengths and states that begin anew inside a sequence are one thing to a kernel: each row picks its
-pointers by its mark, and all that follows is the same code. Padding is a row's last steps in time, the first ones that a
+So a kernel handles sequences of several lengths and states that begin anew in the same way: each row picks its pointers by
+its mark, and all that follows is the same code. Padding is a row's last steps in time, the first ones that a
 reverse direction comes to; the first step that is none never CONTINUES. Backward hands the gradient of a state that began
 anew to the initial or the reset state, and cuts it off from the step before. `rnnfast.reference.marks` makes marks.
 
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 CONTINUES, STARTS, RESETS, PADDED = (tl.constexpr(code) for code in range(4))
-MOST_ROWS = tl.constexpr(32)  # of a tile whose marks are packed: two bits a row
+MOST_ROWS = tl.constexpr(32)  # the most rows of a tile whose marks fit a word, two bits a row
 ALL_PADDED = tl.constexpr(-1)  # packed marks of a step at which no row of the tile runs
 
 

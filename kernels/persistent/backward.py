@@ -31,13 +31,13 @@ from rnnfast.kernels.persistent.exchange import (
     columns,
     joined,
     load_words,
-    nothing,
     operands,
     over_parts,
     over_rows,
     poll,
     publish,
-    whole,
+    sum_parts,
+    zero_sums,
 )
 
 
@@ -140,7 +140,7 @@ def _side_by_side(d_gates, D: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr
         if GATES == 2:
             joined = tl.join(d_gates[D - 2], d_gates[D - 1])
         else:
-            # of three gates the last takes the fourth place too, which is not stored
+            # the last of three gates takes the fourth place too, which is not stored
             joined = tl.join(tl.join(d_gates[D - G], d_gates[D - G + 2]), tl.join(d_gates[D - G + 1], d_gates[D - 1]))
             joined = tl.reshape(joined, (BLOCK_B, BLOCK_H, 4))
         return tl.reshape(tl.permute(joined, (0, 2, 1)), (BLOCK_B, GATES * BLOCK_H))
@@ -324,7 +324,7 @@ def persistent_backward_kernel(
         H, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
     )  # fmt: skip
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
-    none = nothing(1, ROWS, BLOCK_B, SPLIT)
+    none = zero_sums(1, ROWS, BLOCK_B, SPLIT)
     d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     while step < steps:
         row = t * batch + offs_b
@@ -333,7 +333,7 @@ def persistent_backward_kernel(
         if HAS_MARKS:
             following = marks_before
             steps = tl.where(_nobody_runs(marks_before, marks, NEEDS_STARTS), step + 1, steps)
-        # the last step needs nothing of one before it, and waits for nobody
+        # the last step needs nothing from a step before it, and waits for nobody
         mask_more = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
         dy_before, dcs_before, saved_before, states_before = _load_step(
@@ -348,10 +348,10 @@ def persistent_backward_kernel(
             new_states_before = _load_new_states(h_ptr, c_ptr, at_before, mask_before, CARRIES_C)
 
         for j in tl.static_range(IN_REGISTERS, OPERANDS):
-            # of one turn, for the weights that are read from shared memory in each step
+            # a loop of one turn: so these weights are read from shared memory in each step
             for _ in range(tl.minimum(step + has_next, 1)):
                 d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
-        d_h = whole(d_sums, ROWS, BLOCK_B, SPLIT)
+        d_h = sum_parts(d_sums, ROWS, BLOCK_B, SPLIT)
         if PARTS > 1:
             d_h = _exchange_sums(d_h, sums_ptr, step, slots, batch, mask_b, H_PAD, BLOCK_H, ROWS)
         d_h += d_h_direct

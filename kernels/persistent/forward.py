@@ -24,13 +24,13 @@ from rnnfast.kernels.persistent.exchange import (
     columns,
     joined,
     load_words,
-    nothing,
     operands,
     over_parts,
     over_rows,
     poll,
     publish,
-    whole,
+    sum_parts,
+    zero_sums,
 )
 
 
@@ -187,12 +187,12 @@ def persistent_forward_kernel(
         if HAS_MARKS:
             c_rows = entering(c_rows, mark_ptrs.starts_c, mark, offs_b, batch, H, False)
             if not KEEP_C:
-                mask_state = mask  # of a row that has ended, its last
+                mask_state = mask  # a row that has ended keeps its last state
         states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_state, other=0.0),)
 
     x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask, H, G)
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
-    none = nothing(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)
+    none = zero_sums(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)
     h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     while step < steps:
         row = t * batch + offs_b
@@ -202,16 +202,16 @@ def persistent_forward_kernel(
         if HAS_MARKS:
             mask_runs = mask & (unpacked(marks, BLOCK_B) != PADDED)[:, None]
             steps = tl.where(marks_next == ALL_PADDED, step + 1, steps)
-        # the last step needs nothing of a next one, and waits for nobody
+        # the last step needs nothing from a next one, and waits for nobody
         mask_next = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
         x_gates_next = _load_gates(x_ptr + row_x_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
 
         for j in tl.static_range(IN_REGISTERS, OPERANDS):
-            # of one turn, for the weights that are read from shared memory in each step
+            # a loop of one turn: so these weights are read from shared memory in each step
             for _ in range(tl.minimum(step + has_prev, 1)):
                 h_sums = add_product(h_sums, w, h_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
-        h_rows = whole(h_sums, ROWS, BLOCK_B, SPLIT)
+        h_rows = sum_parts(h_sums, ROWS, BLOCK_B, SPLIT)
         h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
         x_sides = ()
         h_sides = ()
@@ -229,7 +229,7 @@ def persistent_forward_kernel(
             h = tl.where((offs_h < H)[None, :], h, 0.0).to(DTYPE)
         enters = h
         if HAS_MARKS:
-            # loaded only here, since it is seldom wanted; of a row that does not run, whatever it is: nobody keeps it
+            # loaded only here, as it is seldom wanted. A row that does not run may load anything: nobody keeps it
             mark_next = unpacked(marks_next, BLOCK_B)
             restarts = anew(mark_next)[:, None]
             start_h = start_rows(mark_ptrs.starts_h, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]

@@ -96,7 +96,7 @@ def backward(
         begin, steps: the first in time and the number of the steps of this call; without, all. Chunks are run against the order
             of forward, each going on from what the one before left in `d_gates`, `d_h` and `d_c`.
         dcs: (T, B, H) float32, gradient of all cell states, besides d_c; or None.
-        marks, order, starts_h, starts_c: as in `forward`. Of padded steps nothing is read or written.
+        marks, order, starts_h, starts_c: as in `forward`. Nothing is read or written of padded steps.
         d_starts_h, d_starts_c: with marks, (2, B, H) float32, added to: gradients of starts_c, and of starts_h but for the step
             processed first, for which `d_h` is as without marks. None if not needed. `d_c` is then scratch, but for empty rows.
     """
