@@ -48,9 +48,9 @@ class StartGrads(NamedTuple):
 
 
 @triton.jit
-def batch_rows(slots, order_ptr, B, HAS_ORDER: tl.constexpr):
-    """The batch rows in these slots, in the order given, so that a tile's rows end together; from B on where there is none."""
-    if HAS_ORDER:
+def batch_rows(slots, order_ptr, B):
+    """The batch rows in these slots, in the order given if there is one, so that a tile's rows end together; from B on none."""
+    if order_ptr is not None:
         return tl.load(order_ptr + slots, mask=slots < B, other=B)
     else:
         return slots
@@ -59,18 +59,17 @@ def batch_rows(slots, order_ptr, B, HAS_ORDER: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "B"])
 def pack_kernel(
     marks_ptr,  # (T, B) int8
-    order_ptr,  # (B,) int32, as for `batch_rows`
+    order_ptr,  # (B,) int32 or None, as for `batch_rows`
     packed_ptr,  # (T, tiles) words of 64 bits, written: the mark of slot i of a tile of BLOCK_B slots in bits 2 i and 2 i + 1
     T,
     B,
-    HAS_ORDER: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     steps = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     lanes = tl.arange(0, MOST_ROWS)
     slots = tl.where(lanes < BLOCK_B, tl.program_id(1) * BLOCK_B + lanes, B)
-    rows = batch_rows(slots, order_ptr, B, HAS_ORDER)
+    rows = batch_rows(slots, order_ptr, B)
     at = steps.to(tl.int64)[:, None] * B + rows[None, :]
     marks = tl.load(marks_ptr + at, mask=(steps < T)[:, None] & (rows < B)[None, :], other=PADDED)
     words = tl.sum(marks.to(tl.int64) << (2 * lanes)[None, :], 1)

@@ -209,16 +209,15 @@ def persistent_backward_kernel(
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
     DIRECT: tl.constexpr,
-    HAS_DY: tl.constexpr,
-    HAS_DCS: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    NEEDS_STARTS: tl.constexpr,
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     PLAN: tl.constexpr,  # `PersistentPlan.tiles`
 ):
+    HAS_DY: tl.constexpr = dy_ptr is not None
+    HAS_DCS: tl.constexpr = dcs_ptr is not None
+    HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
+    NEEDS_STARTS: tl.constexpr = d_start_ptrs.h is not None
     BLOCK_B: tl.constexpr = PLAN.BLOCK_B
     BLOCK_H: tl.constexpr = PLAN.BLOCK_H
     BLOCK_K: tl.constexpr = PLAN.BLOCK_K
@@ -243,7 +242,7 @@ def persistent_backward_kernel(
 
     # what is exchanged lies in the order of the programs, all else in that of the batch
     slots = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_b = batch_rows(slots, mark_ptrs.order, B, HAS_ORDER)
+    offs_b = batch_rows(slots, mark_ptrs.order, B)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_b = (slots < B)[:, None]
     mask = mask_b
@@ -260,7 +259,8 @@ def persistent_backward_kernel(
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
-    saved_ptr -= t_saved.to(tl.int64) * batch * (SAVED * H)
+    if SAVED > 0:
+        saved_ptr -= t_saved.to(tl.int64) * batch * (SAVED * H)
     # which rows a next step ran, and of which the gradient of the last state is still to come
     mask_next, mask_ends = slots < B * has_next, slots < B * (1 - has_next)
     mask_runs = mask

@@ -89,15 +89,14 @@ def persistent_forward_kernel(
     GATES: tl.constexpr,
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     KEEP_C: tl.constexpr,
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     PLAN: tl.constexpr,  # `PersistentPlan.tiles`
 ):
+    HAS_BIAS: tl.constexpr = bias_x_ptr is not None
+    HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
     BLOCK_B: tl.constexpr = PLAN.BLOCK_B
     BLOCK_H: tl.constexpr = PLAN.BLOCK_H
     BLOCK_K: tl.constexpr = PLAN.BLOCK_K
@@ -121,7 +120,7 @@ def persistent_forward_kernel(
 
     # what is exchanged lies in the order of the programs, all else in that of the batch
     slots = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_b = batch_rows(slots, mark_ptrs.order, B, HAS_ORDER)
+    offs_b = batch_rows(slots, mark_ptrs.order, B)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_word = tl.program_id(0) * (BLOCK_H // PER_WORD) + tl.arange(0, BLOCK_H // PER_WORD)
     mask_b = slots < B

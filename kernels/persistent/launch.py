@@ -40,9 +40,7 @@ def packed(marks, order, plan: PersistentPlan):
     tiles = -(-B // plan.BLOCK_B)
     words = marks.new_empty(T, tiles * 8)  # bytes
     grid = -(-T // PACK_STEPS), tiles
-    pack_kernel[grid](
-        marks, order, words, T, B, HAS_ORDER=order is not None, BLOCK_B=plan.BLOCK_B, BLOCK_T=PACK_STEPS, enable_fp_fusion=True
-    )
+    pack_kernel[grid](marks, order, words, T, B, BLOCK_B=plan.BLOCK_B, BLOCK_T=PACK_STEPS, enable_fp_fusion=True)
     return words
 
 
@@ -82,18 +80,11 @@ def forward(
         "GATES": _power_of_two(cell.gates),
         "SAVED": cell.saved if training and saved.numel() else 0,
         "CARRIES_C": cell.carries_c,
-        "HAS_BIAS": bias_x is not None,
-        "HAS_MARKS": marks is not None,
-        "HAS_ORDER": order is not None,
         "KEEP_C": training,
         "PER_WORD": 4 // h.element_size(),
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
-    # arguments that a variant does not use still need a pointer
-    bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
-    c, c_prev = (h, h) if c is None else (c, c_prev)
-    saved = saved if flags["SAVED"] else h
     t_c_prev = t_prev if training else 0
     for grid, b_begin in plan.launches(B):
         persistent_forward_kernel[grid](
@@ -120,21 +111,12 @@ def backward(
         "SAVED": cell.saved,
         "CARRIES_C": cell.carries_c,
         "DIRECT": cell.direct,
-        "HAS_DY": dy is not None,
-        "HAS_DCS": dcs is not None,
-        "HAS_MARKS": marks is not None,
-        "HAS_ORDER": order is not None,
-        "NEEDS_STARTS": d_starts_h is not None,
         "PER_WORD": 4 // h.element_size(),
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
-    dy = h if dy is None else dy
-    saved = saved if cell.saved else h
     has_first, h0 = (0, h) if h0 is None else (1, h0)
-    c = h if c is None else c
     c0 = c if c0 is None else c0
-    d_c = d_h if d_c is None else d_c
     t_first = T - 1 if reverse else 0
     end = begin + (T if steps is None else steps)
     t_next, has_next = after(begin, end, T, reverse)

@@ -52,18 +52,17 @@ def forward_step_kernel(
     G: tl.constexpr,
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     PLAN: tl.constexpr,  # `StepPlan`
 ):
+    HAS_BIAS: tl.constexpr = bias_x_ptr is not None
+    HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
     BLOCK_B: tl.constexpr = PLAN.BLOCK_B
     BLOCK_H: tl.constexpr = PLAN.BLOCK_H
     BLOCK_K: tl.constexpr = PLAN.BLOCK_K
-    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), mark_ptrs.order, B, HAS_ORDER)
+    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), mark_ptrs.order, B)
     mask_b = offs_b < B
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
@@ -159,20 +158,19 @@ def backward_step_kernel(
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
     DIRECT: tl.constexpr,
-    HAS_DY: tl.constexpr,
-    HAS_DCS: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     ALIGNED: tl.constexpr,
-    NEEDS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     PLAN: tl.constexpr,  # `StepPlan`
 ):
+    HAS_DY: tl.constexpr = dy_ptr is not None
+    HAS_DCS: tl.constexpr = dcs_ptr is not None
+    HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
+    NEEDS_STARTS: tl.constexpr = d_start_ptrs.h is not None
     BLOCK_B: tl.constexpr = PLAN.BLOCK_B
     BLOCK_H: tl.constexpr = PLAN.BLOCK_H
     BLOCK_K: tl.constexpr = PLAN.BLOCK_K
-    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), mark_ptrs.order, B, HAS_ORDER)
+    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), mark_ptrs.order, B)
     mask_b = offs_b < B
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < H

@@ -53,19 +53,12 @@ def forward(
         "G": cell.gates,
         "SAVED": cell.saved if training and saved.numel() else 0,
         "CARRIES_C": cell.carries_c,
-        "HAS_BIAS": bias_x is not None,
-        "HAS_MARKS": marks is not None,
-        "HAS_ORDER": order is not None,
         "ALIGNED": H * h.element_size() % 16 == 0,
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
     mark_tensors = Marks(marks, order, starts_h, starts_c)
     launch = _launcher(forward_step_kernel, plan, B, H, constants)
-    # arguments that a variant does not use still need a pointer
-    bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
-    c = h if c is None else c
-    saved = saved if constants["SAVED"] else h
     for at in reversed(range(n)) if reverse else range(n):
         t = begin + at
         t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
@@ -108,21 +101,12 @@ def backward(
         "SAVED": cell.saved,
         "CARRIES_C": cell.carries_c,
         "DIRECT": cell.direct,
-        "HAS_DY": dy is not None,
-        "HAS_DCS": dcs is not None,
-        "HAS_MARKS": marks is not None,
-        "HAS_ORDER": order is not None,
         "ALIGNED": H * h.element_size() % 16 == 0,
-        "NEEDS_STARTS": d_starts_h is not None,
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
     mark_tensors, d_starts = Marks(marks, order, starts_h, starts_c), StartGrads(d_starts_h, d_starts_c)
     launch = _launcher(backward_step_kernel, plan, B, H, constants)
-    dy = h if dy is None else dy
-    saved = saved if cell.saved else h
-    c = h if c is None else c
-    d_c = d_h if d_c is None else d_c
     end = begin + (T if steps is None else steps)
     t_next, has_next = after(begin, end, T, reverse)
     for t in range(begin, end) if reverse else reversed(range(begin, end)):
