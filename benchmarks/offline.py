@@ -91,8 +91,11 @@ class StandInDriver(DriverBase):
     def launcher_cls(self, src, metadata):
         def launch(grid_x, grid_y, grid_z, stream, function, kernel_metadata, launch_metadata, on_enter, on_exit, *args):
             assert len(args) == len(src.fn.arg_names), "a launch with more or fewer arguments than the kernel has"
-            for (position, *_), value in src.constants.items():
-                assert args[position] is value or args[position] == value, f"{src.fn.arg_names[position]} is another constant"
+            for path, value in src.constants.items():  # a path, as an argument may be a tuple
+                given = args
+                for position in path:
+                    given = given[position]
+                assert given is value or given == value, f"{src.fn.arg_names[path[0]]} is another constant"
             self.launches.append(Launch(function, (grid_x, grid_y, grid_z), metadata.hash))
 
         return launch

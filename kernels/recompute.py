@@ -1,9 +1,9 @@
-"""The activations that backward needs, computed again: for all steps of a chunk at once, as no state waits for another.
+"""Recomputes the activations that backward needs, for all steps of a chunk at once: no state waits for another here.
 
     saved_t = cell.forward(W_ih x_t + b_ih, W_hh h_{t-1} + b_hh)
 
-Every h_{t-1} is known, being forward's output, so both sides are one product over all rows, outside of this kernel. What a
-cell saves follows from its two sides alone, not from the state that they update.
+Every h_{t-1} is known, as it is forward's output. So each of the two sides is one product over all rows, made outside of this
+kernel. What a cell saves follows from its two sides alone, not from the state that they update.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rnnfast.kernels.beside import after, before
 from rnnfast.kernels.cells import Cell
-from rnnfast.kernels.marks import pack_kernel
+from rnnfast.kernels.marks import Marks, StartGrads, pack_kernel
 from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
@@ -40,21 +40,13 @@ def packed(marks, order, plan: PersistentPlan):
     tiles = -(-B // plan.BLOCK_B)
     words = marks.new_empty(T, tiles * 8)  # bytes
     grid = -(-T // PACK_STEPS), tiles
-    pack_kernel[grid](
-        marks, order, words, T, B, HAS_ORDER=order is not None, BLOCK_B=plan.BLOCK_B, BLOCK_T=PACK_STEPS, enable_fp_fusion=True
-    )
+    pack_kernel[grid](marks, order, words, T, B, BLOCK_B=plan.BLOCK_B, BLOCK_T=PACK_STEPS, enable_fp_fusion=True)
     return words
 
 
 def _options(plan: PersistentPlan) -> dict:
     return {
-        "BLOCK_B": plan.BLOCK_B,
-        "BLOCK_H": plan.BLOCK_H,
-        "BLOCK_K": plan.BLOCK_K,
-        "SPLIT": plan.SPLIT,
-        "JOIN": plan.JOIN,
-        "IN_REGISTERS": plan.IN_REGISTERS,
-        "H_PAD": plan.H_PAD,
+        "PLAN": plan.tiles,
         "num_warps": plan.num_warps,
         "num_stages": 1,  # the pipeliner ignores volatile: it would load ahead of the poll
         "enable_fp_fusion": True,
@@ -78,6 +70,7 @@ def forward(
     training = saved is not None
     exchange = _exchange(h[begin : begin + n], H, plan, 1, marks is not None)
     words = None if marks is None else packed(marks[begin : begin + n], order, plan)
+    mark_tensors = Marks(words, order, starts_h, starts_c)
     dt, t_x = (-1, n - 1) if reverse else (1, 0)
     t = begin + t_x
     t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
@@ -87,22 +80,15 @@ def forward(
         "GATES": _power_of_two(cell.gates),
         "SAVED": cell.saved if training and saved.numel() else 0,
         "CARRIES_C": cell.carries_c,
-        "HAS_BIAS": bias_x is not None,
-        "HAS_MARKS": marks is not None,
-        "HAS_ORDER": order is not None,
         "KEEP_C": training,
         "PER_WORD": 4 // h.element_size(),
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
-    # arguments that a variant does not use still need a pointer
-    bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
-    c, c_prev = (h, h) if c is None else (c, c_prev)
-    saved = saved if flags["SAVED"] else h
     t_c_prev = t_prev if training else 0
     for grid, b_begin in plan.launches(B):
         persistent_forward_kernel[grid](
-            x, w, bias_x, bias_h, h_prev, c_prev, words, order, starts_h, starts_c, exchange, h, c, saved,
+            x, w, bias_x, bias_h, h_prev, c_prev, mark_tensors, exchange, h, c, saved,
             t, t_x, dt, n, t_prev, has_prev, t_c_prev, b_begin, B, H=H, **flags, **_options(plan),
         )  # fmt: skip
 
@@ -125,26 +111,18 @@ def backward(
         "SAVED": cell.saved,
         "CARRIES_C": cell.carries_c,
         "DIRECT": cell.direct,
-        "HAS_DY": dy is not None,
-        "HAS_DCS": dcs is not None,
-        "HAS_MARKS": marks is not None,
-        "HAS_ORDER": order is not None,
-        "NEEDS_STARTS": d_starts_h is not None,
         "PER_WORD": 4 // h.element_size(),
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
-    dy = h if dy is None else dy
-    saved = saved if cell.saved else h
     has_first, h0 = (0, h) if h0 is None else (1, h0)
-    c = h if c is None else c
     c0 = c if c0 is None else c0
-    d_c = d_h if d_c is None else d_c
     t_first = T - 1 if reverse else 0
     end = begin + (T if steps is None else steps)
     t_next, has_next = after(begin, end, T, reverse)
     dt = 1 if reverse else -1
-    words = packed(marks, order, plan)
+    mark_tensors = Marks(packed(marks, order, plan), order, starts_h, starts_c)
+    d_starts = StartGrads(d_starts_h, d_starts_c)
     most = plan.steps if marks is None else min(plan.steps, max(1, ROWS // B))
     for done in range(0, end - begin, most):
         n = min(most, end - begin - done)
@@ -154,9 +132,9 @@ def backward(
         sums = d_h if plan.PARTS == 1 else _cleared(d_h.new_empty(n, B, plan.PARTS * plan.H_PAD))
         for grid, b_begin in plan.launches(B):
             persistent_backward_kernel[grid](
-                dy, saved, h, h0, c, c0, w, dcs, words, order, starts_h, starts_c,
-                exchange, sums, d_gates, d_h, d_c, d_starts_h, d_starts_c,
+                dy, saved, h, h0, c, c0, w, dcs, mark_tensors,
+                exchange, sums, d_gates, d_h, d_c, d_starts,
                 first + t_x, t_x, dt, n, t_first, has_first, t_next, has_next, b_begin, begin, B,
-                H=H, PARTS=plan.PARTS, **flags, **_options(plan),
+                H=H, **flags, **_options(plan),
             )  # fmt: skip
         t_next, has_next = first + t_x + dt * (n - 1), 1

@@ -33,10 +33,7 @@ def forward_step_kernel(
     bias_h_ptr,  # (G * H,) b_hh
     h_prev_ptr,  # (*, B, H) h_{t-1} at index t_prev
     c_prev_ptr,  # (*, B, H) float32, c_{t-1} at index t_c_prev
-    marks_ptr,  # (T, B) int8
-    order_ptr,  # (B,) int32, the batch rows in the order in which programs take them
-    starts_h_ptr,  # (2, B, H) initial and reset h
-    starts_c_ptr,  # (2, B, H) float32, initial and reset c
+    mark_ptrs,  # `Marks`
     # outputs
     h_ptr,  # (T, B, H) h_t at index t
     c_ptr,  # (*, B, H) float32, c_t at index t_c
@@ -55,18 +52,17 @@ def forward_step_kernel(
     G: tl.constexpr,
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
-    # tiles
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PLAN: tl.constexpr,  # `StepPlan`
 ):
-    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), order_ptr, B, HAS_ORDER)
+    HAS_BIAS: tl.constexpr = bias_x_ptr is not None
+    HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
+    BLOCK_B: tl.constexpr = PLAN.BLOCK_B
+    BLOCK_H: tl.constexpr = PLAN.BLOCK_H
+    BLOCK_K: tl.constexpr = PLAN.BLOCK_K
+    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), mark_ptrs.order, B)
     mask_b = offs_b < B
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
@@ -75,11 +71,11 @@ def forward_step_kernel(
     h_rows = h_prev_ptr + (t_prev.to(tl.int64) * B + offs_b) * H
     entered = offs_b < B * has_prev
     if HAS_MARKS:
-        mark = tl.load(marks_ptr + row, mask=mask_b, other=PADDED)
+        mark = tl.load(mark_ptrs.codes + row, mask=mask_b, other=PADDED)
         mask_b = mark != PADDED
         if tl.max(mask_b.to(tl.int32), 0) == 0:
             return
-        h_rows = entering(h_rows, starts_h_ptr, mark, offs_b, B, H, ALIGNED)
+        h_rows = entering(h_rows, mark_ptrs.starts_h, mark, offs_b, B, H, ALIGNED)
         entered = mask_b
     mask = mask_b[:, None] & mask_h[None, :]
     mask_prev = entered[:, None] & mask_h[None, :]
@@ -113,7 +109,7 @@ def forward_step_kernel(
     if CARRIES_C:
         c_rows = c_prev_ptr + (t_c_prev.to(tl.int64) * B + offs_b) * H
         if HAS_MARKS:
-            c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, B, H, ALIGNED)
+            c_rows = entering(c_rows, mark_ptrs.starts_c, mark, offs_b, B, H, ALIGNED)
         states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_prev, other=0.0),)
 
     new_states, saved = CELL(x_gates, biased, states)
@@ -140,16 +136,12 @@ def backward_step_kernel(
     c_prev_ptr,  # (*, B, H) float32, c_{t-1} at index t_prev
     w_ptr,  # (G * H, H) W_hh
     dcs_ptr,  # (T, B, H) float32, gradient of c_t from outside, besides the last one's
-    marks_ptr,  # (T, B) int8
-    order_ptr,  # (B,) int32, the batch rows in the order in which programs take them
-    starts_h_ptr,  # (2, B, H) initial and reset h
-    starts_c_ptr,  # (2, B, H) float32, initial and reset c
+    mark_ptrs,  # `Marks`
     # outputs
     d_gates_ptr,  # (T * B, D * H) gate gradients; row t_next * B + b is read, row t * B + b written
     d_h_ptr,  # (B, H) float32, carried: gradient of h_t that comes neither from dy nor through W_hh
     d_c_ptr,  # (B, H) float32, carried: gradient of c_t
-    d_starts_h_ptr,  # (2, B, H) float32, added to: gradient of the initial and the reset h
-    d_starts_c_ptr,  # (2, B, H) float32, added to: gradient of the initial and the reset c
+    d_start_ptrs,  # `StartGrads`
     # sizes
     t,
     t_saved,
@@ -166,20 +158,19 @@ def backward_step_kernel(
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
     DIRECT: tl.constexpr,
-    HAS_DY: tl.constexpr,
-    HAS_DCS: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     ALIGNED: tl.constexpr,
-    NEEDS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
-    # tiles
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PLAN: tl.constexpr,  # `StepPlan`
 ):
-    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), order_ptr, B, HAS_ORDER)
+    HAS_DY: tl.constexpr = dy_ptr is not None
+    HAS_DCS: tl.constexpr = dcs_ptr is not None
+    HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
+    NEEDS_STARTS: tl.constexpr = d_start_ptrs.h is not None
+    BLOCK_B: tl.constexpr = PLAN.BLOCK_B
+    BLOCK_H: tl.constexpr = PLAN.BLOCK_H
+    BLOCK_K: tl.constexpr = PLAN.BLOCK_K
+    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), mark_ptrs.order, B)
     mask_b = offs_b < B
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
@@ -191,8 +182,8 @@ def backward_step_kernel(
     # rows that need the product with the next step's gate gradients; that take a carried gradient; whose last step this is
     has_product, multiplied, carries, ends = has_next, mask_b, mask_b, offs_b < B * (1 - has_next)
     if HAS_MARKS:
-        mark = tl.load(marks_ptr + row, mask=mask_b, other=PADDED)
-        next_mark = tl.load(marks_ptr + row_next, mask=mask_b & (offs_b < B * has_next), other=PADDED)
+        mark = tl.load(mark_ptrs.codes + row, mask=mask_b, other=PADDED)
+        next_mark = tl.load(mark_ptrs.codes + row_next, mask=mask_b & (offs_b < B * has_next), other=PADDED)
         mask_b = mark != PADDED
         ends = mask_b & (next_mark == PADDED)
         carries = ends | (next_mark == CONTINUES)
@@ -200,7 +191,7 @@ def backward_step_kernel(
         has_product = tl.max(multiplied.to(tl.int32), 0)
         if tl.max((mask_b | multiplied).to(tl.int32), 0) == 0:
             return
-        h_rows = entering(h_rows, starts_h_ptr, mark, offs_b, B, H, ALIGNED)
+        h_rows = entering(h_rows, mark_ptrs.starts_h, mark, offs_b, B, H, ALIGNED)
         entered = mask_b
     mask = mask_b[:, None] & mask_h[None, :]
     mask_prev = entered[:, None] & mask_h[None, :]
@@ -223,7 +214,7 @@ def backward_step_kernel(
         d_h_ptr + carried, mask=((multiplied | ends) if DIRECT else ends)[:, None] & mask_h[None, :], other=0.0
     )
     if NEEDS_STARTS:
-        hand_over(d_starts_h_ptr, d_h + d_h_carried, next_mark, offs_b, offs_h, mask_h, B, H)
+        hand_over(d_start_ptrs.h, d_h + d_h_carried, next_mark, offs_b, offs_h, mask_h, B, H)
     if HAS_MARKS:
         d_h = tl.where((next_mark == CONTINUES)[:, None], d_h, 0.0)
         d_h_carried = tl.where(carries[:, None], d_h_carried, 0.0)
@@ -242,7 +233,7 @@ def backward_step_kernel(
     if CARRIES_C:
         c_rows = c_prev_ptr + row_prev * H
         if HAS_MARKS:
-            c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, B, H, ALIGNED)
+            c_rows = entering(c_rows, mark_ptrs.starts_c, mark, offs_b, B, H, ALIGNED)
         states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_prev, other=0.0),)
         new_states = new_states + (tl.load(c_ptr + at, mask=mask, other=0.0),)
         d_c = tl.load(d_c_ptr + carried, mask=mask_carries, other=0.0)
@@ -260,4 +251,4 @@ def backward_step_kernel(
     if CARRIES_C:
         tl.store(d_c_ptr + carried, d_c, mask=mask)
         if NEEDS_STARTS:
-            hand_over(d_starts_c_ptr, d_c, mark, offs_b, offs_h, mask_h, B, H)
+            hand_over(d_start_ptrs.c, d_c, mark, offs_b, offs_h, mask_h, B, H)

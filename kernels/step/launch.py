@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rnnfast.kernels.beside import after, before
 from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.runtime import Launcher, as_a_gpu, emulate_bf16
 from rnnfast.kernels.step.kernels import backward_step_kernel, forward_step_kernel
 from rnnfast.kernels.step.plan import StepPlan
@@ -12,10 +13,9 @@ __all__ = ["backward", "forward"]
 
 
 def _launcher(kernel, plan: StepPlan, B: int, H: int, constants: dict) -> Launcher:
-    tiles = {"BLOCK_B": plan.BLOCK_B, "BLOCK_H": plan.BLOCK_H, "BLOCK_K": plan.BLOCK_K}
     # fused multiply-adds by name: the default of Triton 3.10 is to be without
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
-    return Launcher(kernel, plan.grid(B, H), constants | tiles, options)
+    return Launcher(kernel, plan.grid(B, H), constants | {"PLAN": plan}, options)
 
 
 @as_a_gpu()
@@ -53,24 +53,18 @@ def forward(
         "G": cell.gates,
         "SAVED": cell.saved if training and saved.numel() else 0,
         "CARRIES_C": cell.carries_c,
-        "HAS_BIAS": bias_x is not None,
-        "HAS_MARKS": marks is not None,
-        "HAS_ORDER": order is not None,
         "ALIGNED": H * h.element_size() % 16 == 0,
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
+    mark_tensors = Marks(marks, order, starts_h, starts_c)
     launch = _launcher(forward_step_kernel, plan, B, H, constants)
-    # arguments that a variant does not use still need a pointer
-    bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
-    c = h if c is None else c
-    saved = saved if constants["SAVED"] else h
     for at in reversed(range(n)) if reverse else range(n):
         t = begin + at
         t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
         t_c, t_c_prev = (t, t_prev) if training else (0, 0)
         launch(
-            x, w, bias_x, bias_h, h_prev, c_prev, marks, order, starts_h, starts_c, h, c, saved,
+            x, w, bias_x, bias_h, h_prev, c_prev, mark_tensors, h, c, saved,
             t, at, t_prev, has_prev, t_c, t_c_prev, B, H,
         )  # fmt: skip
 
@@ -95,7 +89,7 @@ def backward(
         begin, steps: the first in time and the number of the steps of this call; without, all. Chunks are run against the order
             of forward, each going on from what the one before left in `d_gates`, `d_h` and `d_c`.
         dcs: (T, B, H) float32, gradient of all cell states, besides d_c; or None.
-        marks, order, starts_h, starts_c: as in `forward`. Of padded steps nothing is read or written.
+        marks, order, starts_h, starts_c: as in `forward`. Nothing is read or written of padded steps.
         d_starts_h, d_starts_c: with marks, (2, B, H) float32, added to: gradients of starts_c, and of starts_h but for the step
             processed first, for which `d_h` is as without marks. None if not needed. `d_c` is then scratch, but for empty rows.
     """
@@ -107,26 +101,18 @@ def backward(
         "SAVED": cell.saved,
         "CARRIES_C": cell.carries_c,
         "DIRECT": cell.direct,
-        "HAS_DY": dy is not None,
-        "HAS_DCS": dcs is not None,
-        "HAS_MARKS": marks is not None,
-        "HAS_ORDER": order is not None,
         "ALIGNED": H * h.element_size() % 16 == 0,
-        "NEEDS_STARTS": d_starts_h is not None,
         "PRECISION": precision,
         "EMULATE_BF16": emulate_bf16(h),
     }
+    mark_tensors, d_starts = Marks(marks, order, starts_h, starts_c), StartGrads(d_starts_h, d_starts_c)
     launch = _launcher(backward_step_kernel, plan, B, H, constants)
-    dy = h if dy is None else dy
-    saved = saved if cell.saved else h
-    c = h if c is None else c
-    d_c = d_h if d_c is None else d_c
     end = begin + (T if steps is None else steps)
     t_next, has_next = after(begin, end, T, reverse)
     for t in range(begin, end) if reverse else reversed(range(begin, end)):
         t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
         launch(
-            dy, saved, h, h_prev, c, c_prev, w, dcs, marks, order, starts_h, starts_c,
-            d_gates, d_h, d_c, d_starts_h, d_starts_c, t, t - begin, t_prev, t_next, has_prev, has_next, B, H,
+            dy, saved, h, h_prev, c, c_prev, w, dcs, mark_tensors,
+            d_gates, d_h, d_c, d_starts, t, t - begin, t_prev, t_next, has_prev, has_next, B, H,
         )  # fmt: skip
         t_next, has_next = t, 1

@@ -21,8 +21,8 @@ _cooperative: dict[torch.device, bool] = {}
 
 
 def limits(device: torch.device) -> GpuLimits | None:
-    """Of the GPU `device`; None for a CPU, where Triton's interpreter runs a grid's programs one after another: the first
-    program of a persistent kernel would wait for the others for ever."""
+    """The limits of the GPU `device`. None for a CPU: there Triton's interpreter runs a grid's programs one after another, and
+    the first program of a persistent kernel would wait for the others for ever."""
     if device not in _limits:
         _limits[device] = _find_limits(device) if device.type == "cuda" else None
     return _limits[device]

@@ -177,7 +177,7 @@ def torch_wins(shape: tuning_file.Shape, device: torch.device) -> bool:
 def shape(
     cell: str, T: int, B: int, I: int, H: int, layers: int, directions: int, tensors: Iterable[torch.Tensor | None]
 ) -> tuning_file.Shape:
-    """Of a call with these tensors, the input first, of one of the kernels' dtypes."""
+    """The shape of a call with these tensors, the input first, which have one of the kernels' dtypes."""
     given = [tensor for tensor in tensors if tensor is not None]
     kind = given[0].device.type
     dtype = torch.get_autocast_dtype(kind) if autocast(kind) else given[0].dtype

@@ -98,8 +98,8 @@ def torch_wins(gpu: GpuLimits, shape: Shape) -> bool:
 def kernels(gpu: GpuLimits, cell: str, T: int, B: int, H: int, dtype: str, precision: str, training: bool) -> Entry | None:
     """The entry that says on which kernels a recurrence runs, its plans made for `B` rows; None where nothing was measured.
 
-    The recurrence is the same for any input size, layer and direction. Of the entries for half to twice as many rows the
-    nearest counts. Arguments as in `Shape`.
+    The recurrence is the same for any input size, layer and direction. The nearest of the entries for half
+    to twice as many rows counts. Arguments as in `Shape`.
     """
     known = table(gpu)
     if not known.entries:

@@ -38,7 +38,7 @@ __all__ = ["candidates", "main", "measure", "microseconds", "tune", "work"]
 MODULES = {"lstm": ("LSTM", {}), "gru": ("GRU", {}), "rnn_tanh": ("RNN", {}), "rnn_relu": ("RNN", {"nonlinearity": "relu"})}
 DTYPES = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}  # as the options name them: the precision
 QUIET = 120  # seconds that a candidate may take to compile, run and be checked
-CHECK_STEPS = 512  # of a longer sequence only so many are checked: the float64 reference is slow
+CHECK_STEPS = 512  # steps of a sequence that are checked, of a longer one the first: the float64 reference is slow
 ROUNDS = 9
 
 
