@@ -151,14 +151,27 @@ class _Decoder:
         (out,) = self.outputs(instruction)
         pairs = zip(instruction.operands[1:], kinds, strict=True)
         inputs = [(self.operand(text, "b32" if kind == "any" else kind), TYPES.get(kind)) for text, kind in pairs]
-        inputs = [(at, None if dtype == self.start[at].dtype else dtype) for at, dtype in inputs]
-        dtype = OF_BITS[BITS[result]]
-        wider = self.start[out].dtype if self.start[out].dtype != dtype else None
+        inputs = [(at, dtype or self.start[at].dtype) for at, dtype in inputs]
+        dtype, of_register = OF_BITS[BITS[result]], self.start[out].dtype
+        if of_register != dtype:
+            function = lambda *values, narrow=function: narrow(*values).view(dtype).astype(of_register)  # noqa: E731
+        if len(inputs) == 1:
+            [(x, of_x)] = inputs
 
-        def run(R: Registers) -> None:
-            value = function(*[R[at] if kind is None else R[at].view(kind) for at, kind in inputs])
-            value = value.view(dtype)
-            R[out] = value if wider is None else value.astype(wider)
+            def run(R: Registers) -> None:
+                R[out] = function(R[x].view(of_x)).view(of_register)
+
+        elif len(inputs) == 2:
+            (x, of_x), (y, of_y) = inputs
+
+            def run(R: Registers) -> None:
+                R[out] = function(R[x].view(of_x), R[y].view(of_y)).view(of_register)
+
+        else:
+            (x, of_x), (y, of_y), (z, of_z) = inputs
+
+            def run(R: Registers) -> None:
+                R[out] = function(R[x].view(of_x), R[y].view(of_y), R[z].view(of_z)).view(of_register)
 
         return run
 

@@ -29,7 +29,7 @@ Mistake = Callable[[str], str]  # from a kernel's PTX to one with something wron
 
 @dataclass
 class Ran:
-    """One kernel: its launches, CTAs and warps of the last, instructions that warps executed, seconds."""
+    """One kernel: its launches, CTAs and warps of the last, instructions that warps executed, seconds of a CPU."""
 
     name: str
     launches: int = 0
@@ -80,7 +80,7 @@ class Simulation:
         bits = [_bits(kind, value) for kind, value in arguments]
         bits += [0] * (len(program.parameters) - len(bits))  # scratch memory, which nothing here asks for
         tensors = [value for _, value in arguments if isinstance(value, torch.Tensor)]
-        began = time.perf_counter()
+        began = time.process_time()
         self.seed += 1
         machine = Machine(
             code, grid, metadata.num_warps, metadata.shared, dict(zip(program.parameters, bits, strict=True)),
@@ -94,7 +94,7 @@ class Simulation:
             ran.launches += 1
             ran.ctas, ran.warps = len(machine.ctas), metadata.num_warps
             ran.instructions += machine.executed
-            ran.seconds += time.perf_counter() - began
+            ran.seconds += time.process_time() - began
 
 
 def _flat(types, values) -> Iterator[tuple[str, object]]:
@@ -126,7 +126,7 @@ def _regions(tensors: list[torch.Tensor], granule: int) -> list[Region]:
             elements = (data != fill).reshape(-1, tensor.itemsize).any(1)
             written = np.repeat(elements, tensor.itemsize)
             name = f"a tensor of {size} bytes, {str(tensor.dtype).removeprefix('torch.')}"
-            regions[begin] = Region(begin, Space(data, granule, written, name))
+            regions[begin] = Region(begin, Space(data, granule, written, name, False))
     return list(regions.values())
 
 

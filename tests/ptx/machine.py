@@ -101,7 +101,7 @@ class Warp:
         if len(full):
             words[:, full] = self.load("global", source[full], 4, size // 4, 0, on[full])
         granules = self.cta.shared.claim(target, 4, words, self.accesses(on, 0))
-        self.cta.shared.pending[granules] = True
+        self.cta.shared.begin_copy(granules)
         self.copies[-1].append((target, words, on, granules))
 
     def commit(self) -> None:
@@ -110,7 +110,7 @@ class Warp:
     def wait(self, left: int) -> None:
         while len(self.copies) > left + 1:
             for target, words, on, granules in self.copies.pop(0):
-                self.cta.shared.pending[granules] = False
+                self.cta.shared.end_copy(granules)
                 self.cta.shared.store(target, 4, words, self.accesses(on, 0))
 
 
@@ -131,7 +131,7 @@ class Machine:
         self, code: Code, grid: tuple[int, int, int], warps: int, shared: int, parameters: dict[str, int], regions: list[Region],
         seed: int,
     ):  # fmt: skip
-        self.code, self.random = code, random.Random(seed)
+        self.code, self.random, self.numpy = code, random.Random(seed), np.random.default_rng(seed)
         self.regions = sorted(regions, key=lambda region: region.begin)
         self.begins = [region.begin for region in self.regions]
         self.turns = 0  # since global memory last changed
@@ -142,7 +142,7 @@ class Machine:
         self.ready: list[Warp] = []
         self.ctas: list[Cta] = []
         for number in range(grid[0] * grid[1] * grid[2]):
-            space = Space(np.full(shared, 0xA5, np.uint8), code.granules["shared"], np.zeros(shared, bool), "shared memory")
+            space = Space(np.full(shared, 0xA5, np.uint8), code.granules["shared"], np.zeros(shared, bool), "shared memory", True)
             cta = Cta(number, warps, space)
             self.ctas.append(cta)
             place = {"x": number % grid[0], "y": number // grid[0] % grid[1], "z": number // (grid[0] * grid[1])}
@@ -189,7 +189,7 @@ class Machine:
         """Everybody sees about this share of what the CTA stored."""
         posted, cta.posted = cta.posted, []
         for store in posted:
-            now = np.array([self.random.random() < share for _ in store.offsets])
+            now = self.numpy.random(len(store.offsets)) < share  # below 1
             store.space.put(store.offsets[now], store.size, store.values[:, now])
             if not now.all():
                 cta.posted.append(store._replace(offsets=store.offsets[~now], values=store.values[:, ~now]))

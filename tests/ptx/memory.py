@@ -86,10 +86,11 @@ class Space:
         granule: bytes that the shadow tells apart, the least that the kernel accesses.
         written: (bytes,) bool, what has a value at the start.
         name: for messages.
+        own: whether it is one CTA's, so that a barrier orders all before it.
     """
 
-    def __init__(self, data: np.ndarray, granule: int, written: np.ndarray, name: str):
-        self.data, self.granule, self.name = data, granule, name
+    def __init__(self, data: np.ndarray, granule: int, written: np.ndarray, name: str, own: bool):
+        self.data, self.granule, self.name, self.own = data, granule, name, own
         self.views = {size: data[: len(data) // size * size].view(uint) for size, uint in UINTS.items()}
         granules = -(-len(data) // granule)
         padded = np.zeros(granules * granule, bool)
@@ -97,13 +98,14 @@ class Space:
         self.written = padded.reshape(granules, granule).any(1)
         self.reads = np.full(granules, NEVER, np.int64)
         self.writes = np.full(granules, NEVER, np.int64)
-        self.pending = np.zeros(granules, bool)
+        self.pending, self.copying = np.zeros(granules, bool), 0  # what cp.async is writing, and how many do
 
     def granules(self, offsets: np.ndarray, size: int, accesses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in the shadow `size` bytes at each of the offsets are, and whose each is."""
-        count = max(1, size // self.granule)
-        where = (offsets // self.granule)[:, None] + np.arange(count)
-        return where.ravel(), np.repeat(np.broadcast_to(accesses, len(offsets)), count)
+        first, count = offsets // self.granule, size // self.granule
+        if count <= 1:
+            return first, accesses
+        return (first[:, None] + np.arange(count)).ravel(), np.repeat(accesses, count)
 
     def check(self, offsets: np.ndarray, size: int, alignment: int) -> None:
         if len(offsets) and (offsets.min() < 0 or offsets.max() + size > len(self.data)):
@@ -111,11 +113,18 @@ class Space:
         if (offsets & (alignment - 1)).any():
             raise OutOfBounds(f"an address in {self.name} is no multiple of {alignment}")
 
-    def _refuse(self, conflicts: np.ndarray, before: np.ndarray, now: np.ndarray, where: np.ndarray, what: str) -> None:
-        if conflicts.any():
-            at = int(np.argmax(conflicts))
-            place = f"byte {where[at] * self.granule} of {self.name}"
-            raise Race(f"{what}: {place}, {who(int(before[at]))}; then {who(int(now[at]))}")
+    def conflicts(self, before: np.ndarray, now: np.ndarray) -> np.ndarray | None:
+        """Which accesses are not ordered after those before; None if all are."""
+        oldest = now[0] >> EPOCH << EPOCH if self.own else 0
+        if before.max() < oldest:
+            return None
+        found = _conflicts(before, now)
+        return found if found.any() else None
+
+    def race(self, conflicts: np.ndarray, before: np.ndarray, now: np.ndarray, where: np.ndarray, what: str) -> Race:
+        at = int(np.argmax(conflicts))
+        place = f"byte {where[at] * self.granule} of {self.name}"
+        return Race(f"{what}: {place}, {who(int(before[at]))}; then {who(int(now[at]))}")
 
     def load(self, offsets: np.ndarray, size: int, count: int, accesses: np.ndarray) -> np.ndarray:
         """`count` elements of `size` bytes from each offset, (count, offsets)."""
@@ -123,14 +132,16 @@ class Space:
         where, now = self.granules(offsets, size * count, accesses)
         if not self.written[where].all():
             raise Unwritten(f"byte {where[np.argmin(self.written[where])] * self.granule} of {self.name} is read")
-        if self.pending[where].any():
+        if self.copying and self.pending[where].any():
             raise Race(f"cp.async, then a read without its wait: {self.name}")
         before = self.writes[where]
-        self._refuse(_conflicts(before, now), before, now, where, "a write, then a read")
+        if (conflicts := self.conflicts(before, now)) is not None:
+            raise self.race(conflicts, before, now, where, "a write, then a read")
         merged = _merged(self.reads[where], now)
         self.reads[where] = merged
         twice = self.reads[where] != merged
-        self.reads[where[twice]] |= SEVERAL_LANES
+        if twice.any():
+            self.reads[where[twice]] |= SEVERAL_LANES
         return np.stack([self.views[size][offsets // size + i] for i in range(count)])
 
     def claim(self, offsets: np.ndarray, size: int, values: np.ndarray, accesses: np.ndarray) -> np.ndarray:
@@ -138,21 +149,29 @@ class Space:
         count = len(values)
         self.check(offsets, size * count, size * count)
         where, now = self.granules(offsets, size * count, accesses)
-        if self.pending[where].any():
+        if self.copying and self.pending[where].any():
             raise Race(f"cp.async, then a write without its wait: {self.name}")
         before = self.writes[where]
-        conflicts = _conflicts(before, now)
-        if conflicts.any():  # Triton lets threads that hold the same value all store it
+        self.writes[where] = now
+        if (conflicts := self.conflicts(before, now)) is not None:
             there = np.stack([self.views[size][offsets // size + i] for i in range(count)])
-            equal = np.repeat((there == values).T.ravel(), len(where) // values.size)
-            self._refuse(conflicts & ~equal, before, now, where, "a write, then a write of something else")
+            conflicts &= ~np.repeat((there == values).T.ravel(), len(where) // values.size)
+            if conflicts.any():
+                raise self.race(conflicts, before, now, where, "a write, then a write of something else")
             self.writes[where] = _merged(before, now)
-        else:
-            self.writes[where] = now
         before = self.reads[where]
-        self._refuse(_conflicts(before, now), before, now, where, "a read, then a write")
+        if (conflicts := self.conflicts(before, now)) is not None:
+            raise self.race(conflicts, before, now, where, "a read, then a write")
         self.written[where] = True
         return where
+
+    def begin_copy(self, granules: np.ndarray) -> None:
+        self.pending[granules] = True
+        self.copying += 1
+
+    def end_copy(self, granules: np.ndarray) -> None:
+        self.pending[granules] = False
+        self.copying -= 1
 
     def put(self, offsets: np.ndarray, size: int, values: np.ndarray) -> None:
         """Change the bytes, `values` (count, offsets)."""
