@@ -85,7 +85,9 @@ class _Decoder:
         """The index of a register, or of a literal as `kind`."""
         assert isinstance(text, str), f"{text} where one operand should be"
         if (bits := self.family(text)) is not None:
-            return self.place(("register", text), lambda: np.full(32, 0x5A5A5A5A5A5A5A5A & (1 << bits) - 1).astype(OF_BITS[bits]))
+            return self.place(
+                ("register", text), lambda: np.full(32, 0x5A5A5A5A5A5A5A5A & (1 << bits) - 1).astype(OF_BITS[bits])
+            )
         if text.startswith("%"):
             self.special[text] = self.place(("register", text), lambda: np.zeros(32, np.uint32))
             return self.special[text]
@@ -176,7 +178,7 @@ class _Decoder:
         return run
 
     def parameter(self, instruction: Instruction) -> Callable[[Registers], None]:
-        out, source = instruction.operands
+        _, source = instruction.operands
         (at,), kind = self.outputs(instruction), TYPES[instruction.op.rpartition(".")[2]]
         source_at = self.place(("parameter", source.base), lambda: np.zeros(32, np.uint64))
         dtype = self.start[at].dtype

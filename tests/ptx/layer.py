@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 import rnnfast
 from benchmarks.offline import DTYPES, settings
 from rnnfast import ops
 from rnnfast.check import allowed, error
-from tests.ptx.gpu import Simulation
 
 
 class Layer(NamedTuple):
@@ -43,8 +45,34 @@ class Result(NamedTuple):
         return self.error <= self.allowed
 
 
-def run(layer: Layer) -> list[Result]:
-    """Forward, backward and inference of a layer, each tensor against the reference in float64."""
+class _Tf32Linear(torch.autograd.Function):
+    """x w^T + b with products of tensor cores in TF32, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w)
+        return _tf32(x) @ _tf32(w).t() + b
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return _tf32(grad) @ _tf32(w), _tf32(grad).t() @ _tf32(x), grad.sum(0)
+
+
+def _tf32(x: torch.Tensor) -> torch.Tensor:
+    """Without the 13 bits that a tensor core does not look at."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+class _Tf32Products(TorchFunctionMode):
+    """What PyTorch's own layer does with TF32 on a GPU; a CPU has none."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return _Tf32Linear.apply(*args) if function is linear else function(*args, **(kwargs or {}))
+
+
+def run(layer: Layer, inference: bool = True, backward: bool = True) -> list[Result]:
+    """A layer's forward pass with its activations saved, and those asked for, each tensor against the reference in float64."""
     dtype, tf32 = DTYPES[layer.dtype]
     generator = torch.Generator().manual_seed(0)
     states = 2 if layer.cell == "lstm" else 1
@@ -74,16 +102,21 @@ def run(layer: Layer) -> list[Result]:
 
     def everything(call, of: torch.dtype) -> dict[str, torch.Tensor]:
         tensors = {name: tensor.to(of, copy=True).requires_grad_() for name, tensor in given.items()}
+        names = ("y", "h", "c")
         outs = outputs(call, tensors)
-        grads = torch.autograd.grad(outs, list(tensors.values()), [grad.to(of) for grad in upstream])
-        with torch.no_grad():
-            inferred = outputs(call, tensors)
-        found = dict(zip(("y", "h", "c"), outs, strict=False))
-        found |= {f"{name} in inference": out for name, out in zip(("y", "h", "c"), inferred, strict=False)}
-        return found | {f"gradient of {name}": grad for name, grad in zip(tensors, grads, strict=True)}
+        found = dict(zip(names, outs, strict=False))
+        if backward:
+            grads = torch.autograd.grad(outs, list(tensors.values()), [grad.to(of) for grad in upstream])
+            found |= {f"gradient of {name}": grad for name, grad in zip(tensors, grads, strict=True)}
+        if inference:
+            with torch.no_grad():
+                outs = outputs(call, tensors)
+            found |= {f"{name} in inference": out for name, out in zip(names, outs, strict=False)}
+        return found
 
     exact = everything(rnnfast.reference.layer, torch.float64)
-    common = everything(rnnfast.reference.layer, dtype)
+    with _Tf32Products() if tf32 else nullcontext():
+        common = everything(rnnfast.reference.layer, dtype)
     with settings(layer.family, tf32):
         ours = everything(ops.layer, dtype)
     return [

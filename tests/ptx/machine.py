@@ -15,7 +15,7 @@ import numpy as np
 from tests.ptx.decode import Code, Jump, Plain, Turn
 from tests.ptx.memory import Deadlock, Fault, OutOfBounds, Space, stamp
 
-TURNS = 1500  # of each warp, after which nothing having changed in global memory means that nothing will
+TURNS = 1000  # of each warp, after which nothing having changed in global memory means that nothing will
 BURSTS = (1, 1, 2, 4, 16, 64)
 LANES = np.arange(32)
 
@@ -128,9 +128,15 @@ class Machine:
     """
 
     def __init__(
-        self, code: Code, grid: tuple[int, int, int], warps: int, shared: int, parameters: dict[str, int], regions: list[Region],
+        self,
+        code: Code,
+        grid: tuple[int, int, int],
+        warps: int,
+        shared: int,
+        parameters: dict[str, int],
+        regions: list[Region],
         seed: int,
-    ):  # fmt: skip
+    ):
         self.code, self.random, self.numpy = code, random.Random(seed), np.random.default_rng(seed)
         self.regions = sorted(regions, key=lambda region: region.begin)
         self.begins = [region.begin for region in self.regions]
@@ -142,7 +148,9 @@ class Machine:
         self.ready: list[Warp] = []
         self.ctas: list[Cta] = []
         for number in range(grid[0] * grid[1] * grid[2]):
-            space = Space(np.full(shared, 0xA5, np.uint8), code.granules["shared"], np.zeros(shared, bool), "shared memory", True)
+            space = Space(
+                np.full(shared, 0xA5, np.uint8), code.granules["shared"], np.zeros(shared, bool), "shared memory", True
+            )
             cta = Cta(number, warps, space)
             self.ctas.append(cta)
             place = {"x": number % grid[0], "y": number // grid[0] % grid[1], "z": number // (grid[0] * grid[1])}
@@ -181,7 +189,11 @@ class Machine:
         if cta.posted:
             first, last = offsets.min(), offsets.max() + size
             for store in cta.posted:
-                if store.space is space and store.offsets.min() < last and first < store.offsets.max() + store.size * len(store.values):
+                if (
+                    store.space is space
+                    and store.offsets.min() < last
+                    and first < store.offsets.max() + store.size * len(store.values)
+                ):
                     self.show(cta, 1.0)
                     return
 

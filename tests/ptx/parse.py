@@ -98,6 +98,8 @@ def parse(text: str) -> Program:
                 raise ValueError(f"not an instruction: {statement!r}")
             operands = tuple(map(_operand, _OPERAND.findall(found["rest"])))
             instructions.append(
-                Instruction(found["guard"] or "", found["not"] == "!", found["op"], operands, " ".join(statement.split()), source)
+                Instruction(
+                    found["guard"] or "", found["not"] == "!", found["op"], operands, " ".join(statement.split()), source
+                )
             )
     return Program(name, parameters, registers, instructions, labels)
