@@ -189,7 +189,10 @@ def persistent_forward_kernel(
                 mask_state = mask  # a row that has ended keeps its last state
         states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_state, other=0.0),)
 
-    x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask, H, G)
+    mask_first = mask
+    if HAS_MARKS:
+        mask_first = mask & (step < steps)  # where no row of the tile runs, t_x is past the last step
+    x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask_first, H, G)
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = zero_sums(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)
     h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
