@@ -10,6 +10,8 @@ from rnnfast import ops, ops_dropout
 from rnnfast.kernels import dropout as kernel
 from rnnfast.kernels import gates, step
 
+pytestmark = pytest.mark.numerical
+
 MASK = 0xFFFFFFFF
 
 

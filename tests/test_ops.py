@@ -12,6 +12,8 @@ from rnnfast import ops, reference
 from rnnfast.check import Case, allowed, compare, error
 from rnnfast.kernels import cells, plan
 
+pytestmark = pytest.mark.numerical
+
 CELLS = list(reference.GATES)
 T, B, I, H = 4, 3, 5, 6
 

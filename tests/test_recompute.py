@@ -15,6 +15,8 @@ from rnnfast.check import allowed, error
 from rnnfast.kernels import persistent, plan, step
 from rnnfast.kernels.persistent.plan import GPUS
 
+pytestmark = pytest.mark.numerical
+
 T, B, I, H = 7, 3, 5, 6
 
 

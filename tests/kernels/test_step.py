@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from rnnfast import ops, reference
 from rnnfast.kernels import cells, plan, step
 
+pytestmark = pytest.mark.numerical
+
 CELLS = list(cells.CELLS)
 GUARD = 64  # elements before and after each output that must stay as they were
 
