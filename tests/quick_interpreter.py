@@ -14,6 +14,9 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 NUMBERS = frozenset((int, bool, float))
+EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+INTEGERS = (np.int8, np.int16, np.int32, np.uint8, np.uint16, np.uint32)
+LIMITS = {np.dtype(kind): (np.iinfo(kind).min, np.iinfo(kind).max) for kind in INTEGERS}
 
 
 def install() -> None:
@@ -24,6 +27,7 @@ def install() -> None:
         TritonSemantic.broadcast_impl_value,
         TritonSemantic.binary_op_type_checking_impl,
     )
+    check_overflow = TritonSemantic.binary_op_sanitize_overflow_impl
     dtype_equal, convert_float = core.dtype.__eq__, interpreter._convert_float
     unwrap, tensor = core._unwrap_if_constexpr, core.tensor
     whole = NUMBERS | {tensor, str, type(None)}  # that nothing is wrapped in
@@ -144,6 +148,18 @@ def install() -> None:
                     return (lhs, known[0]) if left else (known[0], rhs)
         return operands(self, lhs, rhs, *flags, **named)
 
+    def quick_check_overflow(self, lhs, rhs, binary_op):
+        """The interpreter computes the result in int64 by eight operations of its own; NumPy does so by three."""
+        type = lhs.type.scalar
+        if type.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
+            return
+        if 1 < type.int_bitwidth:
+            exact = EXACT[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+            low, high = LIMITS[lhs.handle.data.dtype]
+            if not exact.size or (exact.min() >= low and exact.max() <= high):
+                return
+        check_overflow(self, lhs, rhs, binary_op)  # which says what overflowed
+
     core.block_type.__new__ = staticmethod(new_block)
     core.block_type.__init__ = init_block
     core.block_type.with_element_ty = with_element_ty
@@ -156,4 +172,5 @@ def install() -> None:
     core._unwrap_if_constexpr = unwrap_if_constexpr
     interpreter._get_np_dtype = cached_np_dtype
     TritonSemantic.broadcast_impl_value = broadcast_impl_value
+    TritonSemantic.binary_op_sanitize_overflow_impl = quick_check_overflow
     TritonSemantic.binary_op_type_checking_impl = binary_op_type_checking_impl
