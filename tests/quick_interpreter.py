@@ -7,8 +7,10 @@ Types do not change once they are made, so one of each is enough, and what follo
 from __future__ import annotations
 
 from math import copysign
+from types import SimpleNamespace
 
 import numpy as np
+from triton import language
 from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -27,12 +29,14 @@ def install() -> None:
         TritonSemantic.broadcast_impl_value,
         TritonSemantic.binary_op_type_checking_impl,
     )
-    check_overflow = TritonSemantic.binary_op_sanitize_overflow_impl
+    check_overflow, patch_lang = TritonSemantic.binary_op_sanitize_overflow_impl, interpreter._patch_lang
     dtype_equal, convert_float = core.dtype.__eq__, interpreter._convert_float
     unwrap, tensor = core._unwrap_if_constexpr, core.tensor
     whole = NUMBERS | {tensor, str, type(None)}  # that nothing is wrapped in
     blocks: dict[tuple, core.block_type] = {}
     shapes: dict[tuple, core.tuple] = {}
+    changes: list[tuple] = []
+    running: list = []
     # the keys are ids, so the types are kept too
     np_dtypes: dict[int, tuple] = {}
     of_type: dict[int, tuple] = {}
@@ -88,6 +92,28 @@ def install() -> None:
             return inner(*args, **kwargs)
 
         scope.set_attr(obj, name, new_member)
+
+    class Scope(interpreter._LangPatchScope):
+        """What a launch has changed in the language, until it ends."""
+
+        def restore(self):
+            super().restore()
+            running.clear()
+
+    def quick_patch_lang(fn):
+        """The interpreter looks through the whole language at every call of a function. What it changes is always the same, and
+        the first function of a launch changes it for all that are called inside."""
+        if running:
+            return interpreter._LangPatchScope()
+        scope = Scope()
+        if not changes:
+            found = patch_lang(SimpleNamespace(__globals__={"tl": language, "core": core}))
+            changes.extend((owner, name, vars(owner)[name]) for owner, name, _ in found._changes)
+            found.restore()
+        for change in changes:
+            scope.set_attr(*change)
+        running.append(scope)
+        return scope
 
     def with_element_ty(self, scalar_ty):
         key = id(self), id(scalar_ty)
@@ -169,6 +195,7 @@ def install() -> None:
     core.dtype.__eq__ = equal_dtypes
     interpreter._convert_float = quick_convert_float
     interpreter._patch_attr = patch_attr
+    interpreter._patch_lang = quick_patch_lang
     core._unwrap_if_constexpr = unwrap_if_constexpr
     interpreter._get_np_dtype = cached_np_dtype
     TritonSemantic.broadcast_impl_value = broadcast_impl_value
