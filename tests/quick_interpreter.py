@@ -179,7 +179,7 @@ def install() -> None:
         type = lhs.type.scalar
         if type.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
             return
-        if 1 < type.int_bitwidth:
+        if type.int_bitwidth > 1:
             exact = EXACT[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
             low, high = LIMITS[lhs.handle.data.dtype]
             if not exact.size or (exact.min() >= low and exact.max() <= high):
