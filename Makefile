@@ -10,12 +10,13 @@ OUT ?= out/gpu-check
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
+WORKERS := -n 2 --dist worksteal
 CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo examples test sweep schedules static docs lint bench-check gpu-check clean FORCE
+.PHONY: help demo examples test sweep matrix schedules static docs lint bench-check gpu-check clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,10 +37,16 @@ examples: $(VENV)/examples.done ## three real uses, about a minute each on a CPU
 	@for name in pronounce unfolded recall; do echo "examples/$$name.py"; $(RUN) examples/$$name.py $(ARGS) || exit 1; echo; done
 
 test: $(VENV)/test.done ## all tests, on a CPU
-	@$(RUN) -m pytest -n 2 $(ARGS)
+	@$(RUN) -m pytest $(WORKERS) $(ARGS)
 
-sweep: $(VENV)/test.done ## the large sweeps under Triton's interpreter, which `make test` leaves out
-	@$(RUN) -m pytest -n 2 -m sweep $(ARGS)
+sweep: $(VENV)/test.done ## what `make test` leaves out: large sweeps in Triton's interpreter, the code for other CPUs; hours
+	@failed=0; \
+	$(RUN) tests/instruction_sets.py $(WORKERS) $(ARGS) || failed=1; \
+	$(RUN) -m pytest $(WORKERS) -m sweep $(ARGS) || failed=1; \
+	exit $$failed
+
+matrix: ## all tests with the oldest, the usual and the newest PyTorch, each in an environment of its own (tests/matrix.py)
+	@$(PYTHON) tests/matrix.py $(ARGS)
 
 schedules: $(VENV)/test.done ## the persistent kernels under 200 random schedules of each cell and dtype, on a CPU
 	@$(RUN) tests/schedules.py $(ARGS)

@@ -20,7 +20,10 @@ from benchmarks.results import STATUSES
 SETTINGS = {"device": "cpu", "seconds": 0.001, "threads": 1, "interpret": True}
 SMALL = Case("LSTM", 3, 2, 3, 4, dtype="float32")
 
-pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # PyTorch's own
+pytestmark = [
+    pytest.mark.numerical,
+    pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),  # PyTorch's own
+]
 
 
 @pytest.fixture(autouse=True)

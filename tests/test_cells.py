@@ -11,6 +11,8 @@ from torch import nn
 import rnnfast
 from rnnfast.check import allowed, error
 
+pytestmark = pytest.mark.numerical
+
 B, I, H = 3, 29, 31
 CELLS = [("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"})]
 NAMES = ["LSTMCell", "GRUCell", "RNNCell"]

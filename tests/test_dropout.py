@@ -11,6 +11,8 @@ from rnnfast.kernels import dropout as kernel
 from rnnfast.kernels import recompute, step
 from rnnfast.ops import recurrence
 
+pytestmark = pytest.mark.numerical
+
 MASK = 0xFFFFFFFF
 
 

@@ -11,6 +11,8 @@ import rnnfast
 from rnnfast import functional, reference
 from rnnfast.kernels import marks
 
+pytestmark = pytest.mark.numerical
+
 T = 3
 STACKED = {"num_layers": 2, "bidirectional": True}
 

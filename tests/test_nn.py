@@ -13,6 +13,8 @@ from layers import CELLS, NAMES, B, H, I, T, close, equal, flat, outcome, pair, 
 import rnnfast
 from rnnfast.check import Case, compare
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])

@@ -13,6 +13,8 @@ from rnnfast.check import Case, allowed, compare, error
 from rnnfast.kernels import cells
 from rnnfast.kernels.step import plan
 
+pytestmark = pytest.mark.numerical
+
 CELLS = list(reference.GATES)
 T, B, I, H = 4, 3, 5, 6
 

@@ -9,6 +9,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 import rnnfast
 from rnnfast.kernels import step
 
+pytestmark = pytest.mark.numerical
+
 T = 3
 
 

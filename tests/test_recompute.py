@@ -17,6 +17,8 @@ from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import GPUS
 from rnnfast.kernels.step import plan
 
+pytestmark = pytest.mark.numerical
+
 T, B, I, H = 7, 3, 5, 6
 
 

@@ -5,6 +5,8 @@ import torch
 
 from rnnfast import check, reference
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.mark.parametrize("states", [True, False])
 @pytest.mark.parametrize("layers, bidirectional, bias", [(1, False, True), (2, True, True), (2, False, False)])

@@ -8,6 +8,8 @@ from layers import CELLS, B, H, I, close, flat, pair, states
 import rnnfast
 from rnnfast import functional
 
+pytestmark = pytest.mark.numerical
+
 T = 4
 MASK = torch.tensor([[0, 1, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]], dtype=torch.bool)  # twice running, at once, never
 

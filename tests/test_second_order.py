@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import rnnfast
 from rnnfast import ops, reference
 
+pytestmark = pytest.mark.numerical
+
 T, B = 2, 3
 STACKED = {"num_layers": 2, "bidirectional": True}
 

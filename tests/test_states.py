@@ -8,6 +8,8 @@ from layers import CELLS, B, H, I, T, close, pair, states
 import rnnfast
 from rnnfast import functional
 
+pytestmark = pytest.mark.numerical
+
 BOTH = {"return_all_states": True, "return_gates": True}
 
 

@@ -17,7 +17,10 @@ from test_persistent_parts import parts
 
 from rnnfast.kernels import marks, persistent, runtime, step
 
-pytestmark = pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.numerical,
+    pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1"),
+]
 T, B = 4, 10  # two batch tiles, the second with masked rows
 LENGTHS = [0, 2, 1, 0, 4, 2, 1, 3, 1, 2]
 RESETS = torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.3

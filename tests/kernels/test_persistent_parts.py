@@ -11,7 +11,10 @@ from side_by_side import Fault, Hang, together
 from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import PersistentPlan
 
-pytestmark = pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.numerical,
+    pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1"),
+]
 
 
 def parts(H: int, count: int, *, steps: int = 64, **options):

@@ -9,6 +9,8 @@ from rnnfast import ops, reference
 from rnnfast.kernels import cells, runtime, step
 from rnnfast.kernels.step import plan
 
+pytestmark = pytest.mark.numerical
+
 CELLS = list(cells.CELLS)
 GUARD = 64  # elements before and after each output that must stay as they were
 
