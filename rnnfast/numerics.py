@@ -47,11 +47,8 @@ KINDS = dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"), "
 KINDS |= {"add": "add", "relu": "relu", "relu_": "relu"}
 KINDS |= dict.fromkeys(("add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "addcmul", "pow", "exp", "sum"), "other")
 KINDS |= dict.fromkeys(("sigmoid", "sigmoid_", "tanh", "tanh_", "sigmoid_backward", "tanh_backward"), "other")
-KINDS |= {
-    f"{name}{side}": "whole"
-    for name in ("_cudnn_rnn", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")
-    for side in ("", "_backward")
-}
+KINDS |= dict.fromkeys(("_cudnn_rnn", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"), "whole")
+KINDS |= dict.fromkeys(("_cudnn_rnn_backward", "_thnn_fused_lstm_cell_backward_impl", "_thnn_fused_gru_cell_backward"), "whole")
 
 
 @functools.cache

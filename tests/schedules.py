@@ -5,7 +5,7 @@
 
 Each schedule runs a whole layer forward and, in each design of backward, backward: a grid of 16 programs that wait for each
 other every time (see side_by_side.py).
-Exit code 1 if a schedule gave other bits or an error is larger than `rnnfast.numerics` allows; a hang ends it with an exception.
+Exit code 1 if a schedule gave other bits or an error is larger than `rnnfast.numerics` allows. A hang ends in an exception.
 """
 
 from __future__ import annotations
