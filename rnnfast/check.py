@@ -82,23 +82,6 @@ class Result:
         return self.verdict.ok
 
 
-def _run(
-    layer: torch.nn.Module, x: Tensor, hx: tuple[Tensor, ...], upstream: list[Tensor], training: bool
-) -> dict[str, Tensor]:
-    """All outputs and, in training, the gradients of everything, under the given upstream gradients."""
-    x = x.clone().requires_grad_(training)
-    hx = tuple(state.clone().requires_grad_(training) for state in hx)
-    with torch.set_grad_enabled(training):
-        y, last = layer(x, None if not hx else hx if len(hx) == 2 else hx[0])
-    last = last if isinstance(last, tuple) else (last,)
-    outputs: dict[str, Tensor] = dict(zip(("output", "h_n", "c_n"), (y, *last), strict=False))
-    if not training:
-        return outputs
-    inputs = {"input": x, **dict(zip(("h_0", "c_0"), hx, strict=False)), **dict(layer.named_parameters())}
-    grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), [g.to(y.dtype) for g in upstream])
-    return outputs | {f"grad of {name}": grad for name, grad in zip(inputs, grads, strict=True)}
-
-
 def compare(case: Case, device: str, backend: str | None = "triton", tf32: bool = False, training: bool = True) -> list[Result]:
     """Run a case on `backend` and on torch.nn, both against the reference in float64, and compare every tensor.
 
@@ -121,35 +104,63 @@ def _compare(case: Case, device: str, backend: str | None, tf32: bool, training:
 def contract_of(
     case: Case, device: str, backend: str | None = "triton", tf32: bool = False, training: bool = True
 ) -> tuple[numerics.Contract, dict[str, Tensor]]:
-    """The contract of a case, and the results of `backend` that it is for."""
+    """The contract of a case, and what `backend` computes."""
     import rnnfast
 
-    torch.manual_seed(case.seed)
-    options = {
-        "num_layers": case.layers,
-        "bidirectional": case.bidirectional,
-        "batch_first": case.batch_first,
-        "bias": case.bias,
-    }
-    if case.cell == "RNN":
-        options["nonlinearity"] = case.nonlinearity
-    exact = getattr(rnnfast, case.cell)(case.I, case.H, **options, backend="reference", device=device)
-    ours = getattr(rnnfast, case.cell)(case.I, case.H, **options, backend=backend, device=device, dtype=case.dtype)
-    theirs = getattr(torch.nn, case.cell)(case.I, case.H, **options, device=device, dtype=case.dtype)
-    exact.to(case.dtype).double()  # all three from the same rounded numbers
-    for layer in (ours, theirs):
-        layer.load_state_dict(exact.state_dict())
-    D = 2 if case.bidirectional else 1
-    count = 2 if case.cell == "LSTM" else 1
-    lead = (case.B, case.T) if case.batch_first else (case.T, case.B)
-    shape = (D * case.layers, case.B, case.H)
-    x = (torch.randn(*lead, case.I, device=device) * case.scale).to(case.dtype)
-    hx = tuple(torch.randn(shape, device=device).to(case.dtype) for _ in range(count if case.states else 0))
-    upstream = [torch.randn(*lead, D * case.H, device=device).to(case.dtype)]
-    upstream += [torch.randn(shape, device=device).to(case.dtype) for _ in range(count)]
-    mine, torchs = (_run(layer, x, hx, upstream, training) for layer in (ours, theirs))
-    double = x.double(), tuple(state.double() for state in hx)
-    return numerics.Contract(lambda: _run(exact, *double, upstream, training), torchs, case.dtype, tf32), mine
+    problem = Problem(case, device)
+    theirs = problem.run(problem.module(torch.nn), training=training)
+    contract = numerics.Contract(lambda: problem.exactly(training), theirs, case.dtype, tf32)
+    return contract, problem.run(problem.module(rnnfast, backend=backend), training=training)
+
+
+class Problem:
+    """A case made of numbers: weights as torch.nn draws them, input, states and upstream gradients, all exact in its dtype."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        import rnnfast
+
+        torch.manual_seed(case.seed)
+        self.case, self.device, self._weights = case, device, None
+        self._exact = self.module(rnnfast, torch.float64, backend="reference")
+        self._exact.to(case.dtype).double()
+        self._weights = self._exact.state_dict()
+        D = 2 if case.bidirectional else 1
+        count = 2 if case.cell == "LSTM" else 1
+        lead = (case.B, case.T) if case.batch_first else (case.T, case.B)
+        shape = (D * case.layers, case.B, case.H)
+        self.x = (torch.randn(*lead, case.I, device=device) * case.scale).to(case.dtype)
+        self.hx = tuple(torch.randn(shape, device=device).to(case.dtype) for _ in range(count if case.states else 0))
+        self.upstream = [torch.randn(*lead, D * case.H, device=device).to(case.dtype)]
+        self.upstream += [torch.randn(shape, device=device).to(case.dtype) for _ in range(count)]
+
+    def module(self, space, dtype: torch.dtype | None = None, **options) -> torch.nn.Module:
+        """The layer of `space`, torch.nn or rnnfast, with the weights of this problem."""
+        case = self.case
+        options |= {"num_layers": case.layers, "bidirectional": case.bidirectional, "batch_first": case.batch_first}
+        options |= {"bias": case.bias} | ({"nonlinearity": case.nonlinearity} if case.cell == "RNN" else {})
+        layer = getattr(space, case.cell)(case.I, case.H, **options, device=self.device, dtype=dtype or case.dtype)
+        if self._weights is not None:
+            layer.load_state_dict(self._weights)
+        return layer
+
+    def exactly(self, training: bool = True) -> dict[str, Tensor]:
+        """The reference in float64."""
+        return self.run(self._exact, torch.float64, training)
+
+    def run(self, layer: torch.nn.Module, dtype: torch.dtype | None = None, training: bool = True) -> dict[str, Tensor]:
+        """All outputs and, in training, the gradients of everything, under the given upstream gradients."""
+        dtype = dtype or self.case.dtype
+        x = self.x.to(dtype, copy=True).requires_grad_(training)
+        hx = tuple(state.to(dtype, copy=True).requires_grad_(training) for state in self.hx)
+        with torch.set_grad_enabled(training):
+            y, last = layer(x, None if not hx else hx if len(hx) == 2 else hx[0])
+        last = last if isinstance(last, tuple) else (last,)
+        outputs: dict[str, Tensor] = dict(zip(("output", "h_n", "c_n"), (y, *last), strict=False))
+        if not training:
+            return outputs
+        inputs = {"input": x, **dict(zip(("h_0", "c_0"), hx, strict=False)), **dict(layer.named_parameters())}
+        grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), [g.to(dtype) for g in self.upstream])
+        return outputs | {f"grad of {name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
 
 def fault(results: list[Result]) -> str:
