@@ -82,7 +82,7 @@ def _cut(bits: int) -> Callable[[Tensor], Tensor]:
     return lambda x: (x.contiguous().view(torch.int32) >> bits << bits).view(torch.float32)
 
 
-def _tf32(x: Tensor) -> Tensor:
+def tf32(x: Tensor) -> Tensor:
     """Rounds to the 10 bits of TF32."""
     return ((x.contiguous().view(torch.int32) + (1 << 12)) >> 13 << 13).view(torch.float32)
 
@@ -96,14 +96,19 @@ class Draw:
     """One layer and input at random; its contract, and results of several programs."""
 
     def __init__(self, number: int) -> None:
-        (cell, nonlinearity), self.dtype, size = list(itertools.product(CELLS, DTYPES, SIZES))[number % 72]
-        self.case = Case(cell, dtype=self.dtype, nonlinearity=nonlinearity, seed=number, **size)
+        self.case = self.case_of(number)
+        self.dtype = self.case.dtype
         self.problem = check.Problem(self.case, "cpu")
         self.theirs = self.problem.run(self.problem.module(torch.nn))
         self.contract = numerics.Contract(self.problem.exactly, self.theirs, self.dtype)
         self.alone = copy.copy(self.contract)
         self.alone._theirs = {}
         self.random = torch.Generator().manual_seed(number)
+
+    @staticmethod
+    def case_of(number: int) -> Case:
+        (cell, nonlinearity), dtype, size = list(itertools.product(CELLS, DTYPES, SIZES))[number % 72]
+        return Case(cell, dtype=dtype, nonlinearity=nonlinearity, seed=number, **size)
 
     def kernel(self, change: Callable = lambda module: None, store: Callable | None = None, **mode) -> dict[str, Tensor]:
         """What our kernels compute, with a fault: the module changed, or other arithmetic."""
@@ -134,7 +139,7 @@ class Draw:
             size = f"{ENOUGH} outputs or more" if outputs >= ENOUGH else f"fewer than {ENOUGH} outputs"
             yield f"truncated to bfloat16, {size}", self.kernel(store=_cut(16))
         if self.dtype == torch.float32:
-            yield "TF32 for float32", self.kernel(store=_tf32)
+            yield "TF32 for float32", self.kernel(store=tf32)
             if self.case.nonlinearity == "tanh":
                 yield "tanh off by 16 units, float32", self.kernel(tanh=_units(16))
 
@@ -255,6 +260,8 @@ def report(each: int, found: dict[str, list[dict]]) -> int:
     chances = 0.0
     for figure in ("rms", "element", "bias"):
         shares = [s for rows in found.values() for row in rows for part in row["shares"].get(figure, {}).values() for s in part]
+        if not shares:
+            continue
         chances += tail(shares)
         print(f"| {figure} | {max(shares):.2f} | {tail(shares):.0e} |")
     print(f"| together | | {chances:.0e} |\n")
