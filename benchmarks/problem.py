@@ -15,13 +15,12 @@ import rnnfast
 from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.measure import Call
-from rnnfast.numerics import Contract, worst
+from rnnfast.numerics import FEW_SAMPLES, MANY_STEPS, SAMPLES, Contract, worst
 
 __all__ = ["Problem", "Ready", "of_module", "tf32"]
 
 Sequence = Tensor | PackedSequence
 REFERENCE_STEPS = 4096  # time steps of all layers and directions that the reference is unrolled over
-MODEL_STEPS = 256  # up to so many, the model of rounding runs eight times; then three times: torch.nn errs on enough numbers
 REFERENCE_ELEMENTS = 2**26  # of all its outputs; it keeps a dozen float64 tensors of this size
 
 
@@ -174,7 +173,7 @@ class Problem:
             else:
                 exact = self.module(getattr(torch.nn, case.cell), torch.float64)
             theirs = self.results(of_module(self.module(getattr(torch.nn, case.cell))))
-            samples = 8 if steps <= MODEL_STEPS else 3
+            samples = SAMPLES if steps <= MANY_STEPS else FEW_SAMPLES
             contract = Contract(
                 lambda: self.results(of_module(exact), in_float64=True), theirs, case.torch_dtype, case.tf32, samples
             )

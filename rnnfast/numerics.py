@@ -40,6 +40,9 @@ CHANCE = 1e-7  # of one figure of a right result to be beyond its limit
 FACTOR = 2.0  # our error over torch.nn's
 SYSTEMATIC = 0.1  # mean over root mean square of an error: what may lean to one side without being a fault
 TF32 = 2.0**-10  # the machine epsilon of TF32
+SAMPLES = 8  # runs of the model
+FEW_SAMPLES = 3  # where a run is long: torch.nn then errs on numbers enough
+MANY_STEPS = 256  # of all layers and directions: from here on a run is long
 SIGNS = 64  # doubtful signs of relu: up to so many are judged both ways, one by one
 
 # how operations round; all others are exact
@@ -201,7 +204,12 @@ class Contract:
     """
 
     def __init__(
-        self, exact: Callable[[], Results], theirs: Results | None, dtype: torch.dtype, tf32: bool = False, samples: int = 8
+        self,
+        exact: Callable[[], Results],
+        theirs: Results | None,
+        dtype: torch.dtype,
+        tf32: bool = False,
+        samples: int = SAMPLES,
     ) -> None:
         self.dtype, self.tf32, self.samples, self._exact = dtype, tf32, samples, exact
         self._theirs = {name: tensor.detach() for name, tensor in (theirs or {}).items()}
