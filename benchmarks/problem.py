@@ -15,7 +15,7 @@ import rnnfast
 from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.measure import Call
-from rnnfast.numerics import FEW_SAMPLES, MANY_STEPS, SAMPLES, Contract, worst
+from rnnfast.numerics import Contract, samples_for, worst
 
 __all__ = ["Problem", "Ready", "of_module", "tf32"]
 
@@ -173,10 +173,8 @@ class Problem:
             else:
                 exact = self.module(getattr(torch.nn, case.cell), torch.float64)
             theirs = self.results(of_module(self.module(getattr(torch.nn, case.cell))))
-            samples = SAMPLES if steps <= MANY_STEPS else FEW_SAMPLES
-            contract = Contract(
-                lambda: self.results(of_module(exact), in_float64=True), theirs, case.torch_dtype, case.tf32, samples
-            )
+            exactly = lambda: self.results(of_module(exact), in_float64=True)  # noqa: E731
+            contract = Contract(exactly, theirs, case.torch_dtype, case.tf32, samples_for(steps))
             self._answers = contract, "" if unrolled else "checked against torch.nn in float64"
         return self._answers
 

@@ -117,7 +117,7 @@ def _prepared(case: Case, device: str, tf32: bool, training: bool) -> tuple[Prob
     problem = Problem(case, device)
     theirs = problem.run(problem.module(torch.nn), training=training)
     steps = case.T * case.layers * (2 if case.bidirectional else 1)
-    samples = numerics.SAMPLES if steps <= numerics.MANY_STEPS else numerics.FEW_SAMPLES
+    samples = numerics.samples_for(steps)
     return problem, numerics.Contract(lambda: problem.exactly(training), theirs, case.dtype, tf32, samples)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Contract", "Verdict", "fault", "named", "rms", "tail", "words", "worst"]
+__all__ = ["Contract", "Verdict", "fault", "named", "rms", "samples_for", "tail", "words", "worst"]
 
 Results = Mapping[str, Tensor]
 
@@ -40,9 +40,6 @@ CHANCE = 1e-7  # of one figure of a right result to be beyond its limit
 FACTOR = 2.0  # our error over torch.nn's
 SYSTEMATIC = 0.1  # mean over root mean square of an error: what may lean to one side without being a fault
 TF32 = 2.0**-10  # the machine epsilon of TF32
-SAMPLES = 8  # runs of the model
-FEW_SAMPLES = 3  # where a run is long: torch.nn then errs on numbers enough
-MANY_STEPS = 256  # of all layers and directions: from here on a run is long
 SIGNS = 64  # doubtful signs of relu: up to so many are judged both ways, one by one
 
 # how operations round; all others are exact
@@ -125,6 +122,11 @@ class _Arithmetic(TorchDispatchMode):
         return z.copy_(result) if func.overloadpacket.__name__ == "relu_" else result
 
 
+def samples_for(steps: int) -> int:
+    """How often the model is to run, for time steps of all layers and directions. A long run has numbers enough."""
+    return 8 if steps <= 256 else 3
+
+
 def rms(tensor: Tensor) -> float:
     """Root mean square, in float64; 0 for no elements."""
     return tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
@@ -204,12 +206,7 @@ class Contract:
     """
 
     def __init__(
-        self,
-        exact: Callable[[], Results],
-        theirs: Results | None,
-        dtype: torch.dtype,
-        tf32: bool = False,
-        samples: int = SAMPLES,
+        self, exact: Callable[[], Results], theirs: Results | None, dtype: torch.dtype, tf32: bool = False, samples: int = 8
     ) -> None:
         self.dtype, self.tf32, self.samples, self._exact = dtype, tf32, samples, exact
         self._theirs = {name: tensor.detach() for name, tensor in (theirs or {}).items()}
