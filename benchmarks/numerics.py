@@ -54,6 +54,7 @@ SIZES: tuple[dict, ...] = (  # of rnnfast.check, test_nn, test_ops, test_recompu
     {"T": 2, "B": 5, "I": 7, "H": 15, "layers": 2},
 )
 ENOUGH = 200  # elements of the output, for truncation to be seen
+BLOCK = 72  # draws that a process reports at once: every cell, dtype and size
 KERNELS_EVERY = 20  # draws to one on the Triton kernels: the interpreter is slow
 LARGEST = 0.001  # share of the figures to which a tail is fitted
 
@@ -107,7 +108,7 @@ class Draw:
 
     @staticmethod
     def case_of(number: int) -> Case:
-        (cell, nonlinearity), dtype, size = list(itertools.product(CELLS, DTYPES, SIZES))[number % 72]
+        (cell, nonlinearity), dtype, size = list(itertools.product(CELLS, DTYPES, SIZES))[number % BLOCK]
         return Case(cell, dtype=dtype, nonlinearity=nonlinearity, seed=number, **size)
 
     def kernel(self, change: Callable = lambda module: None, store: Callable | None = None, **mode) -> dict[str, Tensor]:
@@ -200,10 +201,8 @@ def study(numbers: range) -> dict:
         for fault, found in draw.wrong():
             planted[fault] += 1
             caught[fault] += not numerics.worst(draw.contract.judge(found)).ok
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {"capability": capability, "comparisons": comparisons, "alarms": alarms, "planted": planted, "caught": caught} | {
-        "shares": shares
-    }
+    counts = {"comparisons": comparisons, "alarms": alarms, "planted": planted, "caught": caught}
+    return {"draws": len(numbers), "shares": shares} | counts
 
 
 def tail(shares: list[float]) -> float:
@@ -230,8 +229,8 @@ def power(draws: int) -> int:
         out, _ = worker.communicate()
         if worker.returncode:
             raise RuntimeError(f"the study on {name} ended with exit code {worker.returncode}")
-        found.setdefault(name, []).append(json.loads(out))
-    return report(each, found)
+        found[name] = [json.loads(line) for line in out.splitlines()]
+    return report(found)
 
 
 def _has(env: dict[str, str]) -> bool:
@@ -240,37 +239,35 @@ def _has(env: dict[str, str]) -> bool:
     return capability.lower() == env["ATEN_CPU_CAPABILITY"]
 
 
-def report(each: int, found: dict[str, list[dict]]) -> int:
-    """Prints what was found; 1 if the contract does not hold what it promises."""
+def report(found: dict[str, list[dict]]) -> int:
+    """Prints what was found on each set of instructions; 1 if the contract does not hold what it promises."""
     failed = False
-    print(f"{each:,} draws on each of {', '.join(found)}\n")
+    draws = {name: sum(row["draws"] for row in rows) for name, rows in found.items()}
+    print(f"Draws: {', '.join(f'{count:,} on {name}' for name, count in draws.items())}.\n")
     print("Right results, by the limits of the model alone. A comparison is of a tensor, in two or three figures.\n")
     print("| instructions | program | comparisons | called wrong |")
     print("|---|---|--:|--:|")
     totals, alarms = Counter(), Counter()
     for name, rows in found.items():
-        for row in rows:
-            for program, count in row["comparisons"].items():
-                print(f"| {name} | {program} | {count:,} | {row['alarms'].get(program, 0)} |")
-                totals[program] += count
-                alarms[program] += row["alarms"].get(program, 0)
+        here = {kind: sum((Counter(row[kind]) for row in rows), Counter()) for kind in ("comparisons", "alarms")}
+        for program, count in here["comparisons"].items():
+            print(f"| {name} | {program} | {count:,} | {here['alarms'][program]} |")
+        totals += here["comparisons"]
+        alarms += here["alarms"]
     print(f"| all | all | {totals.total():,} | {alarms.total()} |\n")
     print("| figure | largest share of a limit | chance of a right result beyond it, extrapolated |")
     print("|---|--:|--:|")
+    every = [row for rows in found.values() for row in rows]
     chances = 0.0
     for figure in ("rms", "element", "bias"):
-        shares = [s for rows in found.values() for row in rows for part in row["shares"].get(figure, {}).values() for s in part]
+        shares = [share for row in every for part in row["shares"].get(figure, {}).values() for share in part]
         if not shares:
             continue
         chances += tail(shares)
         print(f"| {figure} | {max(shares):.2f} | {tail(shares):.0e} |")
     print(f"| together | | {chances:.0e} |\n")
     failed |= alarms.total() > 0 or chances > 1e-6
-    planted, caught = Counter(), Counter()
-    for rows in found.values():
-        for row in rows:
-            planted.update(row["planted"])
-            caught.update(row["caught"])
+    planted, caught = (sum((Counter(row[kind]) for row in every), Counter()) for kind in ("planted", "caught"))
     print("| planted fault | planted | caught | share |")
     print("|---|--:|--:|--:|")
     for fault in sorted(planted):
@@ -304,7 +301,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--study", type=int, nargs=2, help=argparse.SUPPRESS)  # one process of --power
     args = parser.parse_args(argv)
     if args.study:
-        json.dump(study(range(*args.study)), sys.stdout)
+        first, end = args.study
+        for begin in range(first, end, BLOCK):
+            print(json.dumps(study(range(begin, min(begin + BLOCK, end)))), flush=True)
         return 0
     if args.power:
         return power(args.draws)

@@ -138,11 +138,11 @@ def test_large_results():
 def test_study(capsys):
     """The command's tables, of a few draws; it fails for a false alarm and for a fault that it missed."""
     rows = study.study(range(0, 2))
-    assert study.report(2, {"AVX2": [rows]}) == 0
+    assert study.report({"AVX2": [rows]}) == 0
     text = capsys.readouterr().out
     assert "| AVX2 | Triton kernels | 14 | 0 |" in text and "| TF32 for float32 | 2 | 2 | 1.0000 |" in text
-    assert study.report(2, {"AVX2": [rows | {"alarms": {"torch.nn": 1}}]}) == 1
-    assert study.report(2, {"AVX2": [rows | {"caught": rows["caught"] | {"TF32 for float32": 1}}]}) == 1
+    assert study.report({"AVX2": [rows | {"alarms": {"torch.nn": 1}}]}) == 1
+    assert study.report({"AVX2": [rows | {"caught": rows["caught"] | {"TF32 for float32": 1}}]}) == 1
 
 
 def test_extrapolated_tail():
