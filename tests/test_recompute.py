@@ -10,8 +10,7 @@ from side_by_side import together
 from test_ops import CELLS, make, op_args
 
 import rnnfast
-from rnnfast import ops, reference
-from rnnfast.check import allowed, error
+from rnnfast import numerics, ops, reference
 from rnnfast.choice import kernel_plan
 from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import GPUS
@@ -39,16 +38,17 @@ def test_gradients(cell, dtype, reverse, marked, device):
     if marked:
         options["lengths"] = torch.tensor([T, 0, 4], device=device)
         options["resets"] = torch.arange(T * B, device=device).view(T, B) % 5 == 3
-    found, kinds = [], (torch.float64, dtype, dtype)
-    runs = (reference.layer, reference.layer, lambda *args, **given: ops.layer(*args, recompute=True, **given))
-    for layer, kind in zip(runs, kinds, strict=True):
+
+    def gradients(layer, kind, **recompute):
         given = {name: tensor.detach().to(kind).requires_grad_() for name, tensor in tensors.items()}
         start = tuple(given[name] for name in ("h0", "c0") if name in given)
-        y, last = layer(cell, given["x"], start, *(given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")), **options)
+        weights = (given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh"))
+        y, last = layer(cell, given["x"], start, *weights, **options, **recompute)
         upstream = [torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(kind) for out in (y, *last)]
-        found.append(torch.autograd.grad((y, *last), list(given.values()), upstream))
-    for name, exact, theirs, ours in zip(tensors, *found, strict=True):
-        assert error(ours, exact) <= allowed(error(theirs, exact), exact, dtype), name
+        return dict(zip(given, torch.autograd.grad((y, *last), list(given.values()), upstream), strict=True))
+
+    ours, theirs = gradients(ops.layer, dtype, recompute=True), gradients(reference.layer, dtype)
+    assert not numerics.fault(ours, theirs, lambda: gradients(reference.layer, torch.float64), dtype)
 
 
 @pytest.mark.parametrize("cell", CELLS)
