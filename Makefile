@@ -10,13 +10,13 @@ OUT ?= out/gpu-check
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
-CHECKOUT := build/checkout
+WORKERS := -n 2 --dist worksteal
 CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo examples test sweep schedules static docs lint bench-check gpu-check checkout clean FORCE
+.PHONY: help demo examples test sweep matrix schedules static docs lint bench-check gpu-check clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,10 +37,16 @@ examples: $(VENV)/examples.done ## three real uses, about a minute each on a CPU
 	@for name in pronounce unfolded recall; do echo "examples/$$name.py"; $(RUN) examples/$$name.py $(ARGS) || exit 1; echo; done
 
 test: $(VENV)/test.done ## all tests, on a CPU
-	@$(RUN) -m pytest -n 2 $(ARGS)
+	@$(RUN) -m pytest $(WORKERS) $(ARGS)
 
-sweep: $(VENV)/test.done ## the large sweeps under Triton's interpreter, which `make test` leaves out
-	@$(RUN) -m pytest -n 2 -m sweep $(ARGS)
+sweep: $(VENV)/test.done ## what `make test` leaves out: large sweeps in Triton's interpreter, the code for other CPUs; hours
+	@failed=0; \
+	$(RUN) tests/instruction_sets.py $(WORKERS) $(ARGS) || failed=1; \
+	$(RUN) -m pytest $(WORKERS) -m sweep $(ARGS) || failed=1; \
+	exit $$failed
+
+matrix: ## all tests with the oldest, the usual and the newest PyTorch, each in an environment of its own (tests/matrix.py)
+	@$(PYTHON) tests/matrix.py $(ARGS)
 
 schedules: $(VENV)/test.done ## the persistent kernels under 200 random schedules of each cell and dtype, on a CPU
 	@$(RUN) tests/schedules.py $(ARGS)
@@ -53,7 +59,7 @@ docs: $(VENV)/docs.done ## the pages and the API reference as HTML in build/docs
 	@$(RUN) -m sphinx -W --keep-going -q -b doctest docs build/doctest $(ARGS) && tail -n 8 build/doctest/output.txt
 	@echo "build/docs/index.html"
 
-lint: $(VENV)/dev.done checkout ## ruff, pyright and the warnings of the docs
+lint: $(VENV)/dev.done ## ruff, pyright and the warnings of the docs
 	@failed=0; \
 	$(RUN) -m ruff check . || failed=1; \
 	$(RUN) -m ruff format --check . || failed=1; \
@@ -64,20 +70,12 @@ lint: $(VENV)/dev.done checkout ## ruff, pyright and the warnings of the docs
 bench-check: $(VENV)/test.done ## static counts and the cost on CPU tensors against their baselines (docs/report.md)
 	@$(RUN) -m benchmarks.check $(ARGS)
 
-# Nothing can be installed there, and the kernels are rnnfast.kernels only once installed. So it runs in a copy of the
-# checkout laid out as it installs; results go to OUT, here.
-gpu-check: checkout ## on this machine's GPU, in ten minutes: tests, every kernel, times; this machine's own Python, installs nothing
+# Nothing can be installed there, and nothing needs to be: the checkout is the package.
+gpu-check: ## on this machine's GPU, in ten minutes: tests, every kernel, times; this machine's own Python, installs nothing
 	@$(PYTHON) -c 'import hypothesis, pytest, torch, triton' 2>/dev/null || \
 		{ echo "gpu-check installs nothing, and $(PYTHON) lacks torch, triton, pytest or hypothesis: name one that has them," \
 		"make gpu-check PYTHON=..." >&2; exit 1; }
-	@cd $(CHECKOUT) && PYTHONPATH="$(abspath $(CHECKOUT))$${PYTHONPATH:+:$$PYTHONPATH}" \
-		$(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m benchmarks.gpu_check --out $(abspath $(OUT)) $(ARGS)
-
-checkout:
-	@rm -rf $(CHECKOUT)
-	@mkdir -p $(CHECKOUT)
-	@cp -R rnnfast benchmarks examples tests pyproject.toml $(CHECKOUT)
-	@cp -R kernels $(CHECKOUT)/rnnfast/kernels
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu_check --out $(abspath $(OUT)) $(ARGS)
 
 clean: ## remove the virtual environment and everything built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

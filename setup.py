@@ -1,12 +1,14 @@
-"""Says where the packages lie: ``kernels/`` installs as ``rnnfast.kernels``. All else is in pyproject.toml."""
+"""Refuses a tree without its link to the kernels, which would install without them. All else is in pyproject.toml."""
 
-from setuptools import find_packages, setup
+import os
 
-setup(
-    packages=[
-        *find_packages(include=["rnnfast", "rnnfast.*"]),
-        "rnnfast.kernels",
-        *(f"rnnfast.kernels.{name}" for name in find_packages("kernels")),
-    ],
-    package_dir={"rnnfast.kernels": "kernels"},
-)
+from setuptools import setup
+
+if not os.path.isdir(os.path.join("rnnfast", "kernels")):
+    raise SystemExit(
+        "rnnfast/kernels should be a link to the folder kernels/, and this copy of the sources has no links (from a zip, or on "
+        "Windows). Delete the file rnnfast/kernels and copy the folder kernels into rnnfast, or clone with "
+        "`git clone -c core.symlinks=true`."
+    )
+
+setup()

@@ -149,11 +149,13 @@ def commits_since(base: str) -> list[str]:
 def figures_at(commit: str, part: str) -> Figures | None:
     """The figures of the kernels and the library at `commit`, by the benchmarks of now; None if they do not go together."""
     with tempfile.TemporaryDirectory() as folder:
-        for tree, where in (("rnnfast", "."), ("kernels", "rnnfast")):  # laid out as installed
-            archive = Path(folder, "archive.tar")
-            git("archive", f"--output={archive}", commit, tree)
-            with tarfile.open(archive) as tar:
-                tar.extractall(Path(folder, where))
+        archive = Path(folder, "archive.tar")
+        git("archive", f"--output={archive}", commit, "rnnfast", "kernels")
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder)
+        link = Path(folder, "rnnfast", "kernels")
+        if not link.is_symlink():  # an older commit
+            link.symlink_to("../kernels")
         os.symlink(ROOT / "benchmarks", Path(folder, "benchmarks"))
         command = [sys.executable, "-m", "benchmarks.check", "--parts", part, "--print"]
         env = os.environ | {"PYTHONPATH": folder}

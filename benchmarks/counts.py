@@ -13,9 +13,9 @@ from triton.compiler import CompiledKernel
 from benchmarks import machine_code
 from benchmarks.machine_code import loaded, tally
 from rnnfast.kernels.cells import Cell
-from rnnfast.kernels.persistent import model
+from rnnfast.kernels.persistent import cost_model
 from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
-from rnnfast.kernels.plan import StepPlan
+from rnnfast.kernels.step.plan import StepPlan
 
 UNITS = ("HMMA", "HGMMA", "UTCHMMA")
 GIGAHERTZ = {80: 1.41, 86: 1.695, 89: 2.52, 90: 1.755, 100: 1.85}  # of an SM, at most, by data sheets
@@ -108,11 +108,11 @@ def _terms(terms: dict[str, float], arch: int) -> dict:
 def _arithmetic(code: dict) -> float:
     """Clocks of the product in the loop, by the persistent kernels' model."""
     if not code["tensor_core_loop"]:
-        return model.plain_clocks(code["multiplies_loop"])
+        return cost_model.plain_clocks(code["multiplies_loop"])
     if code["unit"] == "HMMA":
         deep = code["tensor_core_deep"]
-        return model.hmma_clocks(deep, code["tensor_core_loop"] / deep, code["warps"])
-    return model.wgmma_clocks(code["tensor_core_loop"])
+        return cost_model.hmma_clocks(deep, code["tensor_core_loop"] / deep, code["warps"])
+    return cost_model.wgmma_clocks(code["tensor_core_loop"])
 
 
 def persistent_row(
@@ -138,7 +138,7 @@ def persistent_row(
     operand_bytes = max(0, code["shared_read_bytes"] - partial_bytes / 2)
     arithmetic = _arithmetic(code)
     times = [
-        model.step_time(
+        cost_model.step_time(
             sms=limits.sms,
             programs=count,
             gathered_bytes=code["largest_poll_bytes"],
@@ -162,8 +162,8 @@ def persistent_row(
             "gathered_bytes": code["polled_bytes"] * sum(programs),
             "gathered_sum_bytes": second_bytes * sum(programs),
             "round_trips": code["polls"],
-            "gather_bound": "l2" if max(programs) * model.PORT_BYTES > limits.sms * model.L2_BYTES else "port",
-            "product_bound": "shared memory" if operand_bytes / model.SHARED_BYTES > arithmetic else "arithmetic",
+            "gather_bound": "l2" if max(programs) * cost_model.PORT_BYTES > limits.sms * cost_model.L2_BYTES else "port",
+            "product_bound": "shared memory" if operand_bytes / cost_model.SHARED_BYTES > arithmetic else "arithmetic",
         }
         | _terms({name: share * time.total for name, share in time.share().items()}, limits.capability)
     )
@@ -184,9 +184,9 @@ def step_row(code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan
     trips = -(-chunks // (plan.num_stages - 1)) + 1
     sharing = -(-programs // limits.sms)  # programs that one SM runs, at once or in turn
     bound = {
-        "loads": max(programs * loads / (model.L2_BYTES * limits.sms), sharing * loads / model.PORT_BYTES),
+        "loads": max(programs * loads / (cost_model.L2_BYTES * limits.sms), sharing * loads / cost_model.PORT_BYTES),
         "product": sharing * _arithmetic(code) * chunks,
-        "issue": sharing * model.ISSUE * code["instructions"] * chunks,
+        "issue": sharing * cost_model.ISSUE * code["instructions"] * chunks,
     }
     slowest = max(bound, key=lambda name: bound[name])
     device = {"start": float(START), "trips": float(TRIP * trips), slowest: bound[slowest]}

@@ -21,7 +21,7 @@ import rnnfast
 from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.problem import Problem, of_module
-from rnnfast import backends
+from rnnfast.choice.obstacles import tensor_obstacles
 
 __all__ = ["TOLERANCES", "compare", "figures", "main", "own_cost"]
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    if not backends.tensor_obstacles(torch.empty(0)):
+    if not tensor_obstacles(torch.empty(0)):
         print("TRITON_INTERPRET is set: CPU tensors would go to the interpreter", file=sys.stderr)
         return 2
     added = {}

@@ -3,7 +3,7 @@
     python -m benchmarks.drop_in [--device cpu|cuda]
 
 Each entry is one call, forward and backward, with the kernels asked for by name. A figure is the largest error of its outputs
-and gradients against torch.nn in float64, in parts of the error that the contract allows (rnnfast/check.py): up to 1 is right.
+and gradients against torch.nn in float64, in parts of what the contract allows (rnnfast/numerics.py): up to 1 is right.
 A letter is a call that PyTorch's own layer runs, with the warning that says why, below the table. On a CPU the kernels run in
 Triton's interpreter. Exit code 0 if every figure is at most 1 and no call falls back unannounced, else 1.
 """
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rnnfast
-from rnnfast.check import allowed, error
+from rnnfast import numerics
 
 T, B, I, H = 3, 4, 29, 33  # a tensor of a few elements has its error by chance
 LENGTHS = {"sorted": [3, 2, 2, 1], "unsorted": [1, 3, 2, 2]}
@@ -103,15 +103,14 @@ def entry(cell: str, options: dict, form: str, device: str) -> tuple[float, str,
     x = torch.randn(B, T, I) if theirs.batch_first else torch.randn(T, B, I)
     x = x.to(theirs.weight_ih_l0.dtype)
     hx = tuple(state.to(x.dtype) for state in _states(theirs, change(theirs, x))) if given else ()
-    exact = _run(copy.deepcopy(theirs).double(), x, hx, change)
+    exact = copy.deepcopy(theirs).double()
     with warnings.catch_warnings(record=True) as caught, _Watch() as watch:
         warnings.simplefilter("always")
         found = _run(ours, x, hx, change)
     gave_way = [str(warning.message) for warning in caught if issubclass(warning.category, rnnfast.FallbackWarning)]
-    worst = 0.0
-    for mine, plain, right in zip(found, _run(theirs, x, hx, change), exact, strict=True):
-        limit = allowed(error(plain, right), right, x.dtype)
-        worst = max(worst, error(mine, right) / limit if limit else float(not torch.equal(mine, plain)))
+    plain = numerics.named(_run(theirs, x, hx, change))
+    contract = numerics.Contract(lambda: numerics.named(_run(exact, x, hx, change)), plain, x.dtype)
+    worst = numerics.worst(contract.judge(numerics.named(found))).share
     return worst, gave_way[0].partition("runs: ")[2] if gave_way else "", watch.seen
 
 

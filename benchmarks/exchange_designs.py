@@ -29,7 +29,7 @@ import triton.language as tl
 
 from benchmarks import machine_code, offline
 from rnnfast.kernels.cells import lstm
-from rnnfast.kernels.persistent.exchange import add_product, nothing, over_parts, over_rows, poll, publish, whole
+from rnnfast.kernels.persistent.exchange import add_product, over_parts, over_rows, poll, publish, sum_parts, zero_sums
 from rnnfast.kernels.persistent.forward import _load_gates, _split_gates
 from rnnfast.kernels.persistent.plan import NoPlan, PersistentPlan, persistent_plan
 
@@ -124,8 +124,8 @@ def exchange_kernel(
         mask_next = offs_b < tl.where(step + 1 < steps, B, 0)
         x_next = x_ptr + (row + batch)[:, None] * (4 * H) + offs_h[None, :]
         x_gates_next = _load_gates(x_next, mask_next[:, None], H, 4)
-        sums = add_product(nothing(1, ROWS, BLOCK_B, SPLIT), w, chunks, 0, CHUNKS, SPLIT, "ieee", False)
-        h_rows = whole(sums, ROWS, BLOCK_B, SPLIT)
+        sums = add_product(zero_sums(1, ROWS, BLOCK_B, SPLIT), w, chunks, 0, CHUNKS, SPLIT, "ieee", False)
+        h_rows = sum_parts(sums, ROWS, BLOCK_B, SPLIT)
         states, _ = lstm.forward(x_gates, _split_gates(h_rows, BLOCK_B, BLOCK_H, 4), (h, c))
         c = states[1]
         rounded = states[0].to(h_ptr.dtype.element_ty)

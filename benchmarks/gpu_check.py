@@ -33,8 +33,9 @@ import torch
 
 import rnnfast
 from benchmarks.gpu_jobs import CASES, CHECKS, STRESS, check_name, stress_name
-from rnnfast import gpu, supervise, tuner, tuning
-from rnnfast.tuning import Shape
+from rnnfast.choice import gpu, tuning_file
+from rnnfast.choice.tuning_file import Shape
+from rnnfast.commands import child, tune
 
 SAME_EVERYWHERE = (
     "test_packaging",
@@ -148,17 +149,17 @@ def job(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu_jobs", *map(str, arguments)]
 
 
-def run(command: list[str], until: float, take: Callable[[dict], object]) -> supervise.Failed | None:
+def run(command: list[str], until: float, take: Callable[[dict], object]) -> child.Failed | None:
     """Give each row that a job prints to `take`; how it failed, if it did."""
     if time.monotonic() >= until:
-        return supervise.Failed("no time was left", hung=False)
+        return child.Failed("no time was left", hung=False)
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "RNNFAST_BACKEND")}
     env["RNNFAST_STRICT"] = "1"  # what is measured is what was asked for
     try:
-        with closing(supervise.rows(command, QUIET, env, until)) as rows:
+        with closing(child.rows(command, QUIET, env, until)) as rows:
             for row in rows:
                 take(row)
-    except supervise.Failed as error:
+    except child.Failed as error:
         return error
     return None
 
@@ -220,7 +221,7 @@ def time_all(report: Report, until: float) -> None:
             if failed is not None:
                 report.add("benchmark", name, {"error": str(failed)})
             if failed is not None and failed.hung and family == "persistent":
-                hung = supervise.Failed("not run: the persistent kernels hung before", hung=True)
+                hung = child.Failed("not run: the persistent kernels hung before", hung=True)
 
 
 def stress_all(report: Report, until: float) -> None:
@@ -239,16 +240,16 @@ def tune_all(report: Report, until: float) -> None:
     path = report.folder / "gpu-check-tuning.json"
     path.unlink(missing_ok=True)
 
-    def measure(entries: list[tuning.Entry]) -> dict[int, float | str]:
+    def measure(entries: list[tuning_file.Entry]) -> dict[int, float | str]:
         left = until - time.monotonic()
-        found = tuner.measure(entries, min(QUIET, left), until=until) if left > 0 else {}
+        found = tune.measure(entries, min(QUIET, left), until=until) if left > 0 else {}
         for n, entry in enumerate(entries):
             result = found.get(n, "not run")
             key = "us/step" if isinstance(result, float) else "error"
-            report.add("tuned", str(entry.shape), {"candidate": tuner.name(entry), key: result})
+            report.add("tuned", str(entry.shape), {"candidate": tune.name(entry), key: result})
         return found
 
-    tuner.tune(TUNED, path, limits, measure)
+    tune.tune(TUNED, path, limits, measure)
 
 
 # The report

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 import rnnfast
-from rnnfast import families
 from rnnfast.check import Case, compare, fault
-from rnnfast.tuner import microseconds
+from rnnfast.choice import kernel_plan
+from rnnfast.commands.tune import microseconds
 
 DEVICE = "cuda"
 ROUNDS = 10
@@ -83,7 +83,7 @@ def missing(case: Case) -> list[str]:
     device = torch.empty(0, device=DEVICE).device
     found = []
     for backward in (False, True):
-        choice = families.pick(cell, case.T, case.B, case.H, case.dtype, families.precision(), backward, True, device)
+        choice = kernel_plan.pick(cell, case.T, case.B, case.H, case.dtype, kernel_plan.precision(), backward, True, device)
         if choice.persistent is None:
             found.append(f"{'backward' if backward else 'forward'}: {choice.reason}")
     return found

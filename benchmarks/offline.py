@@ -91,8 +91,11 @@ class StandInDriver(DriverBase):
     def launcher_cls(self, src, metadata):
         def launch(grid_x, grid_y, grid_z, stream, function, kernel_metadata, launch_metadata, on_enter, on_exit, *args):
             assert len(args) == len(src.fn.arg_names), "a launch with more or fewer arguments than the kernel has"
-            for (position, *_), value in src.constants.items():
-                assert args[position] is value or args[position] == value, f"{src.fn.arg_names[position]} is another constant"
+            for path, value in src.constants.items():  # a path, as an argument may be a tuple
+                given = args
+                for position in path:
+                    given = given[position]
+                assert given is value or given == value, f"{src.fn.arg_names[path[0]]} is another constant"
             self.launches.append(Launch(function, (grid_x, grid_y, grid_z), metadata.hash))
 
         return launch
@@ -103,9 +106,9 @@ class StandInDriver(DriverBase):
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that a layer can launch."""
-    from rnnfast.kernels import dropout, gates, persistent, step
+    from rnnfast.kernels import dropout, persistent, recompute, step
 
-    modules = (step, persistent, gates, dropout)
+    modules = (step, persistent, recompute, dropout)
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
     return [kernel for kernel in found if isinstance(kernel, triton.JITFunction)]
 
@@ -113,10 +116,10 @@ def kernels() -> list[triton.JITFunction]:
 @contextmanager
 def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     """Kernels launched inside compile for sm_`arch` and are counted, not run. Takes CPU tensors."""
-    from rnnfast import families
-    from rnnfast.kernels import step
+    from rnnfast.choice import kernel_plan
+    from rnnfast.kernels import runtime
 
-    if step.mode() != "compiled":
+    if runtime.mode() != "compiled":
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
     driver = StandInDriver(arch)
     triton.runtime.driver.set_active(driver)
@@ -125,7 +128,7 @@ def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     for kernel in kernels():
         kernel.device_caches.clear()
     try:
-        with families.assume(limits_of(arch)):
+        with kernel_plan.pretend_gpu(limits_of(arch)):
             yield driver
     finally:
         knobs.compilation.listener = None

@@ -15,7 +15,7 @@ import rnnfast
 from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.measure import Call
-from rnnfast import check
+from rnnfast.numerics import Contract, samples_for, worst
 
 __all__ = ["Problem", "Ready", "of_module", "tf32"]
 
@@ -82,7 +82,7 @@ def of_module(module: torch.nn.Module) -> Ready:
 class Problem:
     """A case on a device, with random weights as torch.nn initialises them, normal input and upstream gradients.
 
-    The answers are computed once: those of the float64 reference on the very same numbers, and torch.nn's own errors.
+    The contract is computed once: the float64 reference on the very same numbers, and torch.nn's own errors.
     """
 
     def __init__(self, case: Case, device: str, seed: int = 0) -> None:
@@ -95,7 +95,7 @@ class Problem:
         steps = (*data(self.x).shape[:-1], case.directions * case.H)
         shapes = [steps] + [states] * (2 if case.cell == "LSTM" else 1)
         self.upstream = [torch.randn(shape, device=device, dtype=case.torch_dtype) for shape in shapes]
-        self._answers: tuple[dict[str, Tensor], dict[str, float], str] | None = None
+        self._answers: tuple[Contract, str] | None = None
 
     def _sequence(self, x: Tensor) -> Sequence:
         return pack_padded_sequence(x, torch.tensor(self.case.lengths)) if self.case.packed else x
@@ -162,8 +162,8 @@ class Problem:
             f"grad of {name}": gradient for name, gradient in gradients.items()
         }
 
-    def answers(self) -> tuple[dict[str, Tensor], dict[str, float], str]:
-        """The right results, torch.nn's error of each, and what gave the right ones."""
+    def answers(self) -> tuple[Contract, str]:
+        """What results may be, and what gave the right ones."""
         if self._answers is None:
             case = self.case
             steps = case.T * case.layers * case.directions
@@ -172,30 +172,21 @@ class Problem:
                 exact = self.module(getattr(rnnfast, case.cell), torch.float64, backend="reference")
             else:
                 exact = self.module(getattr(torch.nn, case.cell), torch.float64)
-            right = self.results(of_module(exact), in_float64=True)
             theirs = self.results(of_module(self.module(getattr(torch.nn, case.cell))))
-            errors = {name: check.error(theirs[name], value) for name, value in right.items()}
-            self._answers = right, errors, "" if unrolled else "checked against torch.nn in float64"
+            exactly = lambda: self.results(of_module(exact), in_float64=True)  # noqa: E731
+            contract = Contract(exactly, theirs, case.torch_dtype, case.tf32, samples_for(steps))
+            self._answers = contract, "" if unrolled else "checked against torch.nn in float64"
         return self._answers
 
     def check(self, ready: Ready) -> dict:
-        """The tensor nearest to its limit, or furthest beyond it: its error as a multiple of what `rnnfast.check` allows."""
-        right, theirs, _ = self.answers()
-        found = self.results(ready)
-        if missing := right.keys() - found.keys():
+        """The tensor nearest to its limit, or furthest beyond it: its error as a multiple of what `rnnfast.numerics` allows."""
+        contract, found = self.answers()[0], self.results(ready)
+        if missing := contract.expected.keys() - found.keys():
             raise RuntimeError(f"it gave no {', '.join(sorted(missing))}")
-        ratios = {}
-        for name, exact in right.items():
-            if found[name].shape != exact.shape:
-                raise RuntimeError(f"{name} has shape {tuple(found[name].shape)}, and should have {tuple(exact.shape)}")
-            limit = check.allowed(theirs[name], exact, self.case.torch_dtype, self.case.tf32)
-            ratios[name] = ratio(check.error(found[name], exact), limit)
-        worst = max(ratios, key=ratios.__getitem__)
-        return {"worst": ratios[worst], "tensor": worst}
-
-
-def ratio(error: float, limit: float) -> float:
-    """error / limit; a NaN, or an error where none is allowed, is as wrong as can be."""
-    if error <= limit:
-        return error / limit if limit else 0.0
-    return min(error / limit if limit else float("inf"), 1e30) if error == error else 1e30
+        for name, expected in contract.expected.items():
+            if found[name].shape != expected.exact.shape:
+                raise RuntimeError(
+                    f"{name} has shape {tuple(found[name].shape)}, and should have {tuple(expected.exact.shape)}"
+                )
+        verdict = worst(contract.judge({name: found[name] for name in contract.expected}))
+        return {"worst": min(verdict.share, 1e30), "tensor": verdict.tensor}

@@ -16,7 +16,8 @@ from torch import Tensor
 import rnnfast
 from benchmarks.cases import Case, Unknown
 from benchmarks.problem import Problem, Ready, of_module
-from rnnfast import backends, reference
+from rnnfast import reference
+from rnnfast.choice.obstacles import tensor_obstacles
 
 __all__ = ["BASE", "Provider", "Unavailable", "all_providers", "installed", "named_provider"]
 
@@ -91,7 +92,7 @@ class RnnFast(Provider):
     def obstacle(self, case: Case, device: str) -> str | None:
         if self.backend != "triton":
             return None
-        return "; ".join(backends.tensor_obstacles(torch.empty(0, device=device, dtype=case.torch_dtype))) or None
+        return "; ".join(tensor_obstacles(torch.empty(0, device=device, dtype=case.torch_dtype))) or None
 
     def ready(self, problem: Problem) -> Ready:
         layer = problem.module(getattr(rnnfast, problem.case.cell), backend=self.backend)

@@ -97,7 +97,7 @@ def row_of(case: Case, set_name: str, provider: Provider, settings: dict) -> dic
 def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]:
     device = settings["device"]
     problem, base = problem_of(case, device)
-    _, _, oracle = problem.answers()
+    _, oracle = problem.answers()
     ready = provider.ready(problem)
     start = time.perf_counter()
     error = problem.check(ready)

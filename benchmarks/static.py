@@ -33,7 +33,7 @@ import triton
 
 from benchmarks import static_text
 from benchmarks.offline import DTYPES, GPU_OF_ARCH, compiled, limits_of, pretend_gpu, run_layer, settings
-from rnnfast import families
+from rnnfast.choice import kernel_plan
 
 SCHEMA = 1
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -103,7 +103,7 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                     codes[first.compiled] = counts.code_of(built[first.compiled])
                 code = codes[first.compiled]
                 sizes = (cell.gates, B, job.hidden, element.itemsize, precision, backward)
-                choice = families.choose(job.family, *sizes, limits, job.marked)
+                choice = kernel_plan.choose(job.family, *sizes, limits, job.marked)
                 if first.kernel.startswith("persistent_") != (choice.persistent is not None):
                     raise RuntimeError(f"{job}: {first.kernel} was launched, where the plan is {choice}")
                 repeats = 1 if choice.persistent else STEPS[0]  # of a launch, for so many steps
@@ -193,7 +193,7 @@ def build(jobs: list[Job], workers: int) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description="Compiles, counts and predicts.")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(GPU_OF_ARCH))
-    parser.add_argument("--family", choices=families.FAMILIES, help="step: the step kernels everywhere")
+    parser.add_argument("--family", choices=kernel_plan.FAMILIES, help="step: the step kernels everywhere")
     parser.add_argument("--cells", nargs="+", choices=CELLS)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
     parser.add_argument("--hidden", type=_positive, nargs="+")

@@ -1,14 +1,14 @@
 """Train a character-level language model with rnnfast and check the result against plain PyTorch.
 
-The model is an embedding, a stack of `rnnfast.LSTM` (or GRU) layers and a linear softmax layer at every step. It learns
-the English prose that ships inside Python (`pydoc_data.topics`), or any UTF-8 file:
+The model is an embedding, a stack of `rnnfast.LSTM` (or GRU) layers and a linear softmax layer at every step. It learns from
+the English text that ships inside Python (`pydoc_data.topics`), or from any UTF-8 file:
 
     python examples/char_lm.py                          # one to three minutes on two CPU cores
     python examples/char_lm.py --text book.txt --cell gru --hidden 512 --steps 5000
-    python examples/char_lm.py --resume                 # go on after Ctrl-C
+    python examples/char_lm.py --resume                 # continue after Ctrl-C
     torchrun --nproc-per-node 2 examples/char_lm.py     # two processes, each with half of every batch
 
-It leaves OUT/checkpoint.pt and OUT/loss.png, and shows that the weights give the same held-out loss in torch.nn.
+It writes OUT/checkpoint.pt and OUT/loss.png, and shows that the weights give the same held-out loss in torch.nn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as torch loads; spinning threads crawl on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: threads that spin are slow on a busy CPU
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +51,13 @@ import rnnfast
 
 CELLS = {"lstm": (rnnfast.LSTM, nn.LSTM), "gru": (rnnfast.GRU, nn.GRU)}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SAME_LOSS = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}  # nats a character, rnnfast against torch.nn
+SAME_LOSS = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}  # allowed difference to torch.nn, in nats per character
 FORMAT = "rnnfast-char-lm-1"
 
 
 @dataclass
 class Config:
-    """What fixes the course of a training run. It is kept in the checkpoint."""
+    """The options that determine a training run. The checkpoint contains them."""
 
     cell: str = "lstm"
     hidden: int = 128
@@ -68,10 +68,10 @@ class Config:
     lr: float = 8e-3
     dtype: str = "float32"
     seed: int = 0
-    text: str | None = None  # None: Python's own documentation
+    text: str | None = None  # a file; None is Python's own documentation
 
 
-State = Tensor | tuple[Tensor, Tensor] | None  # GRU, LSTM, all zeros
+State = Tensor | tuple[Tensor, Tensor] | None  # of a GRU; of an LSTM; None is all zeros
 
 
 class CharLM(nn.Module):
@@ -93,7 +93,7 @@ def detach(state: State) -> State:
 
 @torch.no_grad()
 def heldout_loss(model: CharLM, heldout: Tensor, length: int = 256) -> float:
-    """Mean loss in nats a character over the whole held-out text, read as (at most) 16 streams."""
+    """Mean loss in nats per character over the whole held-out text, read as at most 16 streams."""
     data = streams(heldout, min(16, len(heldout) - 1))
     total, state = 0.0, None
     for start in range(0, len(data) - 1, length):
@@ -119,11 +119,11 @@ def sample(model: CharLM, vocabulary: str, generator: torch.Generator, count: in
 
 @dataclass
 class Run:
-    """All that training changes.
+    """The state of a training run.
 
-    In float16 and bfloat16 the model computes in that type, while the optimizer works on a float32 copy of the weights
-    (`weights`): small updates would be lost in 8 or 11 bits. In float16 small gradients would be lost as well, so the
-    loss is scaled up first; where that overflows, the step is left out and the scale is halved.
+    In float16 and bfloat16 the model computes in that dtype, and the optimizer works on a float32 copy of the weights
+    (`weights`), because 11 or 8 bits of precision would lose small updates. float16 would also lose small gradients, so the
+    loss is multiplied by `scale`. If a gradient overflows, the step is skipped and the scale is halved.
     """
 
     config: Config
@@ -132,12 +132,12 @@ class Run:
     workers: Workers
     step: int = 0
     state: State = None
-    losses: list[float] = field(default_factory=list)  # of each step
+    losses: list[float] = field(default_factory=list)  # one a step
     heldout: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
 
     def __post_init__(self) -> None:
         config = self.config
-        self.generator = torch.Generator().manual_seed(config.seed)  # of the sampled text; training draws nothing
+        self.generator = torch.Generator().manual_seed(config.seed)  # for the sampled text; training draws no random numbers
         torch.manual_seed(config.seed)
         try:
             self.model = self.new_model(CELLS[config.cell][0])
@@ -155,14 +155,14 @@ class Run:
         return CharLM(recurrent, len(self.corpus.vocabulary)).to(self.device)
 
     def learning_rate(self) -> float:
-        """Warm up for a twentieth of the steps, then a half cosine down to a fiftieth."""
+        """Linear warm-up for 1/20 of the steps, then a half cosine down to 1/50 of the highest rate."""
         warmup = max(1, self.config.steps // 20)
         progress = max(0, self.step - warmup) / max(1, self.config.steps - warmup)
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2
         return self.config.lr * min((self.step + 1) / warmup, 1) * cosine
 
     def train_step(self, chunk: Tensor) -> None:
-        """One step on (length + 1, batch) characters, from the state in which the chunk before left the layers."""
+        """One step on (length + 1, batch) characters, from the layers' state after the previous chunk."""
         logits, state = self.parallel(chunk[:-1], self.state)
         loss = F.cross_entropy(logits.flatten(0, 1), chunk[1:].flatten())
         self.model.zero_grad()
@@ -230,13 +230,13 @@ def read_checkpoint(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] == FORMAT and content["digest"] and content["vocabulary"] and Config(**content["config"]):
             return content
-    except Exception:  # torch.load raises nearly any kind on a file that is not its own
+    except Exception:  # torch.load raises many kinds of exceptions on a foreign file
         pass
-    raise UserError(f"{path} is damaged or no checkpoint of this program")
+    raise UserError(f"{path} is damaged or not a checkpoint of this program")
 
 
 def train(run: Run, checkpoint: Path) -> bool:
-    """Train to the last step and save; False if Ctrl-C ended it before (what is done is saved then, too)."""
+    """Train to the last step and save. Returns False if Ctrl-C ended it early; the steps done are saved then, too."""
     config, corpus = run.config, run.corpus
     data = run.workers.share(streams(corpus.train.to(run.device), config.batch), 1)
     heldout = corpus.heldout.to(run.device)
@@ -246,14 +246,14 @@ def train(run: Run, checkpoint: Path) -> bool:
         while run.step < config.steps and not asked.is_set():
             start = run.step % chunks * config.length
             if start == 0:
-                run.state = None  # back at the head of each stream
+                run.state = None  # the chunk is at the start of each stream
             run.train_step(data[start : start + config.length + 1])
             progress.update()
             if run.step % max(1, config.steps // 5) == 0 or run.step == config.steps:
                 loss = heldout_loss(run.model, heldout)
                 run.heldout.append((run.step, loss))
                 text = " ".join(sample(run.model, corpus.vocabulary, run.generator, 100).split())
-                progress.message(f"held-out loss {loss:.4f}, {loss * BITS:.3f} bits a character; sample: {text}")
+                progress.message(f"held-out loss {loss:.4f}, {loss * BITS:.3f} bits per character; sample: {text}")
                 run.save(checkpoint)
         run.save(checkpoint)
     return run.step >= config.steps
@@ -274,15 +274,15 @@ def plot_losses(run: Run, path: Path) -> None:
 
 
 def compare_with_torch(run: Run, checkpoint: Path) -> bool:
-    """Load the checkpoint into a model around plain torch.nn.LSTM/GRU; its held-out loss must be the trained model's."""
+    """Load the checkpoint into a model with torch.nn's layers and compare its held-out loss with the trained model's."""
     torch_class = CELLS[run.config.cell][1]
-    plain = run.new_model(torch_class)
-    plain.load_state_dict(torch.load(checkpoint, map_location=run.device, weights_only=True)["model"])
-    plain.to(DTYPES[run.config.dtype])
+    torch_model = run.new_model(torch_class)
+    torch_model.load_state_dict(torch.load(checkpoint, map_location=run.device, weights_only=True)["model"])
+    torch_model.to(DTYPES[run.config.dtype])
     heldout = run.corpus.heldout.to(run.device)
-    ours, theirs = heldout_loss(run.model, heldout), heldout_loss(plain, heldout)
+    ours, theirs = heldout_loss(run.model, heldout), heldout_loss(torch_model, heldout)
     same = abs(ours - theirs) <= SAME_LOSS[run.config.dtype]
-    print(f"held-out loss with rnnfast.{torch_class.__name__}: {ours:.6f} ({ours * BITS:.3f} bits a character)")
+    print(f"held-out loss with rnnfast.{torch_class.__name__}: {ours:.6f} ({ours * BITS:.3f} bits per character)")
     verdict = "the same" if same else f"NOT the same: more than {SAME_LOSS[run.config.dtype]} apart"
     print(f"held-out loss with torch.nn.{torch_class.__name__} from the checkpoint: {theirs:.6f}, {verdict}")
     return same
@@ -291,17 +291,17 @@ def compare_with_torch(run: Run, checkpoint: Path) -> bool:
 def check_kernels(device: torch.device) -> bool:
     print("\nkernel check:", flush=True)
     kind = "cuda" if device.type == "cuda" else "cpu"
-    return subprocess.run([sys.executable, "-m", "rnnfast.check", "--device", kind]).returncode != 1  # 2: cannot run here
+    return subprocess.run([sys.executable, "-m", "rnnfast.check", "--device", kind]).returncode != 1  # 2: no kernels here
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The options of `Config` are None where not given: a resumed run takes them from its checkpoint."""
+    """Options of `Config` that were not given are None, so that a resumed run takes them from its checkpoint."""
     default = Config()
     parser = Parser(description=__doc__.split("\n")[0], prog="char_lm.py")
     add = parser.add_argument
-    add("--text", metavar="FILE", help="learn this UTF-8 file (default: the documentation inside Python)")
+    add("--text", metavar="FILE", help="UTF-8 file to learn from (default: the documentation inside Python)")
     add("--cell", choices=CELLS, help=f"(default: {default.cell})")
-    add("--dtype", choices=DTYPES, help=f"what the model computes in (default: {default.dtype})")
+    add("--dtype", choices=DTYPES, help=f"dtype of the model (default: {default.dtype})")
     for name in ("hidden", "layers", "steps", "batch", "length"):
         add(f"--{name}", type=positive(int), metavar="N", help=f"(default: {getattr(default, name)})")
     add("--lr", type=positive(float), metavar="RATE", help=f"highest learning rate (default: {default.lr})")
@@ -309,11 +309,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=usable_device, default=cuda, help=f"(default here: {cuda})")
     add("--out", type=Path, metavar="FOLDER", help="(default: out/char_lm, or the folder of --resume CHECKPOINT)")
-    add("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT", help="go on (default: with OUT's)")
-    add("--no-check", action="store_true", help="leave out the kernel check at the end")
+    add("--resume", nargs="?", type=Path, const=Path(), metavar="CHECKPOINT", help="continue (default: from OUT's)")
+    add("--no-check", action="store_true", help="skip the kernel check at the end")
     args = parser.parse_args(argv)
     if args.seed is not None and not 0 <= args.seed < 2**63:
-        parser.error(f"argument --seed: {args.seed} is not from 0 to 2**63 - 1")
+        parser.error(f"argument --seed: {args.seed} is not in the range 0 to 2**63 - 1")
     if args.text is not None:
         args.text = os.path.abspath(args.text)
     if args.resume == Path():
@@ -334,7 +334,7 @@ def make_run(args: argparse.Namespace, workers: Workers) -> Run:
         given = content["config"] | given
     config = Config(**given)
     if config.batch % workers.count:
-        raise UserError(f"--batch {config.batch} cannot be shared equally by {workers.count} processes")
+        raise UserError(f"--batch {config.batch} cannot be divided equally among {workers.count} processes")
     run = Run(config, read_corpus(config), args.device, workers)
     if content:
         run.load(content, args.resume)
@@ -347,7 +347,8 @@ def run_program(argv: list[str] | None, workers: Workers) -> int:
     prepare_folder(args.out)
     config, corpus, checkpoint = run.config, run.corpus, args.out / "checkpoint.pt"
 
-    print(f"text: {len(corpus.train):,} characters, {len(corpus.heldout):,} more held out, {len(corpus.vocabulary)} different")
+    sizes = f"{len(corpus.train):,} characters for training, {len(corpus.heldout):,} held out"
+    print(f"text: {sizes}, {len(corpus.vocabulary)} different ones")
     print(f"model: {sum(weight.numel() for weight in run.weights.values()):,} weights in {config.dtype} on {run.device}")
     example = torch.zeros(config.length, config.batch, dtype=torch.long, device=run.device)
     print(rnnfast.explain(run.model.recurrent, run.model.embedding(example)), flush=True)
@@ -358,7 +359,7 @@ def run_program(argv: list[str] | None, workers: Workers) -> int:
     if not train(run, checkpoint):
         command = [sys.executable, sys.argv[0], "--resume", str(checkpoint), "--device", str(run.device)]
         command += ["--no-check"] * args.no_check
-        print(f"\ninterrupted: step {run.step} of {config.steps} is saved; to go on, run\n  {shlex.join(command)}")
+        print(f"\ninterrupted: step {run.step} of {config.steps} is saved; to continue, run\n  {shlex.join(command)}")
         return 130
     print(f"\ntrained {run.step - first} steps in {time.perf_counter() - start:.0f} s; a sample:\n")
     print(sample(run.model, corpus.vocabulary, run.generator, 600) + "\n")

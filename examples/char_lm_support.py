@@ -1,4 +1,4 @@
-"""What the examples need besides a model and its training: text, progress, Ctrl-C, safe files, options and their errors."""
+"""Helpers of the examples: text, progress, Ctrl-C, safe files, options and their errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BITS = 1 / math.log(2)  # bits per nat
 
 
 class UserError(Exception):
-    """What the user has to put right, in one line; the program exits with code 2."""
+    """An error that the user can correct. Its message is one line, and the program exits with code 2."""
 
 
 @dataclass
@@ -37,17 +37,17 @@ class Corpus:
 
 
 def python_prose() -> str:
-    """The topics of Python's `help()`, each paragraph once: repeated ones would leak into the held-out text."""
+    """The topics of Python's `help()`. Each paragraph appears once, so none is both held out and trained on."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise UserError("this Python comes without pydoc_data; give a text with --text FILE") from None
+        raise UserError("this Python has no pydoc_data: give a text with --text FILE") from None
     paragraphs = (paragraph.strip("\n") for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
     return "\n\n".join(dict.fromkeys(paragraphs))
 
 
 def read_corpus(config) -> Corpus:
-    """Read the text and split it: the last tenth is held out."""
+    """Read the text and split it. The last tenth is held out."""
     try:
         text = python_prose() if config.text is None else Path(config.text).read_text("utf-8-sig")
     except OSError as error:
@@ -68,13 +68,13 @@ def read_corpus(config) -> Corpus:
 
 
 def streams(tokens: Tensor, batch: int) -> Tensor:
-    """Cut the text into `batch` contiguous streams, (time, batch); each shares one character with the next."""
+    """Cut the text into `batch` contiguous streams, (time, batch). The last character of each is the first of the next one."""
     steps = (len(tokens) - 1) // batch
     return torch.stack([tokens[i * steps : (i + 1) * steps + 1] for i in range(batch)], dim=1)
 
 
 class Workers:
-    """The processes that torchrun started, each with an equal share of every batch; without torchrun, this process alone."""
+    """The processes that torchrun started, or this process alone. Each has an equal share of every batch."""
 
     def __init__(self) -> None:
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -84,14 +84,14 @@ class Workers:
             torch.distributed.init_process_group()
 
     def parallel(self, model: torch.nn.Module) -> torch.nn.Module:
-        """`model` with gradients that are the mean over all processes."""
+        """`model`, with its gradients averaged over all processes."""
         return torch.nn.parallel.DistributedDataParallel(model) if self.count > 1 else model
 
     def share(self, tensor: Tensor, dim: int) -> Tensor:
         return tensor.chunk(self.count, dim)[self.rank].contiguous()
 
     def join(self, tensor: Tensor, dim: int) -> Tensor:
-        """The whole of which each process has its share."""
+        """The inverse of `share`: the shares of all processes joined along `dim`."""
         if self.count == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.count)]
@@ -99,7 +99,7 @@ class Workers:
         return torch.cat(parts, dim)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have reached this call."""
         if self.count > 1:
             torch.distributed.barrier()
 
@@ -109,7 +109,7 @@ class Workers:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a temporary file beside `path`, then rename it: a reader finds the old file or the new one, whole."""
+    """Write a temporary file beside `path`, then rename it, so that a reader finds either the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
@@ -121,7 +121,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 class Progress:
-    """A bar on one line of a terminal; elsewhere twenty plain lines."""
+    """Progress of a run: a bar on one line of a terminal, or twenty lines elsewhere."""
 
     def __init__(self, run) -> None:
         self.run, self.shown, self.time, self.terminal = run, run.step, time.perf_counter(), sys.stdout.isatty()
@@ -148,7 +148,7 @@ class Progress:
 
 @contextlib.contextmanager
 def catch_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C only sets the event, so that the step under way is finished; a second one interrupts at once."""
+    """The first Ctrl-C sets the event, so that the current step is finished. A second Ctrl-C interrupts at once."""
     asked = threading.Event()
 
     def handler(*_: object) -> None:
@@ -163,7 +163,7 @@ def catch_interrupt() -> Iterator[threading.Event]:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Find out before training whether `folder` can be written."""
+    """Make `folder`. Raises `UserError` if files cannot be written there, before time is spent on training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -192,15 +192,15 @@ def usable_device(text: str) -> torch.device:
         device = torch.device(text)
         torch.zeros(1, device=device).item()
     except (AssertionError, NotImplementedError, RuntimeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device that this PyTorch can use here") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device that this PyTorch can use here") from None
     return device
 
 
 def example_parser(doc: str, prog: str, steps: int, out: str) -> Parser:
-    """The options that the small examples have in common."""
+    """A parser with the options that the small examples share."""
     parser = Parser(description=doc.split("\n")[0], prog=prog)
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--steps", type=positive(int), default=steps, metavar="N", help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=positive(int), default=steps, metavar="N", help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--device", type=usable_device, default=cuda, help="(default here: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help="(default: %(default)s)")
@@ -208,7 +208,7 @@ def example_parser(doc: str, prog: str, steps: int, out: str) -> Parser:
 
 
 def pyplot_for(picture: Path):
-    """matplotlib.pyplot, to draw into files, or None and a line that says so."""
+    """matplotlib.pyplot for drawing into files. Without matplotlib, print that `picture` is not drawn and return None."""
     try:
         import matplotlib
     except ImportError:
@@ -221,7 +221,7 @@ def pyplot_for(picture: Path):
 
 
 def run_main(prog: str, program: Callable[[], int | None]) -> int:
-    """The exit code of `program`: its own or 0, 2 for what the user has to put right, 130 for Ctrl-C."""
+    """Run `program` and return its exit code: its own or 0, 2 after a `UserError`, 130 after Ctrl-C."""
     try:
         return program() or 0
     except UserError as error:

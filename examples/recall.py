@@ -1,18 +1,18 @@
-"""Recurrent reinforcement learning with resets: remember the first thing seen in an episode, and take the right door.
+"""Recurrent reinforcement learning with resets: remember the first symbol of an episode, and take the right door.
 
-A corridor: at every step the agent sees one of four symbols. The first of an episode names the door to take, all others are
-there to confuse. "Walk on" leads to the doors after 3 to 8 steps. The right door pays 1, any door ends the episode, and to do
-nothing useful costs 0.1. Besides, the light may go out at any step, and another episode begins: what is to be seen does not
-tell, the mask of resets does.
+The environment is a corridor. At every step the agent sees one of four symbols. The first symbol of an episode names the right
+door, and all later symbols are random. The action "walk on" leads to the doors in 3 to 8 steps. The right door pays 1. Any door
+ends the episode. Walking on at the doors, or choosing a door elsewhere, costs 0.1. At any step the light may go out, and a new
+episode begins. The observations do not show this, but the mask of resets does.
 
-Many corridors go on side by side, without end. An actor-critic (Mnih et al., 2016) acts one step a call with carried state,
-then learns from the last 16 steps in one call with `resets=`: truncated back-propagation through time, from the carried state,
-detached. Three agents learn: with resets, without, and one that is reset before every step. That one has no memory, and cannot
-do better than to guess, one in four.
+Many corridors run side by side without end. An actor-critic (Mnih et al., 2016) acts one step a call and carries its state on.
+Then it learns from the last 16 steps in one call with `resets=`. This is truncated back-propagation through time, which starts
+from the detached carried state. Three agents learn: one with resets, one without, and one that is reset before every step. The
+last one has no memory, so its best possible result is a guess: one right door in four.
 
     python examples/recall.py                    # about a minute on one CPU core
 
-It leaves OUT/recall.png: how often each agent took the right door, over training.
+It writes OUT/recall.png: how often each agent took the right door during training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as torch loads; spinning threads crawl on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: threads that spin are slow on a busy CPU
 
 import torch
 import torch.nn.functional as F
@@ -32,28 +32,28 @@ from torch import Tensor, nn
 import rnnfast
 
 DOORS = 4  # also the number of symbols
-WALK = DOORS  # the action that is no door
-DARK = 0.03  # how likely the light goes out at a step
-CHUNK = 16  # steps that gradients go back
+WALK = DOORS  # the action "walk on"; the smaller numbers are the doors
+DARK = 0.03  # probability that the light goes out at a step
+CHUNK = 16  # steps between two updates, through which gradients go back
 DISCOUNT = 0.95
 MEMORIES = {
-    "resets": "state that begins anew with each episode",
-    "no resets": "state that never begins anew",
-    "no memory": "state that begins anew at every step",
+    "resets": "state that is reset at each new episode",
+    "no resets": "state that is never reset",
+    "no memory": "state that is reset before every step",
 }
 
 
 class Corridors:
-    """`count` corridors side by side; where an episode is over the next one begins at once.
+    """`count` corridors side by side. When an episode is over, the next one begins at once.
 
     Attributes:
-        seen: (count, DOORS + 1), what is to be seen now: the symbol, one-hot, and whether the doors are here.
-        begins: (count,), where that is the first thing of an episode.
+        seen: (count, DOORS + 1), the current observation: the symbol, one-hot, and whether the doors are here.
+        begins: (count,), whether this is the first observation of an episode.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.cue = torch.zeros(count, dtype=torch.long, device=device)
-        self.left = torch.zeros_like(self.cue)  # steps to the doors
+        self.left = torch.zeros_like(self.cue)  # steps left to the doors
         self.begins = torch.ones(count, dtype=torch.bool, device=device)
         self._look()
 
@@ -64,7 +64,7 @@ class Corridors:
         self.seen = torch.cat([F.one_hot(symbol, DOORS), (self.left == 0)[:, None]], 1).float()
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """The reward (count,), and where one of the doors was taken."""
+        """Do one step. Returns the reward and whether a door was taken, both (count,)."""
         door, here = action != WALK, self.left == 0
         taken = door & here
         reward = torch.where(taken, (action == self.cue).float(), -0.1 * (door != here).float())
@@ -75,7 +75,7 @@ class Corridors:
 
 
 class Agent(nn.Module):
-    """Logits of the actions, and the reward to be expected from here on, at every step."""
+    """At every step, the logits of the actions and the expected discounted reward from there on."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -96,19 +96,19 @@ class Learner:
         self.state = tuple(torch.zeros(1, count, size, device=device) for _ in range(2))
 
     def resets(self) -> Tensor:
-        """(count,): where the state has to begin anew before the next step."""
+        """(count,): whether the state has to be reset before the next step."""
         begins = self.corridors.begins
         return {"resets": begins, "no resets": torch.zeros_like(begins), "no memory": torch.ones_like(begins)}[self.memory]
 
     @torch.no_grad()
     def look(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """One step from the carried state, which begins anew by hand where it has to. Logits, value, the state after."""
+        """Run one step from the carried state, set to zero where it has to be reset. Returns logits, value, next state."""
         state = tuple(part.masked_fill(self.resets()[:, None], 0) for part in self.state)
         logits, value, state = self.agent(self.corridors.seen[None], state)
         return logits[0], value[0], state
 
     def collect(self) -> dict[str, Tensor]:
-        """Act for CHUNK steps, one a call. All of every step, each (CHUNK, count, ...)."""
+        """Act for CHUNK steps, one a call. Returns what happened at each step, as tensors (CHUNK, count, ...)."""
         steps = []
         for _ in range(CHUNK):
             seen, resets = self.corridors.seen, self.resets()
@@ -120,7 +120,7 @@ class Learner:
         return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
     def gains(self, data: dict[str, Tensor]) -> Tensor:
-        """The discounted reward from each step on, within its episode. For what follows the chunk stands the critic's word."""
+        """The discounted reward from each step to the end of its episode. The critic estimates what follows the chunk."""
         _, following, _ = self.look()
         gains = []
         for t in reversed(range(CHUNK)):
@@ -129,9 +129,13 @@ class Learner:
         return torch.stack(gains[::-1])
 
     def update(self) -> tuple[int, int, float]:
-        """Collect a chunk and learn from it. Doors taken, right ones among them, and the largest difference between the logits
-        of the loop, a step a call, and those of the whole chunk in one call."""
-        before = self.state  # made without gradients: here back-propagation ends
+        """Collect a chunk and learn from it.
+
+        Returns:
+            The number of doors taken, the number of right ones among them, and the largest difference between the logits of
+            the loop (one step a call) and those of the whole chunk in one call.
+        """
+        before = self.state  # computed without gradients, so back-propagation ends here
         data = self.collect()
         logits, values, _ = self.agent(data["seen"], before, None if self.memory == "no resets" else data["resets"])
         difference = (logits - data["logits"]).abs().max().item()
@@ -147,7 +151,7 @@ class Learner:
 
 
 def train(learner: Learner, updates: int, every: int) -> tuple[list[float], float]:
-    """The share of right doors among those taken, every `every` updates, and the largest difference of all updates."""
+    """Train. Returns the share of right doors among those taken, for each `every` updates, and the largest difference."""
     begun, furthest, curve, taken, right = time.perf_counter(), 0.0, [], 0, 0
     for update in range(1, updates + 1):
         more_taken, more_right, difference = learner.update()
@@ -171,7 +175,7 @@ def draw(curves: dict[str, list[float]], every: int, path: Path) -> None:
     for memory, curve in curves.items():
         axes.plot([every * (n + 1) for n in range(len(curve))], curve, label=MEMORIES[memory])
     axes.axhline(1 / DOORS, color="0.6", linestyle="--", label="a guess")
-    axes.set(xlabel=f"updates, each of {CHUNK} steps in every corridor", ylabel="right doors among those taken", ylim=(0, 1.02))
+    axes.set(xlabel=f"updates ({CHUNK} steps in every corridor each)", ylabel="right doors among those taken", ylim=(0, 1.02))
     axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=80))
     pyplot.close(figure)
@@ -180,7 +184,7 @@ def draw(curves: dict[str, list[float]], every: int, path: Path) -> None:
 def run_program(argv: list[str] | None) -> None:
     parser = example_parser(__doc__, "recall.py", steps=600, out="out/recall")
     parser.add_argument("--size", type=positive(int), default=64, metavar="N", help="units (default: %(default)s)")
-    parser.add_argument("--corridors", type=positive(int), default=64, metavar="N", help="side by side (default: %(default)s)")
+    parser.add_argument("--corridors", type=positive(int), default=64, metavar="N", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     prepare_folder(args.out)
     curves, every = {}, max(1, args.steps // 20)
@@ -192,11 +196,11 @@ def run_program(argv: list[str] | None) -> None:
             print(rnnfast.explain(learner.agent.layer, chunk, learner.state, resets=resets))
         print(f"\n{title}:", flush=True)
         curves[memory], difference = train(learner, args.steps, every)
-        print(f"  largest difference of logits, steps one by one beside chunks in one call: {difference:.1e}")
+        print(f"  largest difference of logits, single steps compared with chunks in one call: {difference:.1e}")
     print("\nright doors among those taken, in the last twentieth of training:")
     for memory, curve in curves.items():
         print(f"  {MEMORIES[memory]:<44} {curve[-1]:6.1%}")
-    print(f"  {'a guess, which no agent without memory beats':<44} {1 / DOORS:6.1%}")
+    print(f"  {'a guess, the best result without memory':<44} {1 / DOORS:6.1%}")
     draw(curves, every, args.out / "recall.png")
     print(f"wrote {args.out / 'recall.png'}")
 

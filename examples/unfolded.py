@@ -1,14 +1,17 @@
-"""See what a recurrent layer does: the layer unfolded in time, and its gates and states while it reads a sentence.
+"""Show what a recurrent layer does: the layer unfolded in time, and its gates and states while it reads a sentence.
 
-A small character model (embedding, one `rnnfast.LSTM`, a softmax at every step) learns the English that ships inside Python.
-Then a sentence is read twice: by the layer in one call, and by T feed-forward layers, one a character, all with the layer's
-weights. Outputs are equal, and each gradient of the layer is the sum of the gradients of the T. Last, a picture: the cells that
-best follow what a reader can see in the text (an open quotation, an open bracket, the length of a word), and their gates.
+A small character model (embedding, one `rnnfast.LSTM`, a softmax at every step) learns the English text that ships inside
+Python. Then it reads a sentence twice: in one call of the layer, and with T feed-forward layers, one for each character. Each
+of these has a copy of the layer's weights. The outputs are equal, and each gradient of the layer is the sum of the T layers'
+gradients.
+
+Last, the program draws the cells that correlate best with a property of the text (an open quotation, an open bracket, the
+length of a word), and their gates.
 
     python examples/unfolded.py                  # about a minute on one CPU core
     python examples/unfolded.py --sentence 'Say "hello" twice, then "good night".' --text book.txt --steps 3000
 
-It leaves OUT/gates.png.
+It writes OUT/gates.png.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as torch loads; spinning threads crawl on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: threads that spin are slow on a busy CPU
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +47,8 @@ SENTENCE = (
     '\n   Return "True" if the mapping (a "dict", say) has the key, else "False";'
     '\n   a missing key (see above) raises a "KeyError".'
 )
-BATCH, LENGTH = 32, 64  # streams of text, and the characters of each that gradients go back
-HELD_OUT = 20000  # characters over which cells are compared with what is visible
+BATCH, LENGTH = 32, 64  # streams of text; characters of each in a chunk, through which gradients go back
+HELD_OUT = 20000  # held-out characters over which `find_cells` computes correlations
 
 
 class CharModel(nn.Module):
@@ -57,7 +60,7 @@ class CharModel(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """What the layer does in one time step: a feed-forward layer from (x_t, h_{t-1}, c_{t-1}) to (h_t, c_t)."""
+    """One time step of the layer: a feed-forward layer from (x_t, h_{t-1}, c_{t-1}) to (h_t, c_t)."""
 
     def __init__(self, layer: nn.LSTM) -> None:
         super().__init__()
@@ -72,7 +75,7 @@ class FeedForward(nn.Module):
 
 
 def train(model: CharModel, tokens: Tensor, steps: int) -> None:
-    """Truncated back-propagation: streams of text in chunks; the state goes on from chunk to chunk, detached."""
+    """Truncated back-propagation: read streams of text in chunks, and carry the detached state from chunk to chunk."""
     data = streams(tokens, BATCH)
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
@@ -91,14 +94,15 @@ def train(model: CharModel, tokens: Tensor, steps: int) -> None:
         losses.append(loss.detach())
         if step % max(1, steps // 6) == 0 or step == steps:
             bits, seconds = torch.stack(losses[-50:]).mean().item() * BITS, time.perf_counter() - begun
-            print(f"step {step}/{steps}, {seconds:.0f} s: {bits:.2f} bits a character", flush=True)
+            print(f"step {step}/{steps}, {seconds:.0f} s: {bits:.2f} bits per character", flush=True)
 
 
 def unfold(model: CharModel, tokens: Tensor) -> tuple[dict[str, tuple[float, float]], list[float]]:
     """Read (T + 1, 1) characters with the layer and with T feed-forward layers.
 
-    Returns the largest difference and the largest size of the outputs, the states and each weight's gradient; and the size of
-    the gradient that the loss of the last character alone leaves in each of the T layers.
+    Returns:
+        For the outputs, the last state and each weight's gradient: the largest difference and the largest absolute value.
+        For each of the T layers: the norm of the gradient of the last character's loss with respect to its biases b_hh.
     """
     layer, T = model.layer, len(tokens) - 1
     x = model.embedding(tokens[:-1]).detach()
@@ -127,7 +131,7 @@ def unfold(model: CharModel, tokens: Tensor) -> tuple[dict[str, tuple[float, flo
 
 
 def visible(text: str) -> dict[str, list[float]]:
-    """What a reader can say at each character of a text; a blank line closes what was left open."""
+    """Properties of a text at each character. A blank line closes open quotations and brackets."""
     quoted, bracketed, letters = [], [], []
     inside, depth, since = False, 0, 0
     for n, character in enumerate(text):
@@ -143,7 +147,10 @@ def visible(text: str) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def find_cells(model: CharModel, tokens: Tensor, text: str) -> dict[str, tuple[int, float]]:
-    """For each visible thing, the cell whose tanh(c_t) goes with it best over a text (8 streams), and the correlation."""
+    """For each property of `visible`: the cell whose tanh(c_t) correlates best with it, and the correlation.
+
+    The text is read as 8 streams.
+    """
     _, _, states = model.layer(model.embedding(streams(tokens, 8)), return_all_states=True)
     shown = states[0][1].tanh().double().flatten(0, 1)
     found = {}
@@ -192,16 +199,16 @@ def draw(text: str, cells: dict[str, tuple[int, float]], states, gates: Tensor, 
 
 def run_program(argv: list[str] | None) -> None:
     parser = example_parser(__doc__, "unfolded.py", steps=2000, out="out/unfolded")
-    parser.add_argument("--text", metavar="FILE", help="learn this UTF-8 file (default: the documentation inside Python)")
-    parser.add_argument("--sentence", default=SENTENCE, metavar="TEXT", help="what is read and drawn at the end")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 file to learn from (default: the documentation inside Python)")
+    parser.add_argument("--sentence", default=SENTENCE, metavar="TEXT", help="sentence to read and draw at the end")
     parser.add_argument("--size", type=positive(int), default=128, metavar="N", help="units (default: %(default)s)")
     parser.set_defaults(batch=BATCH, length=LENGTH)
     args = parser.parse_args(argv)
     corpus = read_corpus(args)
     if strange := re.sub(f"[{re.escape(corpus.vocabulary)}]", "", args.sentence):
-        raise UserError(f"the text that was learnt has no {strange[0]!r}: write the sentence without")
+        raise UserError(f"the training text has no {strange[0]!r}: use a sentence without it")
     if len(args.sentence) < 2:
-        raise UserError("a sentence of at least two characters, please")
+        raise UserError("the sentence needs at least two characters")
     prepare_folder(args.out)
     torch.manual_seed(args.seed)
 
@@ -211,7 +218,7 @@ def run_program(argv: list[str] | None) -> None:
     train(model, corpus.train.to(args.device), args.steps)
 
     tokens = torch.tensor([corpus.vocabulary.index(character) for character in args.sentence], device=args.device)[:, None]
-    print(f"\nthe layer in one call beside {len(tokens) - 1} feed-forward layers with its weights:")
+    print(f"\nthe layer in one call compared with {len(tokens) - 1} feed-forward layers with its weights:")
     compared, reach = unfold(model, tokens)
     for name, (difference, size) in compared.items():
         print(f"  {name:<26} largest difference {difference:.1e}, largest value {size:.1e}")

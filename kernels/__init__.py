@@ -1,10 +1,9 @@
-"""Triton kernels of rnnfast. Installed as ``rnnfast.kernels``; imports Triton and the standard library only."""
+"""Triton kernels of rnnfast: the package ``rnnfast.kernels``, a link to this folder. It imports Triton alone."""
 
 if __name__ != "rnnfast.kernels":
-    raise ImportError(
-        f"these kernels install as rnnfast.kernels, not as {__name__!r}: run `pip install .` and import rnnfast.kernels"
-    )
+    # a second copy of every kernel would be compiled, and its plans would not be equal to the first's
+    raise ImportError(f"import rnnfast.kernels: this folder is that package, not one named {__name__!r}")
 
-from rnnfast.kernels import cells, dropout, gates, persistent, plan, step
+from rnnfast.kernels import cells, dropout, persistent, recompute, step
 
-__all__ = ["cells", "dropout", "gates", "persistent", "plan", "step"]
+__all__ = ["cells", "dropout", "persistent", "recompute", "step"]

@@ -1,10 +1,10 @@
-"""Dropout between layers, and the joining of two directions, in one pass; the mask is never stored.
+"""Applies dropout between layers and joins two directions, in one pass. The mask is never stored.
 
     out[r, j] = keep[r, j] / (1 - p) * joined[r, j]        joined = the directions side by side, r a step and batch row
 
-keep[r, j] is whether word j % 4 of Philox4x32-10 (Salmon et al., 2011) is at least p * 2^32, for the counter
-(j // 4, low and high word of r, 0) and the 64 bits of a seed as the key. So a seed fixes the mask, whatever the tiles, the GPU
-or the order of the programs, and backward makes it again from the seed.
+keep[r, j] says whether word j % 4 of Philox4x32-10 (Salmon et al., 2011) is at least p * 2^32. The counter is
+(j // 4, low and high word of r, 0), the key the 64 bits of a seed. So a seed fixes the mask, whatever the tiles, the GPU
+or the order of the programs, and backward makes the mask again from the seed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.step import as_a_gpu, emulate_bf16
+from rnnfast.kernels.runtime import as_a_gpu, emulate_bf16
 
 __all__ = ["apply", "dropout_kernel"]
 
@@ -82,4 +82,5 @@ def apply(joined, first, second, seed, p: float, *, backward: bool) -> None:
     dropout_kernel[(rows, -(-W // block))](
         joined, first, first if second is None else second, seed, round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p),
         first.shape[1], W, BACKWARD=backward, EMULATE_BF16=emulate_bf16(joined), BLOCK_J=block, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip

@@ -3,10 +3,10 @@
     0 CONTINUES   that of the step before
     1 STARTS      the initial state
     2 RESETS      the reset state
-    3 PADDED      none: the step is padding, of which nothing is read or written and no gradient leaves
+    3 PADDED      none: the step is padding. Nothing of it is read or written, and no gradient leaves it
 
-So sequences of several lengths and states that begin anew inside a sequence are one thing to a kernel: each row picks its
-pointers by its mark, and all that follows is the same code. Padding is a row's last steps in time, the first ones that a
+So a kernel handles sequences of several lengths and states that begin anew in the same way: each row picks its pointers by
+its mark, and all that follows is the same code. Padding is a row's last steps in time, the first ones that a
 reverse direction comes to; the first step that is none never CONTINUES. Backward hands the gradient of a state that began
 anew to the initial or the reset state, and cuts it off from the step before. `rnnfast.reference.marks` makes marks.
 
@@ -14,18 +14,43 @@ The persistent kernels take the marks of a step and a tile of batch rows packed 
 has them by one scalar load, whatever the layout of its tiles, and sees at once whether no row of the tile runs.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 CONTINUES, STARTS, RESETS, PADDED = (tl.constexpr(code) for code in range(4))
-MOST_ROWS = tl.constexpr(32)  # of a tile whose marks are packed: two bits a row
+MOST_ROWS = tl.constexpr(32)  # the most rows of a tile whose marks fit a word, two bits a row
 ALL_PADDED = tl.constexpr(-1)  # packed marks of a step at which no row of the tile runs
 
 
+class Marks(NamedTuple):
+    """What a kernel is given of the marks; each None where a call has none.
+
+    Attributes:
+        codes: (T, B) int8 for the step kernels, (T, tiles) words of `pack_kernel` for the persistent ones.
+        order: (B,) int32, the batch rows in the order in which programs take them.
+        starts_h: (2, B, H), the initial and the reset h.
+        starts_c: (2, B, H) float32, the initial and the reset c.
+    """
+
+    codes: Any
+    order: Any
+    starts_h: Any
+    starts_c: Any
+
+
+class StartGrads(NamedTuple):
+    """Gradients of `Marks.starts_h` and `Marks.starts_c`, each (2, B, H) float32 and added to; None where not needed."""
+
+    h: Any
+    c: Any
+
+
 @triton.jit
-def batch_rows(slots, order_ptr, B, HAS_ORDER: tl.constexpr):
-    """The batch rows in these slots, in the order given, so that a tile's rows end together; from B on where there is none."""
-    if HAS_ORDER:
+def batch_rows(slots, order_ptr, B):
+    """The batch rows in these slots, in the order given if there is one, so that a tile's rows end together; from B on none."""
+    if order_ptr is not None:
         return tl.load(order_ptr + slots, mask=slots < B, other=B)
     else:
         return slots
@@ -34,18 +59,17 @@ def batch_rows(slots, order_ptr, B, HAS_ORDER: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "B"])
 def pack_kernel(
     marks_ptr,  # (T, B) int8
-    order_ptr,  # (B,) int32, as for `batch_rows`
+    order_ptr,  # (B,) int32 or None, as for `batch_rows`
     packed_ptr,  # (T, tiles) words of 64 bits, written: the mark of slot i of a tile of BLOCK_B slots in bits 2 i and 2 i + 1
     T,
     B,
-    HAS_ORDER: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     steps = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     lanes = tl.arange(0, MOST_ROWS)
     slots = tl.where(lanes < BLOCK_B, tl.program_id(1) * BLOCK_B + lanes, B)
-    rows = batch_rows(slots, order_ptr, B, HAS_ORDER)
+    rows = batch_rows(slots, order_ptr, B)
     at = steps.to(tl.int64)[:, None] * B + rows[None, :]
     marks = tl.load(marks_ptr + at, mask=(steps < T)[:, None] & (rows < B)[None, :], other=PADDED)
     words = tl.sum(marks.to(tl.int64) << (2 * lanes)[None, :], 1)

@@ -17,7 +17,7 @@ rnnfast COMMAND --help lists the options."""
 def main(argv: list[str] | None = None) -> int:
     command, *options = (sys.argv[1:] if argv is None else argv) or [""]
     if command == "tune":
-        from rnnfast.tuner import main as run
+        from rnnfast.commands.tune import main as run
     elif command == "check":
         from rnnfast.check import main as run
     else:

@@ -8,24 +8,28 @@ go on as before. What this cannot do is said in the report: a class of the user'
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rnnfast.nn import GRU, LSTM, RNN
+from rnnfast.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from rnnfast.nn.base import ACCELERATED
 
 __all__ = ["Report", "accelerate", "as_default", "restore"]
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
 _OURS: dict[type, type] = {torch.nn.LSTM: LSTM, torch.nn.GRU: GRU, torch.nn.RNN: RNN}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-_MARK = "_accelerated"  # attribute of a layer that `accelerate` exchanged, for `restore`
+_CELLS: dict[type, type] = {torch.nn.LSTMCell: LSTMCell, torch.nn.GRUCell: GRUCell, torch.nn.RNNCell: RNNCell}
+_THEIRS = {ours: theirs for theirs, ours in (_OURS | _CELLS).items()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def accelerate(model: _Model, *, inplace: bool = True, report: Callable[[Report]
     Args:
         model: any module. Third-party code that asks ``isinstance(layer, torch.nn.LSTM)`` is answered yes, as before; code that
             asks ``type(layer) is torch.nn.LSTM`` is answered no.
-        inplace: change `model`; if False, a deep copy of it that shares all its parameters and other tensors.
+        inplace: change `model`; if False, a deep copy of it that shares all its parameters and other tensors, those that it
+            keeps in tuples, dictionaries or objects of its own too.
         report: called with the `Report`; None to be told nothing.
 
     Returns:
@@ -91,7 +96,7 @@ def restore(
 
     Args:
         model, inplace, report: as in `accelerate`.
-        every: also the layers that were built as rnnfast's.
+        every: also the layers that were built as rnnfast's, and the cells, which only can be.
 
     Returns, raises: as `accelerate`.
 
@@ -100,7 +105,7 @@ def restore(
         >>> type(rnnfast.restore(model, report=None)) is torch.nn.LSTM
         True
     """
-    return _exchange(model, "torch.nn", _THEIRS, inplace, report, lambda module: every or _MARK in vars(module))
+    return _exchange(model, "torch.nn", _THEIRS, inplace, report, lambda module: every or ACCELERATED in vars(module))
 
 
 def _exchange(
@@ -124,9 +129,9 @@ def _exchange(
         elif new is not None:
             module.__class__ = new
             if to == "rnnfast":
-                vars(module)[_MARK] = True
+                vars(module)[ACCELERATED] = True
             else:
-                vars(module).pop(_MARK, None)
+                vars(module).pop(ACCELERATED, None)
             changed.append((name, f"{module._get_name()}({module.extra_repr()})"))
     if report is not None:
         report(Report(to, tuple(changed), tuple(left)))
@@ -134,10 +139,10 @@ def _exchange(
 
 
 def _exchanged(cls: type, classes: dict[type, type]) -> type | None:
-    """The class to stand where `cls` stands, None if `cls` is none of `classes` in disguise.
+    """The class that replaces `cls`. None if `cls` is neither in `classes` nor derived from one of them by PyTorch.
 
-    PyTorch gives a module that it parametrizes or shards a class of its own, derived from the module's: its like is derived
-    from the new one. The old one stays as it is, copies of the module may share it.
+    PyTorch gives a module that it parametrizes or shards a class of its own, derived from the module's. Its replacement is
+    derived from the new one. The old class stays as it is: copies of the module may share it.
     """
     if cls in classes:
         return classes[cls]
@@ -161,7 +166,7 @@ def _reason(module: torch.nn.Module, new: type | None, is_meant: bool) -> str | 
     if isinstance(module, torch.jit.ScriptModule):
         original = getattr(module, "original_name", "")
         return "it is TorchScript, compiled from torch.nn's code" if original in ("LSTM", "GRU", "RNN") else None
-    if cls in _OURS or cls in _THEIRS:
+    if cls in _OURS or cls in _THEIRS:  # cells of torch.nn's come below
         return f"it is {name} already"
     if isinstance(module, torch.nn.RNNBase):
         return f"{name} is a class of its own, whose code may count on its base class: derive it from rnnfast's"
@@ -173,20 +178,55 @@ def _reason(module: torch.nn.Module, new: type | None, is_meant: bool) -> str | 
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
-    """All tensors that hang on the model's modules: parameters, buffers and plain attributes, as pruning leaves them."""
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        for value in vars(module).values():
-            yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor))
+    """All tensors that ``copy.deepcopy`` would meet on its way through `model`, whatever they are kept in."""
+    queue: list[Any] = [model]
+    seen: dict[int, Any] = {}  # the objects too, so that no other gets the number of one
+    while queue:
+        value = queue.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            queue += [*value.keys(), *value.values(), getattr(value, "__dict__", None)]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            queue += [*value, getattr(value, "__dict__", None)]
+        elif isinstance(value, MethodType):
+            queue.append(value.__self__)
+        elif not isinstance(value, (type, FunctionType, ModuleType, str, bytes, int, float, complex, type(None))):
+            queue += _parts(value)
+
+
+def _parts(value: Any) -> list[Any]:
+    """What an object consists of, as it tells ``copy.deepcopy``."""
+    try:
+        made = value.__reduce_ex__(4)
+    except Exception:  # it cannot be copied this way: deepcopy may know another, or will raise
+        return [getattr(value, "__dict__", None)]
+    return [getattr(value, "__dict__", None)] if isinstance(made, str) else [_listed(part) for part in made[1:]]
+
+
+def _listed(part: Any) -> Any:
+    return list(part) if isinstance(part, Iterator) else part
 
 
 _building: ContextVar[bool] = ContextVar("rnnfast_as_default", default=False)
+_blocks, _inits, _lock = [0], {}, threading.Lock()
 
 
-def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """``__new__`` of torch.nn.LSTM, GRU and RNN once `as_default` has been used. Copies and pickles come without arguments."""
-    return object.__new__(_OURS.get(cls, cls) if _building.get() and (args or kwargs) else cls)
+def _building_init(cls: type, init: Callable[..., None]) -> Callable[..., None]:
+    """The ``__init__`` of torch.nn's `cls` while a block of `as_default` is open in any thread."""
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        if type(self) is cls and _building.get():
+            self.__class__ = _OURS[cls]
+            self.__init__(*args, **kwargs)
+        else:
+            init(self, *args, **kwargs)
+
+    return __init__
 
 
 @contextmanager
@@ -197,7 +237,8 @@ def as_default() -> Iterator[None]:
     with them is true of old layers and new, and a subclass of them builds itself. Blocks nest, end after an exception, and
     serve as a decorator. Copies and unpickled modules keep their class: use `accelerate` on those.
 
-    How: the first block gives the three classes a ``__new__``, which stays, and outside of blocks changes nothing.
+    How: while a block is open in any thread, the three classes have another ``__init__``. When the last one ends, they have
+    their own again.
 
     Example:
         >>> with rnnfast.as_default():
@@ -205,10 +246,19 @@ def as_default() -> Iterator[None]:
         >>> isinstance(model[0], rnnfast.GRU), type(torch.nn.GRU(3, 4)) is torch.nn.GRU
         (True, True)
     """
-    for cls in _OURS:
-        cls.__new__ = staticmethod(_new)  # DataParallel calls it on an instance
+    with _lock:
+        _blocks[0] += 1
+        if _blocks[0] == 1:
+            for cls in _OURS:
+                _inits[cls] = cls.__init__, _building_init(cls, cls.__init__)
+                cls.__init__ = _inits[cls][1]
     token = _building.set(True)
     try:
         yield
     finally:
         _building.reset(token)
+        with _lock:
+            _blocks[0] -= 1
+            for cls, (init, ours) in _inits.items() if _blocks[0] == 0 else ():
+                if cls.__init__ is ours:  # else another library has wrapped it, and outside of blocks ours changes nothing
+                    cls.__init__ = init

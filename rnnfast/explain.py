@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import backends, families, sequences, tuning
-from rnnfast.dispatch import Dispatched
-from rnnfast.nn import _Recurrent
-from rnnfast.sequences import Sequences
+from rnnfast import torch_private
+from rnnfast.choice import kernel_plan, tuned, tuning_file
+from rnnfast.choice.decide import Decision
+from rnnfast.choice.obstacles import autocast
+from rnnfast.nn import cells, checks, sequence
+from rnnfast.nn.base import cell_of
+from rnnfast.nn.cells import Cell
+from rnnfast.nn.options import CallOptions
+from rnnfast.nn.sequence import Sequence
+from rnnfast.reference import SAVED
+from rnnfast.settings import strict
 
 __all__ = ["Explanation", "explain"]
 
@@ -65,98 +72,96 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
           how: PyTorch's own layer, on ATen
           not triton: the tensors are on the CPU, where the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)
     """
-    if not isinstance(module, Dispatched):
+    if not isinstance(module, (Sequence, Cell)):
         raise TypeError(f"module should be an rnnfast.LSTM, GRU or RNN, or a cell, got {type(module).__name__}")
-    layer = module if isinstance(module, _Recurrent) else None
-    if options and layer is None:
-        raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")
-    packed = isinstance(input, PackedSequence)
     tensor = input.data if isinstance(input, PackedSequence) else input
-    given = None
-    shape = f"{'packed ' if packed else ''}{tuple(tensor.shape)}"
+    shape = f"{'packed ' if isinstance(input, PackedSequence) else ''}{tuple(tensor.shape)}"
     call = f"{module}, input {shape} {tensor.dtype} on {tensor.device}"
-    name, source = backends.asked(module.backend)
-    by = f"asked for by {source}" if name else "chosen for this call"
-    obstacles = module._obstacles(input, None)
-    if not module._is_plain(input, hx):
-        obstacles += ("torch.nn itself serves or refuses a call of this form",)
-        backend = "torch"
+    training = torch.is_grad_enabled() and any(each.requires_grad for each in (tensor, *module.parameters()))
+    if isinstance(module, Cell):
+        if options:
+            raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")
+        chosen, read_options, to_tune = cells.decision(module, input, hx), CallOptions(), None
     else:
-        given = layer._read(input, hx, **options) if layer and options else sequences.Sequences()
-        backend = "torch" if name == "torch" or module._obstacles(input, name) else name or "triton"
-        if name is None and backend == "triton" and not options and module._torch_wins(input, hx):
-            backend, by = "torch", "measured as the fastest for this call by rnnfast tune"
-    if name not in (None, backend):
-        by = f"{name!r} was {by}, but cannot run this call"
-    if backends.strict() and name != "torch" and module._obstacles(input, name):
-        by += "; RNNFAST_STRICT is set, so the call raises"
-    tuned = None
-    if (
-        layer
-        and isinstance(input, Tensor)
-        and not options
-        and not layer.proj_size
-        and not obstacles
-        and name in (None, "triton")
-    ):
-        tuned = layer._shape(input, hx)
-    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (tensor, *module.parameters()))
-    details = {"torch": _torch, "triton": _triton, "reference": _reference}[backend](module, input, given, training)
-    if layer and training:
-        details += _recompute(layer, backend, given)
-    return Explanation(backend, by, obstacles, call, details, _tuning(tuned, tensor.device) if tuned else "")
+        cell, weights = cell_of(module), sequence.weights_of(module)
+        well_formed = checks.layer_fits(module, cell, weights, input, hx)
+        given = sequence.read(module, cell, input, **options) if options and well_formed else None
+        chosen = sequence.decision(module, cell, weights, input, hx, well_formed, given)
+        read_options = given or CallOptions()
+        may_be_tuned = isinstance(input, Tensor) and not options and not module.proj_size and not chosen.obstacles
+        to_tune = sequence.shape(module, cell, input, hx) if may_be_tuned and chosen.asked in (None, "triton") else None
+    details = _how(chosen, module, input, read_options, training)
+    tuning = _tuning(to_tune, tensor.device) if to_tune else ""
+    return Explanation(chosen.backend, _asked(chosen), chosen.obstacles, call, details, tuning)
 
 
-def _recompute(layer: _Recurrent, backend: str, given: Sequences | None) -> str:
-    if not layer.recompute:
-        return ""
-    if backend != "triton":
-        return "; backward runs it once more"
-    if layer.mode in ("RNN_TANH", "RNN_RELU"):
+def _asked(chosen: Decision) -> str:
+    """How the backend was asked for, in words."""
+    if chosen.measured:
+        return "measured as the fastest for this call by rnnfast tune"
+    by = f"asked for by {chosen.asked_by}" if chosen.asked else "chosen for this call"
+    if chosen.asked not in (None, chosen.backend):
+        by = f"{chosen.asked!r} was {by}, but cannot run this call"
+    return by + ("; RNNFAST_STRICT is set, so the call raises" if chosen.gives_way and strict() else "")
+
+
+def _how(chosen: Decision, module: Any, input: Any, options: CallOptions, training: bool) -> str:
+    """How the call will run, in words."""
+    if chosen.refusal:
+        return f"the call raises: {chosen.refusal}"
+    if chosen.runner == "kernels":
+        text = _kernels(module, input, options, training)
+    elif chosen.runner == "equations":
+        text = "the equations in plain PyTorch, one time step after another"
+        text += f": {chosen.stands_in}" if chosen.stands_in else ""
+    else:
+        text = _torch(module, input, chosen.runner)
+    recompute = isinstance(module, Sequence) and training and module._rnnfast_recompute
+    return text + (_recompute(module, chosen.runner, options) if recompute else "")
+
+
+def _recompute(layer: Sequence, runner: str, options: CallOptions) -> str:
+    if runner != "kernels":
+        return "" if torch_private.inside() else "; backward runs it once more"
+    if not SAVED[cell_of(layer)]:
         return "; backward needs no gates, so recompute changes nothing"
-    if given and given.details:
+    if options.details:
         return "; gates are kept, as states or gates are returned, whatever recompute says"
     return "; backward computes the gates again"
 
 
-def _tuning(shape: tuning.Shape, device: torch.device) -> str:
-    gpu = families.limits(device)
-    if gpu is None or families.asked() != "auto":
+def _tuning(shape: tuning_file.Shape, device: torch.device) -> str:
+    gpu = kernel_plan.limits(device)
+    if gpu is None or kernel_plan.asked() != "auto":
         return ""
-    table = tuning.table(gpu)
+    table = tuned.table(gpu)
     command = f"rnnfast tune --cell {shape.cell} --hidden {shape.H} --input {shape.I} --batch {shape.B} --steps {shape.T}"
     command += f" --dtype {'tf32' if shape.precision == 'tf32' else shape.dtype} --layers {shape.layers}"
     advice = f"to measure it: {command}{' --bidirectional' if shape.directions > 1 else ''}"
     if table.unused:
         return f"not measured here ({table.unused}); {advice}"
-    entry = tuning.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training)
+    entry = tuned.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training)
     if entry is None:
         return f"{table.path} has nothing near this call; {advice}"
     return f"by {table.path}, measured at {entry.shape}"
 
 
-def _torch(module: Dispatched, input: Tensor | PackedSequence, given: Sequences | None, training: bool) -> str:
-    if given and (given.resets is not None or given.details):
-        return "the equations in plain PyTorch, one time step after another: PyTorch's own layer has no resets, states or gates"
-    if not isinstance(module, _Recurrent):
+def _torch(module: Any, input: Tensor | PackedSequence, runner: str) -> str:
+    if isinstance(module, Cell):
         return "PyTorch's own cell"
     tensor = input.data if isinstance(input, PackedSequence) else input
     cudnn = tensor.is_cuda and torch.backends.cudnn.is_acceptable(tensor)
-    lengths = ", on rows packed by their lengths, which are read on the CPU" if given and given.only_lengths else ""
+    lengths = ", on rows packed by their lengths, which are read on the CPU" if runner == "packed" else ""
     return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}{lengths}"
 
 
-def _reference(module: Dispatched, input: Tensor | PackedSequence, given: Sequences | None, training: bool) -> str:
-    return "the equations in plain PyTorch, one time step after another"
+def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, training: bool) -> str:
+    from rnnfast.kernels import runtime
 
-
-def _triton(module: Dispatched, input: Tensor | PackedSequence, given: Sequences, training: bool) -> str:
-    from rnnfast.kernels import step
-
-    layer = module if isinstance(module, _Recurrent) else None
+    layer = module if isinstance(module, Sequence) else None
     layers, directions = (layer.num_layers, 2 if layer.bidirectional else 1) if layer else (1, 1)
     extras = "; the projection is one matrix with the recurrent weights" if layer and layer.proj_size else ""
-    marked = given.marked
+    marked = options.marked
     if isinstance(input, PackedSequence):
         tensor, sizes = input.data, input.batch_sizes
         steps, rows = sizes.numel(), int(sizes[0])
@@ -169,24 +174,21 @@ def _triton(module: Dispatched, input: Tensor | PackedSequence, given: Sequences
         if tensor.dim() == 3 and layer and layer.batch_first:
             steps, rows = rows, steps
     kind = tensor.device.type
-    dtype = torch.get_autocast_dtype(kind) if backends.autocast(kind) else tensor.dtype
-    cell, units = module.mode.lower(), int(module.hidden_size)  # type: ignore[arg-type]
+    dtype = torch.get_autocast_dtype(kind) if autocast(kind) else tensor.dtype
+    cell, units = cell_of(module), int(module.hidden_size)
     times = f"{layers} layers x {directions} directions x"
 
     def words(backward: bool) -> str:
         keeps = backward or training
-        choice = families.pick(cell, steps, rows, units, dtype, families.precision(), backward, keeps, tensor.device, marked)
-        if choice.persistent is not None:
-            launch = f"one launch for {min(choice.persistent.steps, steps)} time steps: {times} {steps} steps"
-            return f"persistent kernels, {launch}; {choice.persistent.words(rows)}"
-        tiles = choice.step
+        choice = kernel_plan.pick(
+            cell, steps, rows, units, dtype, kernel_plan.precision(), backward, keeps, tensor.device, marked
+        )
+        interpreted = ", interpreted" if runtime.mode() == "interpreted" else ""
         return (
-            f"step kernels{', interpreted' if step.mode() == 'interpreted' else ''}, one launch a time step: "
-            f"{times} {steps} steps; a program computes {tiles.BLOCK_H} units of {tiles.BLOCK_B} rows in chunks of "
-            f"{tiles.BLOCK_K}, {tiles.num_warps} warps, {tiles.num_stages} stages"
-            + (f"; not persistent: {choice.reason}" if choice.reason else "")
+            f"{choice.family} kernels{interpreted}, {choice.plan.launch_words(steps)}: {times} {steps} steps; "
+            f"{choice.plan.words(rows)}" + (f"; not {choice.wanted}: {choice.reason}" if choice.reason else "")
         )
 
     forward, backward = words(False), words(True)
     text = (forward if forward == backward else f"forward: {forward}\n       backward: {backward}") + extras
-    return text + (f"; products in {families.precision()}" if dtype == torch.float32 else "")
+    return text + (f"; products in {kernel_plan.precision()}" if dtype == torch.float32 else "")

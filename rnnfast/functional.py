@@ -24,8 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast import backends, families, ops, reference, sequences, transforms
-from rnnfast.dispatch import computed_again
+from rnnfast import ops, reference, torch_private
+from rnnfast.choice import kernel_plan
+from rnnfast.choice.decide import check_backend, decide, tell
+from rnnfast.nn import options as call_options
+from rnnfast.nn.base import checkpointed
+from rnnfast.nn.checks import ONEDNN, STATES, check_function, check_recompute, read_options
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -43,7 +47,7 @@ def lstm(
     reverse: bool = False,
     backend: str | None = None,
     recompute: bool = False,
-    lengths: Tensor | list[int] | None = None,
+    lengths: Any = None,
     resets: Tensor | None = None,
     reset_to: tuple[Tensor, Tensor] | None = None,
     return_all_states: bool = False,
@@ -75,7 +79,7 @@ def gru(
     reverse: bool = False,
     backend: str | None = None,
     recompute: bool = False,
-    lengths: Tensor | list[int] | None = None,
+    lengths: Any = None,
     resets: Tensor | None = None,
     reset_to: Tensor | None = None,
     return_all_states: bool = False,
@@ -108,7 +112,7 @@ def rnn(
     reverse: bool = False,
     backend: str | None = None,
     recompute: bool = False,
-    lengths: Tensor | list[int] | None = None,
+    lengths: Any = None,
     resets: Tensor | None = None,
     reset_to: Tensor | None = None,
     return_all_states: bool = False,
@@ -144,83 +148,52 @@ def _layer(
     recompute: bool,
     options: tuple[Any, ...],
 ) -> tuple[Any, ...]:
-    _check(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
-    backends.check_name(backend)
-    backends.check_recompute(recompute)
+    check_function(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
+    check_backend(backend)
+    check_recompute(recompute)
     given: dict[str, Any] = {}
-    wanted = sequences.Sequences()
-    if sequences.given(*options):
-        shapes = ((x.shape[1], w_hh.shape[1]),) * (2 if cell == "lstm" else 1)
-        wanted = sequences.read(x, *options, shapes=shapes)
+    wanted = call_options.CallOptions()
+    if call_options.given(*options):
+        wanted = read_options(x, *options, shapes=((x.shape[1], w_hh.shape[1]),) * STATES[cell])
         given = {"lengths": wanted.lengths, "resets": wanted.resets, "reset_to": wanted.reset_to or None}
-    name, source = backends.asked(backend)
-    obstacles = () if name in ("torch", "reference") else backends.tensor_obstacles(x)
-    settled = backends.settle(name, source, obstacles)
+    tensors = (x, *(hx or ()), w_ih, w_hh, b_ih, b_hh)
+    trains = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    chosen = decide(
+        backend,
+        x.device.type,
+        x.device.index,
+        x.dtype,
+        options="none" if not given else "more",  # PyTorch's operator takes no lengths either
+        onednn_trains=trains and cell in ONEDNN,
+        measured=not given and _torch_is_fastest(cell, tensors),
+    )
+    if chosen.gives_way:
+        tell(chosen.asked, chosen.asked_by, chosen.gives_way)
     arguments = (cell, x, hx, w_ih, w_hh, b_ih, b_hh)
-    if not wanted.details:
-        if not given and name is None and settled == "triton" and _torch_wins(*arguments):
-            settled = "torch"
-        plain = given or transforms.equations_stand_in(x.is_cpu)
-        plain = plain or transforms.compiles_no_gradients(cell, x, (*(hx or ()), w_ih, w_hh, b_ih, b_hh))
-        run = {"triton": ops.layer, "reference": reference.layer, "torch": reference.layer if plain else _torch_layer}[settled]
+    if wanted.details:
+        run = ops.trace if chosen.runner == "kernels" else reference.trace
     else:
-        run = ops.trace if settled == "triton" else reference.trace
-    if recompute and settled == "triton":
+        run = {"kernels": ops.layer, "equations": reference.layer, "torch": _torch_layer}[chosen.runner]
+    if chosen.runner == "equations" and torch.jit.is_tracing():
+        arguments = (cell, torch.stack(x.unbind(0)), *arguments[2:])  # the trace fails on another number of steps
+    if recompute and chosen.runner == "kernels":
         given["recompute"] = True
-    elif recompute and torch.is_grad_enabled() and not transforms.inside():  # torch.func refuses PyTorch's checkpoint
-        run = partial(computed_again, run)
+    elif recompute and torch.is_grad_enabled() and not torch_private.inside():  # torch.func refuses PyTorch's checkpoint
+        run = partial(checkpointed, run)
     if not wanted.details:
         return run(*arguments, reverse=reverse, **given)
     y, last, cells, gates = run(*arguments, reverse=reverse, **given)
     return y, last, *([(y, *cells)] if wanted.all_states else []), *([gates] if wanted.gates else [])
 
 
-def _torch_wins(cell: str, x: Tensor, hx: _States | None, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> bool:
-    """As of the modules, for a module of one layer and direction."""
-    if torch.compiler.is_compiling() or transforms.inside() or not families.measured(x.device):
+def _torch_is_fastest(cell: str, tensors: tuple[Tensor | None, ...]) -> bool:
+    """As for a module of one layer and direction."""
+    x, w_hh = tensors[0], tensors[-3]
+    assert x is not None and w_hh is not None
+    if torch.compiler.is_compiling() or torch_private.inside() or not kernel_plan.measured(x.device):
         return False
     T, B, I = x.shape
-    tensors = (x, *(hx or ()), w_ih, w_hh, *biases)
-    return families.torch_wins(families.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors), x.device)
-
-
-def _check(
-    cell: str, x: Tensor, hx: _States | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> None:
-    gates = reference.GATES[cell]
-    count = 2 if cell == "lstm" else 1
-    if hx is not None and not isinstance(hx, (tuple, list)):
-        raise TypeError(f"hx must be a tuple of {count} tensors, got {type(hx).__name__}")
-    if hx is not None and len(hx) != count:
-        raise RuntimeError(f"hx must hold {count} states, got {len(hx)}")
-    required = {"x": x, "w_ih": w_ih, "w_hh": w_hh, **{f"hx[{n}]": state for n, state in enumerate(hx or ())}}
-    optional = {label: bias for label, bias in (("b_ih", b_ih), ("b_hh", b_hh)) if bias is not None}
-    for label, tensor in (required | optional).items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{label} must be a tensor, got {type(tensor).__name__}")
-    if x.dim() != 3:
-        raise RuntimeError(f"x must have 3 dimensions, got {x.dim()}")
-    if w_hh.dim() != 2 or w_hh.shape[0] != gates * w_hh.shape[1]:
-        raise RuntimeError(f"w_hh must be (G*H, H) with G = {gates}, got {tuple(w_hh.shape)}")
-    T, B, I = x.shape
-    if T == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if B == 0 or I == 0:
-        raise RuntimeError(f"x must not be empty, got {tuple(x.shape)}")
-    rows, H = w_hh.shape
-    shapes = {"w_ih": (w_ih, (rows, I)), "w_hh": (w_hh, (rows, H)), "b_ih": (b_ih, (rows,)), "b_hh": (b_hh, (rows,))}
-    shapes |= {f"hx[{n}]": (state, (B, H)) for n, state in enumerate(hx or ())}
-    for label, (tensor, shape) in shapes.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise RuntimeError(f"Expected {label} of size {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype and not (backends.autocast(x.device.type) and tensor.is_floating_point()):
-            raise ValueError(f"x has dtype {x.dtype} and {label} has {tensor.dtype}: all tensors must have one dtype")
-        if tensor.device != x.device:
-            raise RuntimeError(f"x is on {x.device} and {label} on {tensor.device}: all tensors must be on one device")
-    if (b_ih is None) != (b_hh is None):
-        raise RuntimeError("b_ih and b_hh must be given both or neither")
+    return kernel_plan.torch_wins(kernel_plan.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors), x.device)
 
 
 def _torch_layer(
@@ -235,14 +208,14 @@ def _torch_layer(
 ) -> tuple[Tensor, _States]:
     """`rnnfast.reference.layer` on PyTorch's own operators, cuDNN on a GPU, ATen elsewhere; for a cell that PyTorch does not
     have, the reference itself."""
-    if not hasattr(torch._VF, cell):
+    if not torch_private.has_operator(cell):
         return reference.layer(cell, x, hx, w_ih, w_hh, b_ih, b_hh, reverse=reverse)
     zeros = x.new_zeros(1, x.shape[1], w_hh.shape[1])
-    states = (zeros,) * (2 if cell == "lstm" else 1) if hx is None else tuple(state.unsqueeze(0) for state in hx)
+    states = [zeros] * STATES[cell] if hx is None else [state.unsqueeze(0) for state in hx]
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
-    run = getattr(torch._VF, cell)
-    first = list(states) if cell == "lstm" else states[0]
+    first = states if len(states) > 1 else states[0]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")  # nor can they be
-        y, *last = run(x.flip(0) if reverse else x, first, weights, len(weights) == 4, 1, 0.0, True, False, False)
+        flags = (len(weights) == 4, 1, 0.0, True, False, False)
+        y, *last = torch_private.run_operator(cell, x.flip(0) if reverse else x, first, weights, *flags)
     return y.flip(0) if reverse else y, tuple(state.squeeze(0) for state in last)

@@ -1,7 +1,9 @@
-"""One suite for two machines: on a GPU the kernels run for real, elsewhere in Triton's interpreter on CPU tensors."""
+"""The kernels run on a GPU where there is one. Elsewhere they run in Triton's interpreter on CPU tensors."""
 
 import inspect
 import os
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 
@@ -16,9 +18,30 @@ if os.environ.get("TRITON_INTERPRET"):
 
     quick_interpreter.install()
 
-torch.set_num_threads(1)  # the cores are shared among pytest's workers
 settings.register_profile("rnnfast", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("rnnfast")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("rnnfast")
+    # One by default: the cores are shared among pytest's workers.
+    group.addoption("--threads", type=int, default=1, help="threads that PyTorch computes with (default: 1)")
+    group.addoption("--sample", type=int, default=1, metavar="N", help="run every N-th of the chosen tests")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(config.getoption("--threads"))
+
+
+def pytest_report_header(config):
+    """What the results depend on. tests/matrix.py and tests/instruction_sets.py read this line."""
+    versions = [f"{name} {version(name)}" for name in ("torch", "triton", "numpy") if find_spec(name)]
+    return f"stack: {', '.join(versions)}; {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    items[:] = items[:: config.getoption("--sample")]
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +55,7 @@ def _clean_settings(monkeypatch):
     for name in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "RNNFAST_STRICT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RNNFAST_TUNING_FILE", os.devnull + ".no-such-file")
-    monkeypatch.setattr("rnnfast.tuning._tables", {})
+    monkeypatch.setattr("rnnfast.choice.tuned._tables", {})
     torch.manual_seed(0)
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "ieee"  # of float32 products on a GPU; TF32 has a test of its own

@@ -4,7 +4,6 @@ import copy
 
 import torch
 
-from rnnfast.check import allowed, error
 from rnnfast.reference import STEPS
 
 
@@ -159,12 +158,3 @@ def arguments(layer, T, B, hx=True, reset_to=False):
             tensors[f"{name}{n}"] = torch.randn(layer.num_layers * D, B, width)
     weight = layer.weight_ih_l0
     return {name: tensor.to(weight) for name, tensor in tensors.items()} | dict(layer.named_parameters())
-
-
-def outside(ours, theirs, exact, dtype):
-    """Names of the tensors of `ours` that are not within the contract of numerics, for an exact and a common result."""
-    assert ours.keys() == theirs.keys() == exact.keys()
-    assert all(ours[name].shape == exact[name].shape for name in exact)
-    return [
-        name for name in exact if error(ours[name], exact[name]) > allowed(error(theirs[name], exact[name]), exact[name], dtype)
-    ]

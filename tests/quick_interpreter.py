@@ -7,13 +7,18 @@ Types do not change once they are made, so one of each is enough, and what follo
 from __future__ import annotations
 
 from math import copysign
+from types import SimpleNamespace
 
 import numpy as np
+from triton import language
 from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 NUMBERS = frozenset((int, bool, float))
+EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+INTEGERS = (np.int8, np.int16, np.int32, np.uint8, np.uint16, np.uint32)
+LIMITS = {np.dtype(kind): (np.iinfo(kind).min, np.iinfo(kind).max) for kind in INTEGERS}
 
 
 def install() -> None:
@@ -24,11 +29,14 @@ def install() -> None:
         TritonSemantic.broadcast_impl_value,
         TritonSemantic.binary_op_type_checking_impl,
     )
+    check_overflow, patch_lang = TritonSemantic.binary_op_sanitize_overflow_impl, interpreter._patch_lang
     dtype_equal, convert_float = core.dtype.__eq__, interpreter._convert_float
     unwrap, tensor = core._unwrap_if_constexpr, core.tensor
     whole = NUMBERS | {tensor, str, type(None)}  # that nothing is wrapped in
     blocks: dict[tuple, core.block_type] = {}
     shapes: dict[tuple, core.tuple] = {}
+    changes: list[tuple] = []
+    running: list = []
     # the keys are ids, so the types are kept too
     np_dtypes: dict[int, tuple] = {}
     of_type: dict[int, tuple] = {}
@@ -84,6 +92,28 @@ def install() -> None:
             return inner(*args, **kwargs)
 
         scope.set_attr(obj, name, new_member)
+
+    class Scope(interpreter._LangPatchScope):
+        """What a launch has changed in the language, until it ends."""
+
+        def restore(self):
+            super().restore()
+            running.clear()
+
+    def quick_patch_lang(fn):
+        """The interpreter looks through the whole language at every call of a function. What it changes is always the same, and
+        the first function of a launch changes it for all that are called inside."""
+        if running:
+            return interpreter._LangPatchScope()
+        scope = Scope()
+        if not changes:
+            found = patch_lang(SimpleNamespace(__globals__={"tl": language, "core": core}))
+            changes.extend((owner, name, vars(owner)[name]) for owner, name, _ in found._changes)
+            found.restore()
+        for change in changes:
+            scope.set_attr(*change)
+        running.append(scope)
+        return scope
 
     def with_element_ty(self, scalar_ty):
         key = id(self), id(scalar_ty)
@@ -144,6 +174,18 @@ def install() -> None:
                     return (lhs, known[0]) if left else (known[0], rhs)
         return operands(self, lhs, rhs, *flags, **named)
 
+    def quick_check_overflow(self, lhs, rhs, binary_op):
+        """The interpreter computes the result in int64 by eight operations of its own; NumPy does so by three."""
+        type = lhs.type.scalar
+        if type.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
+            return
+        if type.int_bitwidth > 1:
+            exact = EXACT[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+            low, high = LIMITS[lhs.handle.data.dtype]
+            if not exact.size or (exact.min() >= low and exact.max() <= high):
+                return
+        check_overflow(self, lhs, rhs, binary_op)  # which says what overflowed
+
     core.block_type.__new__ = staticmethod(new_block)
     core.block_type.__init__ = init_block
     core.block_type.with_element_ty = with_element_ty
@@ -153,7 +195,9 @@ def install() -> None:
     core.dtype.__eq__ = equal_dtypes
     interpreter._convert_float = quick_convert_float
     interpreter._patch_attr = patch_attr
+    interpreter._patch_lang = quick_patch_lang
     core._unwrap_if_constexpr = unwrap_if_constexpr
     interpreter._get_np_dtype = cached_np_dtype
     TritonSemantic.broadcast_impl_value = broadcast_impl_value
+    TritonSemantic.binary_op_sanitize_overflow_impl = quick_check_overflow
     TritonSemantic.binary_op_type_checking_impl = binary_op_type_checking_impl

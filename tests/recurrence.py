@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from rnnfast import reference
-from rnnfast.kernels import plan
 from rnnfast.kernels.cells import CELLS, Cell
 from rnnfast.kernels.persistent.plan import PersistentPlan
+from rnnfast.kernels.step import plan
 
 # a rounding or two of the type: the products add in another order than the step kernels'
 UNWRITTEN = 77.0

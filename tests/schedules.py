@@ -5,7 +5,7 @@
 
 Each schedule runs a whole layer forward and, in each design of backward, backward: a grid of 16 programs that wait for each
 other every time (see side_by_side.py).
-Exit code 1 if a schedule gave other bits or an error is larger than `rnnfast.check.allowed`; a hang ends it with an exception.
+Exit code 1 if a schedule gave other bits or an error is larger than `rnnfast.numerics` allows. A hang ends in an exception.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from side_by_side import together
 from triton.runtime import interpreter
 
 import rnnfast
-from rnnfast import check, families
+from rnnfast import check, numerics
+from rnnfast.choice import kernel_plan
 from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan
 
 CELLS = ("LSTM", "GRU", "RNN")
@@ -70,7 +71,7 @@ class Outcome:
             self.schedules + other.schedules,
             self.switches + other.switches,
             self.late_words + other.late_words,
-            max(self.worst, other.worst, key=share),
+            max(self.worst, other.worst, key=lambda result: result.share),
         )
 
     def __str__(self) -> str:
@@ -81,10 +82,6 @@ class Outcome:
             f"{self.case:13} grids {grids}  {self.schedules:4} schedules: {bits}; {self.switches:7} switches, "
             f"{self.late_words:8} words seen late; largest error {worst}"
         )
-
-
-def share(result: check.Result) -> float:
-    return result.ours / result.allowed
 
 
 def forward(layer: torch.nn.Module, x: torch.Tensor, states: tuple) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -122,12 +119,12 @@ def run(cell: str, dtype: str, parts: Sequence[int], seeds: range) -> Outcome:
         inputs, outputs = forward(layer, *given)
         return outputs | backward(inputs, outputs, upstream)
 
-    right = both(exact, x.double(), tuple(state.double() for state in states))
-    torchs = {name: check.error(tensor, right[name]) for name, tensor in both(theirs, x, states).items()}
+    double = x.double(), tuple(state.double() for state in states)
+    contract = numerics.Contract(lambda: both(exact, *double), both(theirs, x, states), case.dtype)
     outcome = None
     for seed in seeds:
         with (
-            families.assume(GPUS["H100"]),
+            kernel_plan.pretend_gpu(GPUS["H100"]),
             mock.patch.dict(os.environ, RNNFAST_KERNELS="persistent"),
             mock.patch("rnnfast.kernels.persistent.plan.persistent_plan") as plan,
             together(seed) as happened,
@@ -139,10 +136,7 @@ def run(cell: str, dtype: str, parts: Sequence[int], seeds: range) -> Outcome:
                 plan.side_effect = lambda *sizes, count=count, **_: small_plan(sizes[0], sizes[5], count)
                 found += backward(inputs, outputs, upstream).items()
         digest = hashlib.sha256(b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for _, tensor in found))
-        results = []
-        for name, tensor in found:
-            allowed = check.allowed(torchs[name], right[name], case.dtype)
-            results.append(check.Result(case, name, check.error(tensor, right[name]), torchs[name], allowed))
+        results = [check.Result.of(case, numerics.worst(contract.figures(name, tensor))) for name, tensor in found]
         one = Outcome(
             f"{cell} {dtype}",
             frozenset([digest.hexdigest()]),
@@ -150,7 +144,7 @@ def run(cell: str, dtype: str, parts: Sequence[int], seeds: range) -> Outcome:
             1,
             happened.switches,
             happened.late_words,
-            max(results, key=share),
+            max(results, key=lambda result: result.share),
         )
         outcome = one if outcome is None else outcome + one
     assert outcome is not None, "no seeds"

@@ -17,8 +17,10 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
-from rnnfast import backends, functional, nn, ops, reference, transforms
-from rnnfast.kernels import step
+from rnnfast import functional, ops, reference, torch_private
+from rnnfast.choice import decide, launchable, obstacles
+from rnnfast.kernels import runtime, step
+from rnnfast.nn import stack
 
 T, B, I, H = 3, 2, 3, 4
 FLOAT64 = "the dtype is torch.float64: the kernels take float16, bfloat16 and float32"
@@ -41,10 +43,11 @@ def spies(run=True):
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn, "_LAYERS", {name: spy(name, reference.layer) for name in ("triton", "reference")})
+        named = {"kernels": "triton", "equations": "reference"}
+        patch.setattr(stack, "LAYERS", {runner: spy(name, reference.layer) for runner, name in named.items()})
         patch.setattr(ops, "layer", spy("triton", reference.layer))
-        patch.setattr(torch.nn.LSTM, "forward", spy("torch", torch.nn.LSTM.forward))
-        patch.setattr(torch.nn.GRU, "forward", spy("torch", torch.nn.GRU.forward))
+        for name in ("lstm", "gru"):  # the operators of torch.nn's forward: were that replaced itself, it would run
+            patch.setattr(torch._VF, name, spy("torch", getattr(torch._VF, name)))
         yield ran
 
 
@@ -57,7 +60,7 @@ def ran():
 @pytest.fixture
 def unknown(monkeypatch):
     """Nothing is known yet of Triton and the devices."""
-    monkeypatch.setattr(backends, "_known", {})
+    monkeypatch.setattr(obstacles, "known", {})
 
 
 def weights(cell, device, **options):
@@ -90,11 +93,13 @@ def test_precedence(surrounding, own, environment, device, monkeypatch, ran):
 def test_short_cut_on_the_cpu(setting, monkeypatch, ran):
     """A CPU tensor goes to PyTorch's own layer with no more ado where it is known that nothing else can run it, unless
     anything is set, at whatever time it is."""
-    monkeypatch.setattr(backends, "_known", {"triton": None, "cpu:None": "no interpreter"})
-    assert transforms.EXPANDED in sys.modules  # Dynamo imports it, and optimizers Dynamo: that alone may not end the short cut
+    monkeypatch.setattr(obstacles, "known", {"triton": None, "cpu:None": "no interpreter"})
+    assert (
+        torch_private.EXPANDED in sys.modules
+    )  # Dynamo imports it, and optimizers Dynamo: that alone may not end the short cut
     module, x = rnnfast.GRU(I, H), torch.zeros(1, 1, I)
-    looked, asked = [], backends.asked
-    monkeypatch.setattr(backends, "asked", lambda own: (looked.append(own), asked(own))[1])
+    looked, asked = [], decide.asked
+    monkeypatch.setattr(decide, "asked", lambda own: (looked.append(own), asked(own))[1])
     for _ in range(2):
         module(x)
     assert ran == ["torch", "torch"] and not looked
@@ -138,7 +143,7 @@ def test_unknown_names(name, device, monkeypatch):
     ):
         with pytest.raises(ValueError, match=f"backend {choices}{name!r}"):
             make()
-    assert backends.asked(None) == (None, "nobody")
+    assert decide.asked(None) == (None, "nobody")
     if isinstance(name, str) and name:
         monkeypatch.setenv("RNNFAST_BACKEND", name)
         module = rnnfast.LSTM(I, H, device=device)
@@ -151,14 +156,14 @@ def test_use_backend_nests_and_ends():
     """Blocks nest, end with their block, after an exception too, and serve as a decorator."""
     with rnnfast.use_backend("torch"):
         with rnnfast.use_backend("reference"):
-            assert backends.asked("triton") == ("reference", "rnnfast.use_backend")
-        assert backends.asked("triton") == ("torch", "rnnfast.use_backend")
+            assert decide.asked("triton") == ("reference", "rnnfast.use_backend")
+        assert decide.asked("triton") == ("torch", "rnnfast.use_backend")
         with pytest.raises(KeyError), rnnfast.use_backend(None):
-            assert backends.asked("triton")[0] is None
+            assert decide.asked("triton")[0] is None
             raise KeyError
-        assert backends.asked("triton")[0] == "torch"
-    assert backends.asked("triton") == ("triton", "backend=")
-    assert rnnfast.use_backend("torch")(backends.asked)(None)[0] == "torch"
+        assert decide.asked("triton")[0] == "torch"
+    assert decide.asked("triton") == ("triton", "backend=")
+    assert rnnfast.use_backend("torch")(decide.asked)(None)[0] == "torch"
 
 
 def test_use_backend_is_per_thread(device, ran):
@@ -182,7 +187,7 @@ def test_use_backend_is_per_thread(device, ran):
         module(x)
     assert found == {"torch": "torch", "reference": "reference", None: "triton"} and ran == ["triton"]
     with rnnfast.use_backend("reference"):
-        thread = threading.Thread(target=lambda: found.update(new=backends.asked(None)))
+        thread = threading.Thread(target=lambda: found.update(new=decide.asked(None)))
         thread.start()
         thread.join()
     assert found["new"] == (None, "nobody")
@@ -278,22 +283,22 @@ def test_no_triton(unknown, monkeypatch, tmp_path):
     triton = sys.modules["triton"]
     for version in ("3.5.1", "3.10.0", "4.0.0", "2.3.0+git1234"):
         monkeypatch.setattr(triton, "__version__", version)
-        assert backends._find_triton_obstacle() == f"Triton {version} is not supported: rnnfast knows 3.6 to 3.9"
+        assert obstacles._find_triton_obstacle() == f"Triton {version} is not supported: rnnfast knows 3.6 to 3.9"
     for version in ("3.6.0", "3.7.1", "3.9.0+gitabcd", "3.9.0rc1"):
         monkeypatch.setattr(triton, "__version__", version)
-        assert backends._find_triton_obstacle() is None
+        assert obstacles._find_triton_obstacle() is None
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert backends._find_triton_obstacle() == "Triton is not installed (pip install triton)"
+    assert obstacles._find_triton_obstacle() == "Triton is not installed (pip install triton)"
     monkeypatch.delitem(sys.modules, "triton")
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libcuda.so.1 is missing')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert backends._find_triton_obstacle() == "Triton does not import: libcuda.so.1 is missing"
+    assert obstacles._find_triton_obstacle() == "Triton does not import: libcuda.so.1 is missing"
 
 
 def test_without_triton_torch_runs(unknown, device, monkeypatch, ran):
     """Without Triton a layer runs on PyTorch's own, says why, and does not ask Triton's other reasons."""
-    monkeypatch.setattr(backends, "_find_triton_obstacle", lambda: "Triton is not installed (pip install triton)")
+    monkeypatch.setattr(obstacles, "_find_triton_obstacle", lambda: "Triton is not installed (pip install triton)")
     module, x = rnnfast.GRU(I, H, device=device), torch.zeros(T, B, I, device=device)
     module(x)
     explained = rnnfast.explain(module, x)
@@ -304,28 +309,29 @@ def test_without_triton_torch_runs(unknown, device, monkeypatch, ran):
 
 def test_devices(monkeypatch):
     """Each device that cannot run the kernels is refused for its own reason; Ampere and newer are taken."""
-    monkeypatch.setattr(step, "mode", lambda: "compiled")
+    monkeypatch.setattr(runtime, "mode", lambda: "compiled")
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(launchable, "obstacle", lambda index: None)
     for capability, taken in (((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
         reason = f"the GPU is sm_{capability[0]}{capability[1]}: the kernels need sm_80 (Ampere) or newer"
-        assert backends._find_device_obstacle("cuda", 0) == (None if taken else reason)
-    assert "TRITON_INTERPRET=1" in backends._find_device_obstacle("cpu", None)
+        assert obstacles._find_device_obstacle("cuda", 0) == (None if taken else reason)
+    assert "TRITON_INTERPRET=1" in obstacles._find_device_obstacle("cpu", None)
     for kind in ("meta", "xpu", "mps"):
-        assert backends._find_device_obstacle(kind, None).startswith(f"the tensors are on a {kind!r} device")
+        assert obstacles._find_device_obstacle(kind, None).startswith(f"the tensors are on a {kind!r} device")
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert backends._find_device_obstacle("cuda", 0) == "the kernels are not validated on AMD GPUs"
-    monkeypatch.setattr(step, "mode", lambda: "mixed")
+    assert obstacles._find_device_obstacle("cuda", 0) == "the kernels are not validated on AMD GPUs"
+    monkeypatch.setattr(runtime, "mode", lambda: "mixed")
     for kind in ("cpu", "cuda"):
-        assert "TRITON_INTERPRET was changed after Triton had been imported" in backends._find_device_obstacle(kind, 0)
-    monkeypatch.setattr(step, "mode", lambda: "interpreted")
-    assert backends._find_device_obstacle("cpu", None) is None
+        assert "TRITON_INTERPRET was changed after Triton had been imported" in obstacles._find_device_obstacle(kind, 0)
+    monkeypatch.setattr(runtime, "mode", lambda: "interpreted")
+    assert obstacles._find_device_obstacle("cpu", None) is None
 
 
 def test_devices_are_told_apart(unknown, monkeypatch):
     """What was found of one GPU does not stand for another."""
-    monkeypatch.setattr(backends, "_find_device_obstacle", lambda kind, index: f"{kind} {index}")
-    assert [backends.device_obstacle("cuda", index) for index in (0, 1, 0)] == ["cuda 0", "cuda 1", "cuda 0"]
+    monkeypatch.setattr(obstacles, "_find_device_obstacle", lambda kind, index: f"{kind} {index}")
+    assert [obstacles.device_obstacle("cuda", index) for index in (0, 1, 0)] == ["cuda 0", "cuda 1", "cuda 0"]
 
 
 def python(code, **environment):
@@ -351,7 +357,8 @@ def test_fresh_process_on_the_cpu():
         print(rnnfast.explain(layer, x))
         print("----")
         del sys.modules["triton"]
-        rnnfast.backends._known.clear()
+        from rnnfast.choice import obstacles
+        obstacles.known.clear()
         assert torch.equal(layer(x)[0], expected)
         print(rnnfast.explain(layer, x))
         import os, warnings
@@ -467,7 +474,7 @@ def test_explain_agrees_with_forward(device, data):
         for variable, value in (("RNNFAST_BACKEND", draw("", "", *rnnfast.BACKENDS)), ("RNNFAST_STRICT", str(int(strict)))):
             patch.setenv(variable, value)
         with rnnfast.use_backend(surrounding) if surrounding else contextlib.nullcontext():
-            asked = backends.asked(module.backend)[0]
+            asked = decide.asked(module.backend)[0]
             with spies(run=False):
                 explained = rnnfast.explain(module, x, hx)
             assert str(explained).count("not triton") == len(explained.obstacles)

@@ -13,14 +13,17 @@ import torch
 import rnnfast
 from benchmarks import cpu_overhead, measure, memory, peers, run
 from benchmarks.cases import Case, Unknown
-from benchmarks.problem import Problem, of_module, ratio, tf32
+from benchmarks.problem import Problem, of_module, tf32
 from benchmarks.providers import BASE, Provider, TorchNN, all_providers, named_provider
 from benchmarks.results import STATUSES
 
 SETTINGS = {"device": "cpu", "seconds": 0.001, "threads": 1, "interpret": True}
 SMALL = Case("LSTM", 3, 2, 3, 4, dtype="float32")
 
-pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # PyTorch's own
+pytestmark = [
+    pytest.mark.numerical,
+    pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),  # PyTorch's own
+]
 
 
 @pytest.fixture(autouse=True)
@@ -163,10 +166,6 @@ def test_what_a_provider_raises_becomes_its_row(error, status):
 def test_wrong_shape():
     row = run.row_of(SMALL, "quick", Spoilt(lambda y, last: (y[:, :1].expand_as(y)[..., None], last)), SETTINGS)
     assert row["status"] == "error"
-
-
-def test_ratio():
-    assert ratio(1.0, 2.0) == 0.5 and ratio(0.0, 0.0) == 0 and ratio(1.0, 0.0) == ratio(float("nan"), 1.0) == 1e30
 
 
 def test_tf32_is_as_the_case_says():

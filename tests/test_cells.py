@@ -9,7 +9,9 @@ from layers import equal, outcome
 from torch import nn
 
 import rnnfast
-from rnnfast.check import allowed, error
+from rnnfast import numerics
+
+pytestmark = pytest.mark.numerical
 
 B, I, H = 3, 29, 31
 CELLS = [("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"})]
@@ -33,11 +35,11 @@ def flat(result):
 
 
 def run(cell, x, hx, dtype):
-    """New states and the gradients of input, states and parameters."""
+    """New states and the gradients of input, states and parameters, by name."""
     x, *each = (tensor.to(dtype).requires_grad_() for tensor in (x, *flat(() if hx is None else hx)))
     outputs = flat(cell(x, None if hx is None else tuple(each) if isinstance(hx, tuple) else each[0]))
     upstream = [torch.linspace(-1, 1, out.numel()).to(out).view(out.shape) for out in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, [x, *each, *cell.parameters()], upstream)]
+    return numerics.named([*outputs, *torch.autograd.grad(outputs, [x, *each, *cell.parameters()], upstream)])
 
 
 @pytest.mark.parametrize(
@@ -52,10 +54,9 @@ def test_one_step(name, options, dtype, batched, given, bias, device, monkeypatc
     shape = (B,) if batched else ()
     x, hx = torch.randn(*shape, I, device=device).to(dtype), states(name, *shape, H, device=device) if given else None
     hx = tuple(h.to(dtype) for h in hx) if isinstance(hx, tuple) else hx if hx is None else hx.to(dtype)
-    exact = run(copy.deepcopy(theirs).double(), x, hx, torch.float64)
-    for mine, plain, right in zip(run(ours, x, hx, dtype), run(theirs, x, hx, dtype), exact, strict=True):
-        assert mine.dtype == dtype and mine.shape == right.shape
-        assert error(mine, right) <= allowed(error(plain, right), right, dtype)
+    exact, found = copy.deepcopy(theirs).double(), run(ours, x, hx, dtype)
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    assert not numerics.fault(found, run(theirs, x, hx, dtype), lambda: run(exact, x, hx, torch.float64), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)

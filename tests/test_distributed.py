@@ -1,4 +1,7 @@
-"""DDP, FSDP2 and the example under torchrun: two processes on gloo give what one process gives on the whole batch."""
+"""DDP, FSDP2 and the example under torchrun: two processes on gloo give what one process gives on the whole batch.
+
+torchrun starts this file as a program. Its two processes do everything, because each takes seconds to import torch.
+"""
 
 import contextlib
 import os
@@ -6,12 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+if __name__ == "__main__":
+    import quick_interpreter
+
+    quick_interpreter.install()
+
+import programs
+import pytest
 
 import rnnfast
 
@@ -51,11 +61,10 @@ def train(model, chunks, accumulate=None):
         optimizer.step()
 
 
-def work(rank, folder):
-    """What each of the two processes does; process 0 keeps the trained weights of every way."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    chunks, found = data().chunk(2, dim=2)[rank], {}
+def train_every_way(folder):
+    """Process 0 keeps the trained weights of every way."""
+    dist.init_process_group("gloo")
+    chunks, found = data().chunk(2, dim=2)[dist.get_rank()], {}
     for way in WAYS:
         model = Model()
         if way == "FSDP2":
@@ -74,43 +83,53 @@ def work(rank, folder):
             parallel = DistributedDataParallel(model, static_graph=way == "DDP static_graph")
             train(parallel, chunks, parallel.no_sync if way == "DDP no_sync" else None)
             found[way] = model.state_dict()
-    if rank == 0:
-        torch.save(found, f"{folder}/found")
+    if dist.get_rank() == 0:
+        torch.save(found, folder / "found")
     dist.destroy_process_group()
 
 
+def run_example(folder):
+    """examples/char_lm.py, unchanged, on PyTorch's own layers: the interpreter would take too long."""
+    sizes = ["--steps", "3", "--batch", "4", "--length", "8", "--hidden", "8", "--no-check"]
+    with programs.load("char_lm") as program, rnnfast.use_backend("torch"):
+        return program.main([*sizes, "--text", str(ROOT / "README.md"), "--out", str(folder)])
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def folder(tmp_path_factory):
+    """What two processes left, and what they said."""
     folder = tmp_path_factory.mktemp("distributed")
-    multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    return torch.load(folder / "found")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*launcher, __file__, str(folder)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "said").write_text(done.stdout)
+    return folder
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_equal_to_one_process(way, found):
+def test_equal_to_one_process(way, folder):
     """Trained for two steps, every weight is the one that one process comes to."""
+    found = torch.load(folder / "found")[way]
     model = Model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     train(model, data())
     for name, weight in model.state_dict().items():
-        torch.testing.assert_close(found[way][name], weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
         assert not torch.equal(weight, before[name])
 
 
-def test_example_under_torchrun(tmp_path):
-    """examples/char_lm.py, unchanged: two processes learn what one learns, and one of them speaks and writes."""
-    program = [ROOT / "examples/char_lm.py", "--steps", "3", "--batch", "4", "--length", "8", "--hidden", "8", "--no-check"]
-    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    said, kept = [], []
-    for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-        command = [sys.executable, *launcher, *program, "--text", ROOT / "README.md", "--out", tmp_path / str(processes)]
-        done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        said.append(done.stdout)
-        kept.append(torch.load(tmp_path / str(processes) / "checkpoint.pt"))
-    one, two = kept
+def test_example_under_torchrun(folder, tmp_path, capsys):
+    """examples/char_lm.py: two processes learn what one learns, and one of them speaks and writes."""
+    assert run_example(tmp_path) == 0
+    said = capsys.readouterr().out, (folder / "said").read_text()
+    one, two = (torch.load(path / "checkpoint.pt") for path in (tmp_path, folder))
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(two["state"], one["state"], rtol=1e-3, atol=1e-4)
-    assert said[1].count("held-out loss with rnnfast") == said[0].count("held-out loss with rnnfast") == 1
+    assert [text.count("held-out loss with rnnfast") for text in said] == [1, 1]
+
+
+if __name__ == "__main__":
+    train_every_way(Path(sys.argv[1]))
+    sys.exit(run_example(Path(sys.argv[1])))

@@ -15,7 +15,8 @@ import rnnfast
 ROOT = Path(__file__).parents[1]
 PAGES = {path: re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL) for path in
          (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}  # fmt: skip
-MODULES = ["rnnfast", *(f"rnnfast.{module.name}" for module in pkgutil.iter_modules(rnnfast.__path__) if module.name[0] != "_")]
+FOUND = [module.name for module in pkgutil.walk_packages(rnnfast.__path__, "rnnfast.")]
+MODULES = ["rnnfast", *(name for name in FOUND if "kernels" not in name and "._" not in name)]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # inside PyTorch's forward mode

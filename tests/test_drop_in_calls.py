@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pad_packed_sequence
 
 import rnnfast
 
+pytestmark = pytest.mark.numerical
+
 SIZES = [((np.int64(3), 4), {}), ((3, np.int32(4)), {}), ((3, np.float64(4)), {}), ((3, True), {}), ((False, 4), {})]
 SIZES += [((3, 4), {"num_layers": n}) for n in (True, np.int64(2), np.float32(1))]
 SIZES += [((3, 4, 2), {"dropout": p}) for p in (np.float32(0.5), np.bool_(True), torch.tensor(0.5), 0, 1)]

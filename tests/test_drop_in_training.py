@@ -9,6 +9,8 @@ from layers import NAMES, B, H, I, close, equal, flat, outcome, pair, run, state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.numerical
+
 T = 2
 
 

@@ -13,7 +13,7 @@ from side_by_side import together
 from benchmarks.exchange_designs import DESIGNS, launch, predict
 from rnnfast import reference
 from rnnfast.kernels.persistent.plan import PersistentPlan
-from rnnfast.kernels.step import mode
+from rnnfast.kernels.runtime import mode
 
 ROOT = Path(__file__).parents[1]
 interpreted = pytest.mark.skipif(mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")

@@ -12,9 +12,11 @@ import torch
 from side_by_side import together
 
 import rnnfast
-from rnnfast import backends, families, gpu, ops, reference, tuning
-from rnnfast.kernels import persistent, plan, step
+from rnnfast import ops, reference
+from rnnfast.choice import gpu, kernel_plan, obstacles, tuned, tuning_file
+from rnnfast.kernels import persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan, persistent_plans
+from rnnfast.kernels.step import plan
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -53,9 +55,9 @@ def refusing(monkeypatch):
     for direction in ("forward", "backward"):
         monkeypatch.setattr(step, direction, counted(direction))
         monkeypatch.setattr(persistent, direction, refuse)
-    monkeypatch.setattr(families, "_refused", {})
+    monkeypatch.setattr(kernel_plan, "_refused", {})
     monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
-    with families.assume(GPUS["H100"]):
+    with kernel_plan.pretend_gpu(GPUS["H100"]):
         yield called
 
 
@@ -66,7 +68,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="takes CPU tensors
 def test_other_names_are_refused(name, layer, device, monkeypatch):
     monkeypatch.setenv("RNNFAST_KERNELS", name)
     x = torch.zeros(2, 1, 3, device=device)
-    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of 'auto', 'step', 'persistent', got '{name}'"):
+    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of 'auto', 'step' or 'persistent', got '{name}'"):
         layer.to(device)(x)
     with pytest.raises(ValueError, match="RNNFAST_KERNELS"):
         rnnfast.explain(layer, x)
@@ -76,19 +78,19 @@ def test_other_names_are_refused(name, layer, device, monkeypatch):
 def test_known_names(name, monkeypatch):
     if name is not None:
         monkeypatch.setenv("RNNFAST_KERNELS", name)
-    assert families.asked() == (name or "auto")
+    assert kernel_plan.asked() == (name or "auto")
 
 
 def test_choice_is_a_pure_function():
     """Persistent only if asked for, on a GPU, where there is a plan; else the step kernels, with the reason."""
-    main = (4, 16, 768, 2, "ieee", False)
-    assert families.choose("step", *main, GPUS["H100"]) == families.Choice(plan.step_plan(768, 2, "ieee"))
-    chosen = families.choose("persistent", *main, GPUS["H100"])
+    main, step_plan = (4, 16, 768, 2, "ieee", False), plan.step_plan(768, 2, "ieee")
+    assert kernel_plan.choose("step", *main, GPUS["H100"]) == kernel_plan.Choice("step", step_plan, step_plan)
+    chosen = kernel_plan.choose("persistent", *main, GPUS["H100"])
     assert isinstance(chosen.persistent, PersistentPlan) and chosen.step == plan.step_plan(768, 2, "ieee")
-    assert chosen == families.choose("persistent", *main, GPUS["H100"])
-    too_large = families.choose("persistent", 4, 16, 8192, 2, "ieee", False, GPUS["H100"])
+    assert chosen == kernel_plan.choose("persistent", *main, GPUS["H100"])
+    too_large = kernel_plan.choose("persistent", 4, 16, 8192, 2, "ieee", False, GPUS["H100"])
     assert too_large.persistent is None and "programs, where there are 132 SMs" in too_large.reason
-    on_a_cpu = families.choose("persistent", *main, None)
+    on_a_cpu = kernel_plan.choose("persistent", *main, None)
     assert on_a_cpu.persistent is None and "on a CPU" in on_a_cpu.reason
 
 
@@ -108,7 +110,7 @@ def test_never_on_cpu_tensors(cell, monkeypatch):
     monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
     y = ops.layer(cell, x, None, w_ih, w_hh)[0]
     y.sum().backward()
-    assert torch.equal(y, expected) and families.limits(CPU) is None
+    assert torch.equal(y, expected) and kernel_plan.limits(CPU) is None
 
 
 @on_cpu
@@ -131,6 +133,36 @@ def test_refused_launch_falls_back_once(refusing, layer):
     assert f"not persistent: the driver refused the launch: {REFUSAL}" in str(rnnfast.explain(layer, x))
 
 
+class OutOfResources(Exception):
+    """As Triton's own, which it raises before it asks the driver."""
+
+
+CUDA = "Triton Error [CUDA]: "
+
+
+@pytest.mark.parametrize(
+    "error, refused",
+    [
+        (RuntimeError(f"{CUDA}invalid argument"), True),
+        (RuntimeError(f"{CUDA}too many resources requested for launch"), True),
+        (RuntimeError(REFUSAL), True),
+        (RuntimeError(f"{CUDA}operation not supported"), True),
+        (OutOfResources("shared memory"), True),
+        (RuntimeError(f"{CUDA}out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError(f"{CUDA}an illegal memory access was encountered"), False),
+        (RuntimeError(f"{CUDA}the launch timed out and was terminated"), False),
+        (RuntimeError(f"{CUDA}unspecified launch failure"), False),
+        (RuntimeError(f"{CUDA}operation not permitted when stream is capturing"), False),
+        (RuntimeError("Failed to find C compiler"), False),
+        (ValueError("invalid argument"), False),
+    ],
+)
+def test_what_is_a_refusal(error, refused):
+    """A launch that did not happen, for a reason that stays: not an error of a kernel before it, nor one that may pass."""
+    assert kernel_plan._is_refusal(error) == refused
+
+
 @on_cpu
 def test_refused_launch_in_strict_mode(refusing, layer, monkeypatch):
     monkeypatch.setenv("RNNFAST_STRICT", "1")
@@ -146,8 +178,8 @@ def test_tuned_plan_that_is_refused(refusing, layer, family, monkeypatch):
     """As one that was asked for: fewer SMs are usable than when it was measured, say."""
     monkeypatch.setenv("RNNFAST_KERNELS", family)
     plans = persistent_plans(3, 2, 48, 4, "tf32", False, GPUS["H100"])
-    shape = tuning.Shape("gru", "float32", "tf32", 3, 2, 3, 48, 1, 1, False)
-    with tuning.assume(GPUS["H100"], [tuning.Entry(shape, "triton", plans[0])]), torch.no_grad():
+    shape = tuning_file.Shape("gru", "float32", "tf32", 3, 2, 3, 48, 1, 1, False)
+    with tuned.override_tuning(GPUS["H100"], [tuning_file.Entry(shape, "triton", plans[0])]), torch.no_grad():
         with pytest.warns(rnnfast.FallbackWarning, match="persistent kernels were chosen, but the step kernels run"):
             layer(torch.randn(3, 2, 3))
         assert "not persistent: the driver refused the launch" in str(rnnfast.explain(layer, torch.randn(3, 2, 3)))
@@ -161,10 +193,10 @@ def test_tuned_plan_that_is_refused(refusing, layer, family, monkeypatch):
 def test_without_cooperative_launch(refusing, layer, monkeypatch):
     """The step kernels run without a launch being tried, explain says why, and strict mode raises."""
     x = torch.randn(3, 2, 3)
-    with families.assume(GPUS["H100"], cooperative=False):
+    with kernel_plan.pretend_gpu(GPUS["H100"], cooperative=False):
         layer(x)[0].sum().backward()
         assert refusing == ["step"] * 2
-        assert f"not persistent: {families.UNCOOPERATIVE}" in str(rnnfast.explain(layer, x))
+        assert f"not persistent: {kernel_plan.UNCOOPERATIVE}" in str(rnnfast.explain(layer, x))
         monkeypatch.setenv("RNNFAST_STRICT", "1")
         with pytest.raises(RuntimeError, match=r"RNNFAST_STRICT is set .* the GPU has no cooperative launch"):
             layer(x)
@@ -216,7 +248,7 @@ def test_no_driver_to_ask(monkeypatch):
 @pytest.mark.parametrize("family", ["persistent", "auto"])
 def test_too_old_triton(family, device, monkeypatch):
     """PyTorch's own layer runs, explain says why, and strict mode raises."""
-    monkeypatch.setattr(backends, "_known", {})
+    monkeypatch.setattr(obstacles, "known", {})
     monkeypatch.setattr(sys.modules["triton"], "__version__", "3.5.1")
     monkeypatch.setenv("RNNFAST_KERNELS", family)
     layer, x = rnnfast.GRU(3, 4, device=device), torch.zeros(3, 2, 3, device=device)
@@ -236,7 +268,7 @@ def test_other_errors_pass(refusing, layer, monkeypatch):
     monkeypatch.setattr(persistent, "forward", fail)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         layer(torch.randn(3, 2, 3))
-    assert not refusing and not families._refused
+    assert not refusing and not kernel_plan._refused
 
 
 @on_cpu
@@ -249,7 +281,7 @@ def test_operators_on_persistent_kernels(reverse, monkeypatch):
         x, h0, *weights = (tensor.clone().requires_grad_() for tensor in made)
         monkeypatch.setenv("RNNFAST_KERNELS", family)
         monkeypatch.setattr(persistent.plan, "ROWS", 2 * 3)
-        with families.assume(GPUS["H100"]), together(1):
+        with kernel_plan.pretend_gpu(GPUS["H100"]), together(1):
             y, (h_n,) = ops.layer("gru", x, (h0,), *weights, reverse=reverse)
             found.append([y, h_n, *torch.autograd.grad(y.square().sum() + h_n.sum(), (x, h0, *weights))])
     for ours, theirs in zip(*found, strict=True):
@@ -262,14 +294,17 @@ def test_marked_calls_have_plans_of_their_own(monkeypatch):
     call = ("lstm", 100, 16, 768, torch.float16, "half", True, True, CPU)
     plans, marked = (persistent_plans(4, 16, 768, 2, "half", True, GPUS["H100"], marked=marked) for marked in (False, True))
     assert marked and plans[0] != marked[0]
-    shape = tuning.Shape("lstm", "float16", "half", 100, 16, 8, 768, 1, 1, True)
+    shape = tuning_file.Shape("lstm", "float16", "half", 100, 16, 8, 768, 1, 1, True)
     monkeypatch.setenv("RNNFAST_KERNELS", "auto")
-    with families.assume(GPUS["H100"]), tuning.assume(GPUS["H100"], [tuning.Entry(shape, "triton", None, plans[0])]):
-        assert families.pick(*call).persistent == plans[0]
-        assert families.pick(*call, marked=True).persistent == marked[0]
+    with (
+        kernel_plan.pretend_gpu(GPUS["H100"]),
+        tuned.override_tuning(GPUS["H100"], [tuning_file.Entry(shape, "triton", None, plans[0])]),
+    ):
+        assert kernel_plan.pick(*call).persistent == plans[0]
+        assert kernel_plan.pick(*call, marked=True).persistent == marked[0]
         monkeypatch.setattr(persistent.plan, "MARKS", 1000)
         persistent.plan._rank.cache_clear()
-        choice = families.pick(*call, marked=True)
+        choice = kernel_plan.pick(*call, marked=True)
         assert choice.persistent is None and "fit in registers" in choice.reason
     persistent.plan._rank.cache_clear()
 
@@ -284,13 +319,13 @@ def test_marked_calls_on_persistent_kernels(name, monkeypatch):
     given = [torch.randn(T, B, 3), *(torch.randn(2, B, H) for _ in range(4))]
     options = {"lengths": [0, 4, 1, 3, 2, 1, 4, 0, 2, 1], "resets": torch.rand(T, B) < 0.3, "return_all_states": True}
     monkeypatch.setattr(persistent.plan, "ROWS", 3 * B)
-    monkeypatch.setattr(persistent, "ROWS", 3 * B)
+    monkeypatch.setattr(persistent.launch, "ROWS", 3 * B)
     found = []
     for family in ("step", "persistent"):
         x, *states = (tensor.clone().requires_grad_() for tensor in given)
         hx, reset_to = ((states[0], states[1]), (states[2], states[3])) if name == "LSTM" else (states[0], states[2])
         monkeypatch.setenv("RNNFAST_KERNELS", family)
-        with families.assume(GPUS["H100"]), together(2) as happened:
+        with kernel_plan.pretend_gpu(GPUS["H100"]), together(2) as happened:
             y, _, (every,) = module(x, hx, reset_to=reset_to, **options)
             loss = sum(tensor.square().sum() for tensor in (y, *every))
             used = [x, *(states if name == "LSTM" else states[::2]), *module.parameters()]
@@ -309,7 +344,7 @@ def test_explain(layer, monkeypatch):
     monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
     assert "step kernels" in str(rnnfast.explain(layer, x))
     assert "not persistent: on a CPU" in str(rnnfast.explain(layer, x))
-    with families.assume(GPUS["H100"]):
+    with kernel_plan.pretend_gpu(GPUS["H100"]):
         text = str(rnnfast.explain(layer, x))
         assert "forward: persistent kernels" in text and "backward: persistent kernels" in text
         assert "programs of 16 units and 8 rows" in text

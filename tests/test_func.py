@@ -13,7 +13,10 @@ from rnnfast import functional, ops, reference
 
 T, B, N = 2, 2, 3
 BACKENDS = ["triton", "torch"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # inside PyTorch's forward mode
+pytestmark = [
+    pytest.mark.numerical,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # inside PyTorch's forward mode
+]
 
 
 class Layer:

@@ -7,6 +7,8 @@ from layers import B, H, I, T, close, equal, flat, pair, run, states
 import rnnfast
 from rnnfast import functional, reference
 
+pytestmark = pytest.mark.numerical
+
 FUNCTIONS = {
     "lstm": functional.lstm,
     "gru": functional.gru,

@@ -12,8 +12,9 @@ from torch.autograd import DeviceType
 
 import rnnfast
 from benchmarks import gpu_check, gpu_jobs
-from rnnfast import families, supervise, tuner, tuning
 from rnnfast.check import Case, Result
+from rnnfast.choice import kernel_plan, tuning_file
+from rnnfast.commands import child, tune
 from rnnfast.kernels import persistent
 from rnnfast.kernels.persistent.plan import GPUS
 
@@ -74,7 +75,7 @@ def pretend(monkeypatch):
 @pytest.fixture
 def on_an_h100(pretend):
     """With its persistent kernels, whose programs run side by side."""
-    with families.assume(GPUS["H100"]), together(1):
+    with kernel_plan.pretend_gpu(GPUS["H100"]), together(1):
         yield
 
 
@@ -223,7 +224,7 @@ def test_jobs_that_fail(report, monkeypatch):
     """Every part of the report has its error, and what had been found before stays."""
     report.add("benchmark", f"{gpu_jobs.CASES[0]} step", {"doing": "a check"})
     report.add("benchmark", f"{gpu_jobs.CASES[0]} step", {"mode": "kept"})
-    monkeypatch.setattr(gpu_check, "run", lambda *args: supervise.Failed("crashed", hung=False))
+    monkeypatch.setattr(gpu_check, "run", lambda *args: child.Failed("crashed", hung=False))
     gpu_check.time_all(report, 0)
     gpu_check.stress_all(report, 0)
     found = json.loads((report.folder / "gpu-check.json").read_text())
@@ -236,7 +237,7 @@ def test_persistent_kernels_are_not_timed_after_they_hung(report, monkeypatch):
 
     def run(command, until, take):
         asked.append(command[-2])
-        return supervise.Failed("nothing for 60 s", hung=True) if command[-2] == "persistent" else None
+        return child.Failed("nothing for 60 s", hung=True) if command[-2] == "persistent" else None
 
     monkeypatch.setattr(gpu_check, "run", run)
     gpu_check.time_all(report, 0)
@@ -260,12 +261,12 @@ def test_tune(report, monkeypatch):
     def measure(entries, quiet, until):
         return {0: 2.0, 1: "failed: x"} | dict.fromkeys(range(2, len(entries)), 1.5)
 
-    monkeypatch.setattr(tuner, "measure", measure)
+    monkeypatch.setattr(tune, "measure", measure)
     gpu_check.tune_all(report, time.monotonic() + 100)
     for shape in gpu_check.TUNED:
         rows = report.found["tuned"][str(shape)]
         assert rows[0] == {"candidate": "torch.nn", "us/step": 2.0} and rows[1]["error"] == "failed: x" and len(rows) > 2
-    entries = tuning.read(report.folder / "gpu-check-tuning.json", GPUS["H100"])
+    entries = tuning_file.read(report.folder / "gpu-check-tuning.json", GPUS["H100"])
     assert [entry.shape for entry in entries] == gpu_check.TUNED and all(entry.winner == "triton" for entry in entries)
     gpu_check.tune_all(report, 0)
     assert report.found["tuned"][str(gpu_check.TUNED[0])][-1]["error"] == "not run"

@@ -7,6 +7,8 @@ import torch
 from layers import NAMES, B, H, I, T, close, equal, flat, outcome, pair, run, states
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

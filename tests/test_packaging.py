@@ -56,9 +56,28 @@ def pip(*arguments, cwd: Path) -> str:
 def test_a_checkout_has_its_kernels(tmp_path):
     """Python takes the package in the current directory before an installed one: its kernels are those beside it."""
     for name in ("rnnfast", "kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    printed = run(sys.executable, "-c", "import rnnfast.kernels.plan as plan; print(plan.__file__)", cwd=tmp_path)
-    assert Path(printed.strip()) == tmp_path / "kernels" / "plan.py"
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
+    printed = run(sys.executable, "-c", "import rnnfast.kernels.maths as maths; print(maths.__file__)", cwd=tmp_path)
+    assert Path(printed.strip()) == tmp_path / "rnnfast" / "kernels" / "maths.py"
+
+
+def test_the_link_is_relative():
+    """So that it holds wherever a checkout lies, and in a copy of it."""
+    link = ROOT / "rnnfast" / "kernels"
+    assert not link.is_symlink() or os.readlink(link) == "../kernels"
+
+
+def test_sources_without_links_say_what_to_do(tree_without_links):
+    """Imported or built from, they raise; with the folder copied, as the message says, both work."""
+    wanted = "Delete the file rnnfast/kernels and copy the folder kernels into rnnfast"
+    for program in ("import rnnfast", "from setuptools import build_meta; build_meta.build_wheel('.')"):
+        done = subprocess.run([sys.executable, "-c", program], cwd=tree_without_links, capture_output=True, text=True)
+        assert done.returncode == 1 and wanted in done.stderr, done.stderr
+    (tree_without_links / "rnnfast" / "kernels").unlink()
+    shutil.copytree(tree_without_links / "kernels", tree_without_links / "rnnfast" / "kernels")
+    run(sys.executable, "-c", "import rnnfast.kernels.maths", cwd=tree_without_links)
+    pip("wheel", *OFFLINE, "--wheel-dir", tree_without_links / "out", tree_without_links, cwd=tree_without_links)
+    assert {name for name in names(next(tree_without_links.glob("out/*.whl"))) if ".dist-info/" not in name} == expected()
 
 
 def distributions_of(name: str, without: str) -> dict[str, importlib.metadata.Distribution]:
@@ -83,7 +102,17 @@ def tree(tmp_path_factory) -> Path:
         if path.is_file() and not path.name.startswith("."):
             shutil.copy2(path, copy)
     for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture
+def tree_without_links(tree, tmp_path) -> Path:
+    """The sources as a zip download has them, or git on Windows: a link is a small file that names its target."""
+    copy = tmp_path / "without links"
+    shutil.copytree(tree, copy, symlinks=True, ignore=shutil.ignore_patterns("*.egg-info", "build"))
+    (copy / "rnnfast" / "kernels").unlink()
+    (copy / "rnnfast" / "kernels").write_text("../kernels")
     return copy
 
 
@@ -125,9 +154,15 @@ def names(wheel: Path) -> set[str]:
 
 def expected() -> set[str]:
     """The modules of this tree under their installed names."""
-    library = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rnnfast").rglob("*.py")}
-    kernels = {f"rnnfast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
-    return library | kernels | {"rnnfast/py.typed"}
+    return {installed(path) for folder in ("rnnfast", "rnnfast/kernels") for path in (ROOT / folder).rglob("*.py")} | {
+        "rnnfast/py.typed"
+    }
+
+
+def installed(path: Path) -> str:
+    """The name of a source in a wheel, and in an sdist: the kernels lie in rnnfast/ there, in a folder and not by a link."""
+    name = path.relative_to(ROOT).as_posix()
+    return f"rnnfast/{name}" if name.startswith("kernels/") else name
 
 
 def test_wheel_holds_the_library_and_nothing_else(wheel):
@@ -151,8 +186,8 @@ def test_wheel_metadata(wheel):
 
 def test_sdist_holds_the_sources_and_builds_the_same_wheel(sdist, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
-        held = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+        held = {member.name.partition("/")[2] for member in archive.getmembers() if not (member.issym() or member.islnk())}
+    sources = {installed(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     missing = (sources | {"LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}) - held
     assert not missing, missing
     assert not [name for name in held if "__pycache__" in name or name.startswith((".git", "build", "out"))]
@@ -171,7 +206,7 @@ def test_editable_install_works_without_triton(tree, clean, tmp_path):
     used = run(clean, "-c", USE, cwd=tmp_path)
     assert Path(used.strip()) == tree / "rnnfast" / "__init__.py"
     where = run(clean, "-c", "import importlib.util as u; print(u.find_spec('rnnfast.kernels').origin)", cwd=tmp_path)
-    assert Path(where.strip()) == tree / "kernels" / "__init__.py"
+    assert Path(where.strip()) == tree / "rnnfast" / "kernels" / "__init__.py"
 
 
 def test_kernels_refuse_another_name(tree):
@@ -179,7 +214,7 @@ def test_kernels_refuse_another_name(tree):
         try:
             import kernels
         except ImportError as error:
-            assert "install as rnnfast.kernels" in str(error), error
+            assert "import rnnfast.kernels" in str(error), error
         else:
             raise AssertionError("kernels/ imported as a package of its own")
     """)

@@ -10,10 +10,13 @@ from side_by_side import together
 from test_ops import CELLS, make, op_args
 
 import rnnfast
-from rnnfast import families, ops, reference
-from rnnfast.check import allowed, error
-from rnnfast.kernels import persistent, plan, step
+from rnnfast import numerics, ops, reference
+from rnnfast.choice import kernel_plan
+from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import GPUS
+from rnnfast.kernels.step import plan
+
+pytestmark = pytest.mark.numerical
 
 T, B, I, H = 7, 3, 5, 6
 
@@ -35,16 +38,17 @@ def test_gradients(cell, dtype, reverse, marked, device):
     if marked:
         options["lengths"] = torch.tensor([T, 0, 4], device=device)
         options["resets"] = torch.arange(T * B, device=device).view(T, B) % 5 == 3
-    found, kinds = [], (torch.float64, dtype, dtype)
-    runs = (reference.layer, reference.layer, lambda *args, **given: ops.layer(*args, recompute=True, **given))
-    for layer, kind in zip(runs, kinds, strict=True):
+
+    def gradients(layer, kind, **recompute):
         given = {name: tensor.detach().to(kind).requires_grad_() for name, tensor in tensors.items()}
         start = tuple(given[name] for name in ("h0", "c0") if name in given)
-        y, last = layer(cell, given["x"], start, *(given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")), **options)
+        weights = (given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh"))
+        y, last = layer(cell, given["x"], start, *weights, **options, **recompute)
         upstream = [torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(kind) for out in (y, *last)]
-        found.append(torch.autograd.grad((y, *last), list(given.values()), upstream))
-    for name, exact, theirs, ours in zip(tensors, *found, strict=True):
-        assert error(ours, exact) <= allowed(error(theirs, exact), exact, dtype), name
+        return dict(zip(given, torch.autograd.grad((y, *last), list(given.values()), upstream), strict=True))
+
+    ours, theirs = gradients(ops.layer, dtype, recompute=True), gradients(reference.layer, dtype)
+    assert not numerics.fault(ours, theirs, lambda: gradients(reference.layer, torch.float64), dtype)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -61,7 +65,7 @@ def test_opcheck(cell, device):
         torch.library.opcheck(ops.backward, (*given, None, None, None, None, None, x, w_ih, b_ih, b_hh))
 
 
-@pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 @pytest.mark.parametrize("family", [step, persistent])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
@@ -128,7 +132,7 @@ def test_is_shown(name, device):
         assert said not in rnnfast.explain(layer, x).details
     old = pickle.loads(pickle.dumps(layer))
     assert old.recompute
-    state = {key: value for key, value in old.__getstate__().items() if key != "recompute"}
+    state = {key: value for key, value in old.__getstate__().items() if not key.endswith("recompute")}
     old = object.__new__(type(layer))
     old.__setstate__(state)
     assert not old.recompute and repr(old) == repr(getattr(torch.nn, name)(I, H))
@@ -207,7 +211,7 @@ def gradients(layer, x, hx, options):
     return [*outputs, *torch.autograd.grad(outputs, [x, *each, *layer.parameters()], upstream)]
 
 
-@pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 @pytest.mark.parametrize("name, marked", [("LSTM", True), ("GRU", False)])
 def test_on_the_persistent_kernels(name, marked, monkeypatch):
     """Both directions on an H100's plans, backward in three calls each: what the same kernels give with all gates kept."""
@@ -217,7 +221,7 @@ def test_on_the_persistent_kernels(name, marked, monkeypatch):
     options = {"lengths": [T, 0, 4], "resets": torch.arange(T * B).view(T, B) % 5 == 3, "reset_to": hx} if marked else {}
     found, launches = [], []
     for layer.recompute in (False, True):
-        with families.assume(GPUS["H100"]), together(1) as happened:
+        with kernel_plan.pretend_gpu(GPUS["H100"]), together(1) as happened:
             found.append(gradients(layer, x, hx, options))
         launches.append([kernel for kernel, _ in happened.grids])
     close(found[1], found[0])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from side_by_side import Hang, together
 
-from rnnfast.kernels.step import mode
+from rnnfast.kernels.runtime import mode
 
 pytestmark = pytest.mark.skipif(mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 

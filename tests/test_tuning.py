@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import rnnfast
-from rnnfast import families, functional, tuning
+from rnnfast import functional
+from rnnfast.choice import kernel_plan, tuned, tuning_file
+from rnnfast.choice.tuned import TuningWarning
+from rnnfast.choice.tuning_file import Entry, Shape, Unusable
 from rnnfast.kernels import persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plans
-from rnnfast.kernels.plan import step_plan
-from rnnfast.tuning import Entry, Shape, TuningWarning, Unusable
+from rnnfast.kernels.step.plan import step_plan
 
 H100 = GPUS["H100"]
 SHAPE = Shape("lstm", "float16", "half", 256, 16, 768, 768, 1, 1, training=False)
@@ -43,7 +45,7 @@ def path(tmp_path, monkeypatch):
 
 def found(path, entries=None):
     """A file with these entries, changed as JSON by the caller."""
-    tuning.store(entries or [entry()], path, H100)
+    tuning_file.store(entries or [entry()], path, H100)
     return json.loads(path.read_text())
 
 
@@ -53,25 +55,25 @@ def found(path, entries=None):
 def test_where(monkeypatch, tmp_path):
     """The file that is named, else the user's cache; a file for each GPU."""
     monkeypatch.setenv("RNNFAST_TUNING_FILE", str(tmp_path / "x.json"))
-    assert tuning.where(H100) == tmp_path / "x.json"
+    assert tuning_file.where(H100) == tmp_path / "x.json"
     monkeypatch.delenv("RNNFAST_TUNING_FILE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     name = replace(H100, name="NVIDIA H100 80GB HBM3 (MIG/../x)")
-    assert tuning.where(name) == tmp_path / "rnnfast" / "nvidia-h100-80gb-hbm3-mig-x.json"
+    assert tuning_file.where(name) == tmp_path / "rnnfast" / "nvidia-h100-80gb-hbm3-mig-x.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tuning.where(GPUS["A100"]) == tmp_path / ".cache" / "rnnfast" / "a100.json"
+    assert tuning_file.where(GPUS["A100"]) == tmp_path / ".cache" / "rnnfast" / "a100.json"
 
 
 def test_round_trip_and_merge(path):
     """What is stored is read again; new entries stand beside others and in place of those of their own shape."""
     first = [entry(), entry(TRAINING, "torch"), entry(replace(SHAPE, dtype="float32", precision="tf32", H=512))]
-    tuning.store(first, path, H100)
-    assert tuning.read(path, H100) == first
+    tuning_file.store(first, path, H100)
+    assert tuning_file.read(path, H100) == first
     again = replace(entry(number=0), winner="torch", times={"torch.nn": 1.0})
     other = Entry(replace(SHAPE, cell="rnn_relu", layers=2, directions=2), "triton", None, None, {"step kernels": 3.0})
-    tuning.store([again, other], path, H100)
-    assert tuning.read(path, H100) == [again, *first[1:], other]
+    tuning_file.store([again, other], path, H100)
+    assert tuning_file.read(path, H100) == [again, *first[1:], other]
     assert [name.name for name in path.parent.iterdir()] == [path.name]
 
 
@@ -79,7 +81,7 @@ def test_round_trip_and_merge(path):
 @pytest.mark.parametrize("moment", ["json.dump", "os.fsync", "os.replace"])
 def test_interrupted_writing(path, moment, error, monkeypatch):
     """The file stays as it was, and nothing is left beside it."""
-    tuning.store([entry()], path, H100)
+    tuning_file.store([entry()], path, H100)
     before = path.read_bytes()
 
     def interrupt(*args, **kwargs):
@@ -87,7 +89,7 @@ def test_interrupted_writing(path, moment, error, monkeypatch):
 
     monkeypatch.setattr(moment, interrupt)
     with pytest.raises(error if isinstance(error, type) else type(error)):
-        tuning.store([entry(TRAINING)], path, H100)
+        tuning_file.store([entry(TRAINING)], path, H100)
     assert path.read_bytes() == before and [name.name for name in path.parent.iterdir()] == [path.name]
 
 
@@ -117,13 +119,13 @@ def test_wrong_fields(path, name):
     data["entries"][0][name], message = DAMAGE[name]
     path.write_text(json.dumps(data))
     with pytest.raises(Unusable, match=message) as caught:
-        tuning.read(path, H100)
+        tuning_file.read(path, H100)
     assert caught.value.kind == "damaged"
     if name not in ("forward", "backward"):  # None stands for the step kernels
         del data["entries"][0][name]
         path.write_text(json.dumps(data))
         with pytest.raises(Unusable, match=f"{name} is None"):
-            tuning.read(path, H100)
+            tuning_file.read(path, H100)
 
 
 @pytest.mark.parametrize("field", ["BLOCK_B", "BLOCK_H", "SPLIT", "num_warps", "programs"])
@@ -134,7 +136,7 @@ def test_plans_are_the_planners_own(path, field, value):
     data["entries"][0]["forward"][field] = value
     path.write_text(json.dumps(data))
     with pytest.raises(Unusable, match=PLAN):
-        tuning.read(path, H100)
+        tuning_file.read(path, H100)
 
 
 DAMAGED = {
@@ -155,7 +157,7 @@ def test_damaged_files(path, text):
     path.parent.mkdir()
     path.write_bytes(text)
     with pytest.raises(Unusable) as caught:
-        tuning.read(path, H100)
+        tuning_file.read(path, H100)
     assert caught.value.kind == "damaged" and str(path) in str(caught.value)
 
 
@@ -165,13 +167,13 @@ def test_every_truncation_is_refused(path):
     for length in range(0, len(whole) - 1, 97):
         path.write_bytes(whole[:length])
         with pytest.raises(Unusable):
-            tuning.read(path, H100)
+            tuning_file.read(path, H100)
 
 
 def test_a_folder_in_its_place(path):
     path.mkdir(parents=True)
     with pytest.raises(Unusable, match="cannot be read"):
-        tuning.read(path, H100)
+        tuning_file.read(path, H100)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +195,14 @@ def test_other_gpus_and_versions(path, part, name, value, kind):
     data[part][name] = value
     path.write_text(json.dumps(data))
     with pytest.raises(Unusable, match=f"{name} {value!r}, here ") as caught:
-        tuning.read(path, H100)
+        tuning_file.read(path, H100)
     assert caught.value.kind == kind
     if kind == "other versions":
-        tuning.store([entry(TRAINING)], path, H100)
-        assert tuning.read(path, H100) == [entry(TRAINING)]
+        tuning_file.store([entry(TRAINING)], path, H100)
+        assert tuning_file.read(path, H100) == [entry(TRAINING)]
     else:
         with pytest.raises(Unusable):
-            tuning.store([entry(TRAINING)], path, H100)
+            tuning_file.store([entry(TRAINING)], path, H100)
         assert json.loads(path.read_text()) == data
 
 
@@ -208,7 +210,7 @@ def test_future_schema(path):
     data = found(path)
     path.write_text(json.dumps(data | {"schema": 2, "entries": "of another kind"}))
     with pytest.raises(Unusable, match="has schema 2, and this rnnfast reads 1"):
-        tuning.read(path, H100)
+        tuning_file.read(path, H100)
 
 
 def test_unusable_file_warns_once(path):
@@ -216,15 +218,15 @@ def test_unusable_file_warns_once(path):
     path.parent.mkdir()
     path.write_text("{")
     with pytest.warns(TuningWarning, match="cannot be read: .*; it is not used") as caught:
-        tables = [tuning.table(H100) for _ in range(3)]
+        tables = [tuned.table(H100) for _ in range(3)]
     assert len(caught) == 1 and not tables[0].entries and "cannot be read" in tables[0].unused
 
 
 def test_no_file_is_no_matter(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuning.table(H100).unused == f"there is no {path}"
-        assert tuning.kernels(H100, "lstm", 256, 16, 768, "float16", "half", False) is None
+        assert tuned.table(H100).unused == f"there is no {path}"
+        assert tuned.kernels(H100, "lstm", 256, 16, 768, "float16", "half", False) is None
 
 
 # What it says of a call
@@ -232,14 +234,14 @@ def test_no_file_is_no_matter(path):
 
 def kernels(T=256, B=16, **changes):
     shape = replace(SHAPE, **changes)
-    return tuning.kernels(H100, shape.cell, T, B, shape.H, shape.dtype, shape.precision, shape.training)
+    return tuned.kernels(H100, shape.cell, T, B, shape.H, shape.dtype, shape.precision, shape.training)
 
 
 def test_which_entry_counts_for_kernels(monkeypatch):
     """Half to twice the rows, the nearest; a sequence not far shorter; all else exactly, but for what the recurrence does not
     depend on."""
     far, near = entry(replace(SHAPE, B=64)), entry(replace(SHAPE, I=32, layers=3, directions=2))
-    with tuning.assume(H100, [far, near]):
+    with tuned.override_tuning(H100, [far, near]):
         assert kernels() == near and kernels(B=64) == far
         assert kernels(B=8).shape == near.shape and kernels(B=31).shape == near.shape and kernels(B=33).shape == far.shape
         assert kernels(B=7) is None and kernels(B=129) is None
@@ -247,7 +249,7 @@ def test_which_entry_counts_for_kernels(monkeypatch):
         for changes in ({"cell": "gru"}, {"H": 512}, {"dtype": "bfloat16"}, {"training": True}):
             assert kernels(**changes) is None
     tf32 = entry(replace(SHAPE, dtype="float32", precision="tf32"))
-    with tuning.assume(H100, [tf32]):
+    with tuned.override_tuning(H100, [tf32]):
         assert kernels(dtype="float32", precision="tf32") == tf32
         assert kernels(dtype="float32", precision="ieee") is None
 
@@ -255,20 +257,20 @@ def test_which_entry_counts_for_kernels(monkeypatch):
 @pytest.mark.parametrize("B", range(8, 33))
 def test_plans_are_made_for_the_batch(B):
     """The tiles that were measured, in the planner's own plan for as many rows as there are; or none."""
-    with tuning.assume(H100, [entry(TRAINING)]):
-        tuned = kernels(B=B, training=True)
-    for plan, backward in ((tuned.forward, False), (tuned.backward, True)):
+    with tuned.override_tuning(H100, [entry(TRAINING)]):
+        found = kernels(B=B, training=True)
+    for plan, backward in ((found.forward, False), (found.backward, True)):
         assert plan is None or plan in persistent_plans(4, B, 768, 2, "half", backward, H100, most=1000)
-    assert tuned.forward is not None and tuned.forward.BLOCK_B == entry(TRAINING).forward.BLOCK_B
+    assert found.forward is not None and found.forward.BLOCK_B == entry(TRAINING).forward.BLOCK_B
 
 
 def test_torch_wins_for_the_very_shape():
     """PyTorch's own layer is taken only where it was measured: cuDNN's fast paths come and go with every size."""
-    with tuning.assume(H100, [entry(winner="torch"), entry(replace(SHAPE, T=32))]):
-        assert tuning.torch_wins(H100, SHAPE) and tuning.torch_wins(H100, replace(SHAPE, T=200))
-        assert not tuning.torch_wins(H100, replace(SHAPE, T=32)) and not tuning.torch_wins(H100, replace(SHAPE, T=7))
+    with tuned.override_tuning(H100, [entry(winner="torch"), entry(replace(SHAPE, T=32))]):
+        assert tuned.torch_wins(H100, SHAPE) and tuned.torch_wins(H100, replace(SHAPE, T=200))
+        assert not tuned.torch_wins(H100, replace(SHAPE, T=32)) and not tuned.torch_wins(H100, replace(SHAPE, T=7))
         for changes in ({"B": 15}, {"I": 512}, {"layers": 2}, {"directions": 2}, {"training": True}, {"dtype": "bfloat16"}):
-            assert not tuning.torch_wins(H100, replace(SHAPE, **changes))
+            assert not tuned.torch_wins(H100, replace(SHAPE, **changes))
 
 
 # The automatic choice
@@ -301,7 +303,7 @@ def ran(monkeypatch):
         return torchs(self, *args)
 
     monkeypatch.setattr(torch.nn.LSTM, "forward", own)
-    with families.assume(H100):
+    with kernel_plan.pretend_gpu(H100):
         yield calls
 
 
@@ -326,15 +328,15 @@ def test_modules_follow(ran, path):
     assert ran == ["step"]
     ran.clear()
     trained = replace(entry(replace(SMALL, training=True)), forward=plans(SMALL)[0])
-    tuning.store([entry(SMALL), trained], path, H100)
-    tuning._tables.clear()
+    tuning_file.store([entry(SMALL), trained], path, H100)
+    tuned._tables.clear()
     with torch.no_grad():
         layer(x)
     path.unlink()
     layer(x)[0].sum().backward()
     assert ran == [entry(SMALL).forward, trained.forward, trained.backward]
     ran.clear()
-    with tuning.assume(H100, [replace(entry(SMALL), winner="torch"), trained]), torch.no_grad():
+    with tuned.override_tuning(H100, [replace(entry(SMALL), winner="torch"), trained]), torch.no_grad():
         layer(x)
     assert ran == ["torch"]
 
@@ -344,10 +346,10 @@ def test_functions_follow(ran, monkeypatch):
     """As the modules."""
     x, (w_ih, w_hh) = layer_and_input()[1], weights()
     functional.lstm(x, None, w_ih, w_hh)
-    with tuning.assume(H100, [entry(SMALL)]):
+    with tuned.override_tuning(H100, [entry(SMALL)]):
         functional.lstm(x, None, w_ih, w_hh)
     monkeypatch.setattr(functional, "_torch_layer", lambda *args, **options: ran.append("torch") or (x, (x, x)))
-    with tuning.assume(H100, [entry(SMALL, winner="torch")]):
+    with tuned.override_tuning(H100, [entry(SMALL, winner="torch")]):
         functional.lstm(x, None, w_ih, w_hh)
         functional.lstm(x, None, w_ih.requires_grad_(), w_hh)  # training, which was not measured
     assert ran == ["step", entry(SMALL).forward, "torch", "step"]
@@ -363,7 +365,7 @@ def test_a_backend_by_name_wins(ran, how, monkeypatch):
     if how == "RNNFAST_BACKEND":
         monkeypatch.setenv(how, "triton")
     block = rnnfast.use_backend("triton") if how == "use_backend" else contextlib.nullcontext()
-    with tuning.assume(H100, [entry(SMALL, winner="torch")]), torch.no_grad(), block:
+    with tuned.override_tuning(H100, [entry(SMALL, winner="torch")]), torch.no_grad(), block:
         layer(x)
     assert ran == [entry(SMALL).forward]
 
@@ -374,9 +376,9 @@ def test_a_family_by_name_wins(ran, family, monkeypatch):
     """RNNFAST_KERNELS=step or persistent leaves the file unread."""
     monkeypatch.setenv("RNNFAST_KERNELS", family)
     layer, x = layer_and_input()
-    with tuning.assume(H100, [entry(SMALL, winner="torch")]), torch.no_grad():
+    with tuned.override_tuning(H100, [entry(SMALL, winner="torch")]), torch.no_grad():
         if family != "auto":
-            monkeypatch.setattr(tuning, "table", None)
+            monkeypatch.setattr(tuned, "table", None)
         layer(x)
     assert ran == [{"step": "step", "persistent": plans(SMALL)[0], "auto": "torch"}[family]]
 
@@ -386,7 +388,7 @@ def test_strict_mode(ran, monkeypatch):
     """A layer of PyTorch's that was measured as the fastest is a choice, not a fallback: nothing is raised."""
     monkeypatch.setenv("RNNFAST_STRICT", "1")
     layer, x = layer_and_input()
-    with tuning.assume(H100, [entry(SMALL, winner="torch")]), torch.no_grad():
+    with tuned.override_tuning(H100, [entry(SMALL, winner="torch")]), torch.no_grad():
         layer(x)
     assert ran == ["torch"]
 
@@ -400,7 +402,7 @@ def test_compiled_code(ran):
     try:
         layer, x = layer_and_input()
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
-        with tuning.assume(H100, [entry(SMALL, winner="torch")]), torch.no_grad():
+        with tuned.override_tuning(H100, [entry(SMALL, winner="torch")]), torch.no_grad():
             compiled(x)
             assert ran == [entry(SMALL).forward]
             ran.clear()
@@ -419,8 +421,8 @@ def test_explain(ran, path):
         text = str(rnnfast.explain(layer, x))
         command = "rnnfast tune --cell lstm --hidden 32 --input 32 --batch 16 --steps 4 --dtype float16 --layers 1"
         assert f"tuning: not measured here (there is no {path}); to measure it: {command}" in text
-        tuning.store([entry(SMALL, winner="torch")], path, H100)
-        tuning._tables.clear()
+        tuning_file.store([entry(SMALL, winner="torch")], path, H100)
+        tuned._tables.clear()
         explained = rnnfast.explain(layer, x)
         assert explained.backend == "torch" and explained.asked == "measured as the fastest for this call by rnnfast tune"
         assert explained.tuning == f"by {path}, measured at lstm float16 T=4 B=16 I=32 H=32, inference"
@@ -429,7 +431,7 @@ def test_explain(ran, path):
         assert explained.backend == "triton" and entry(SMALL).forward.words(16) in explained.details
     assert f"{path} has nothing near this call" in str(rnnfast.explain(layer, x))  # in training
     path.write_text("{")
-    tuning._tables.clear()
+    tuned._tables.clear()
     with pytest.warns(TuningWarning):
         assert "cannot be read" in rnnfast.explain(layer, x).tuning
     assert not ran
@@ -446,7 +448,7 @@ def test_on_a_cpu_nothing_is_looked_up(monkeypatch, device):
     """Nor read: CPU tensors have no tuning."""
     if device == "cuda":
         pytest.skip("CPU tensors do not run the kernels here")
-    monkeypatch.setattr(tuning, "table", None)
+    monkeypatch.setattr(tuned, "table", None)
     layer, x = layer_and_input()
     layer(x)
     assert rnnfast.explain(layer, x).tuning == ""
@@ -458,10 +460,10 @@ def test_users_without_a_home(home, monkeypatch):
     for name in ("RNNFAST_TUNING_FILE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", home)
-    assert tuning.table(H100).unused.startswith("there is no ")
+    assert tuned.table(H100).unused.startswith("there is no ")
 
 
 def test_others_can_read_it(path):
     """A file in a shared place."""
-    tuning.store([], path, H100)
+    tuning_file.store([], path, H100)
     assert path.stat().st_mode & 0o777 == 0o644

@@ -1,171 +1,20 @@
 """Persistent kernels: one launch runs many time steps; the recurrent weights stay on chip.
 
-`forward` and `backward` take what `rnnfast.kernels.step` takes, write the same buffers, and differ in the plan. Either
+`forward` and `backward` take what those of `rnnfast.kernels.step` take, write the same buffers, and differ in the plan. Either
 family's backward runs on what either's forward saved.
 """
 
-from __future__ import annotations
-
-from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.marks import pack_kernel
 from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
-from rnnfast.kernels.persistent.plan import ROWS, PersistentPlan
-from rnnfast.kernels.step import after, as_a_gpu, before, emulate_bf16
+from rnnfast.kernels.persistent.launch import backward, forward
 
 __all__ = [
     "backward",
     "clear_kernel",
     "forward",
     "pack_kernel",
-    "packed",
     "persistent_backward_kernel",
     "persistent_forward_kernel",
 ]
-
-CLEAR_BLOCK = 4096
-PACK_STEPS = 32
-
-
-def _power_of_two(gates: int) -> int:
-    return 1 << (gates - 1).bit_length()
-
-
-def _exchange(out, H: int, plan: PersistentPlan, blocks: int, marked: bool):
-    """A cleared exchange buffer of `blocks` * H_PAD a row: `out` itself where nothing is padded or marked, else a new one."""
-    return _cleared(out if plan.H_PAD == H and not marked else out.new_empty(*out.shape[:2], blocks * plan.H_PAD))
-
-
-def _cleared(buffer):
-    words = buffer.numel() * buffer.element_size() // 4
-    clear_kernel[(-(-words // CLEAR_BLOCK),)](buffer, words, BLOCK=CLEAR_BLOCK)
-    return buffer
-
-
-def packed(marks, order, plan: PersistentPlan):
-    """The marks (T, B) of each of the plan's batch tiles in a word, (T, tiles); None of None."""
-    if marks is None:
-        return None
-    T, B = marks.shape
-    tiles = -(-B // plan.BLOCK_B)
-    words = marks.new_empty(T, tiles * 8)  # bytes
-    grid = -(-T // PACK_STEPS), tiles
-    pack_kernel[grid](marks, order, words, T, B, HAS_ORDER=order is not None, BLOCK_B=plan.BLOCK_B, BLOCK_T=PACK_STEPS)
-    return words
-
-
-def _options(plan: PersistentPlan) -> dict:
-    return {
-        "BLOCK_B": plan.BLOCK_B,
-        "BLOCK_H": plan.BLOCK_H,
-        "BLOCK_K": plan.BLOCK_K,
-        "SPLIT": plan.SPLIT,
-        "JOIN": plan.JOIN,
-        "IN_REGISTERS": plan.IN_REGISTERS,
-        "H_PAD": plan.H_PAD,
-        "num_warps": plan.num_warps,
-        "num_stages": 1,  # the pipeliner ignores volatile: it would load ahead of the poll
-        "enable_fp_fusion": True,
-        # a second CTA on the SM is no use: the assembler would save registers for one, and spill
-        "maxnreg": 255,
-        "launch_cooperative_grid": True,  # programs wait for each other: all resident, or an error
-    }
-
-
-@as_a_gpu()
-def forward(
-    cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: PersistentPlan,
-    marks=None, order=None, starts_h=None, starts_c=None,
-) -> None:  # fmt: skip
-    """Run the recurrence over the time steps of a chunk in one launch, or a few where the batch takes several.
-
-    Arguments as in `rnnfast.kernels.step.forward`. The rows of the chunk in `h` are its exchange, unless there are marks.
-    """
-    T, B, H = h.shape
-    n = x.shape[0]
-    training = saved is not None
-    exchange = _exchange(h[begin : begin + n], H, plan, 1, marks is not None)
-    words = None if marks is None else packed(marks[begin : begin + n], order, plan)
-    dt, t_x = (-1, n - 1) if reverse else (1, 0)
-    t = begin + t_x
-    t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
-    flags = {
-        "CELL": cell.forward,
-        "G": cell.gates,
-        "GATES": _power_of_two(cell.gates),
-        "SAVED": cell.saved if training and saved.numel() else 0,
-        "CARRIES_C": cell.carries_c,
-        "HAS_BIAS": bias_x is not None,
-        "HAS_MARKS": marks is not None,
-        "HAS_ORDER": order is not None,
-        "KEEP_C": training,
-        "PER_WORD": 4 // h.element_size(),
-        "PRECISION": precision,
-        "EMULATE_BF16": emulate_bf16(h),
-    }
-    # arguments that a variant does not use still need a pointer
-    bias_x, bias_h = (w, w) if bias_x is None else (bias_x, bias_h)
-    c, c_prev = (h, h) if c is None else (c, c_prev)
-    saved = saved if flags["SAVED"] else h
-    t_c_prev = t_prev if training else 0
-    for grid, b_begin in plan.launches(B):
-        persistent_forward_kernel[grid](
-            x, w, bias_x, bias_h, h_prev, c_prev, words, order, starts_h, starts_c, exchange, h, c, saved,
-            t, t_x, dt, n, t_prev, has_prev, t_c_prev, b_begin, B, H=H, **flags, **_options(plan),
-        )  # fmt: skip
-
-
-@as_a_gpu()
-def backward(
-    cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: PersistentPlan,
-    begin=0, steps=None, dcs=None, marks=None, order=None, starts_h=None, starts_c=None, d_starts_h=None, d_starts_c=None,
-) -> None:  # fmt: skip
-    """Run the recurrence backward, `plan.steps` a launch. Arguments as in `rnnfast.kernels.step.backward`.
-
-    The rows of a launch in `d_gates` are its exchange; with marks it has a buffer of its own, which bounds the steps.
-    """
-    T, B, H = h.shape
-    flags = {
-        "CELL": cell.backward,
-        "G": cell.gates,
-        "GATES": _power_of_two(cell.gates),
-        "D": cell.grads,
-        "SAVED": cell.saved,
-        "CARRIES_C": cell.carries_c,
-        "DIRECT": cell.direct,
-        "HAS_DY": dy is not None,
-        "HAS_DCS": dcs is not None,
-        "HAS_MARKS": marks is not None,
-        "HAS_ORDER": order is not None,
-        "NEEDS_STARTS": d_starts_h is not None,
-        "PER_WORD": 4 // h.element_size(),
-        "PRECISION": precision,
-        "EMULATE_BF16": emulate_bf16(h),
-    }
-    dy = h if dy is None else dy
-    saved = saved if cell.saved else h
-    has_first, h0 = (0, h) if h0 is None else (1, h0)
-    c = h if c is None else c
-    c0 = c if c0 is None else c0
-    d_c = d_h if d_c is None else d_c
-    t_first = T - 1 if reverse else 0
-    end = begin + (T if steps is None else steps)
-    t_next, has_next = after(begin, end, T, reverse)
-    dt = 1 if reverse else -1
-    words = packed(marks, order, plan)
-    most = plan.steps if marks is None else min(plan.steps, max(1, ROWS // B))
-    for done in range(0, end - begin, most):
-        n = min(most, end - begin - done)
-        first = begin + done if reverse else end - done - n
-        t_x = 0 if reverse else n - 1
-        exchange = _exchange(d_gates[first : first + n], H, plan, cell.gates, marks is not None)
-        sums = d_h if plan.PARTS == 1 else _cleared(d_h.new_empty(n, B, plan.PARTS * plan.H_PAD))
-        for grid, b_begin in plan.launches(B):
-            persistent_backward_kernel[grid](
-                dy, saved, h, h0, c, c0, w, dcs, words, order, starts_h, starts_c,
-                exchange, sums, d_gates, d_h, d_c, d_starts_h, d_starts_c,
-                first + t_x, t_x, dt, n, t_first, has_first, t_next, has_next, b_begin, begin, B,
-                H=H, PARTS=plan.PARTS, **flags, **_options(plan),
-            )  # fmt: skip
-        t_next, has_next = first + t_x + dt * (n - 1), 1

@@ -31,13 +31,13 @@ from rnnfast.kernels.persistent.exchange import (
     columns,
     joined,
     load_words,
-    nothing,
     operands,
     over_parts,
     over_rows,
     poll,
     publish,
-    whole,
+    sum_parts,
+    zero_sums,
 )
 
 
@@ -50,8 +50,7 @@ def _load_step(
     c_ptr,
     c0_ptr,
     dcs_ptr,
-    starts_h_ptr,
-    starts_c_ptr,
+    mark_ptrs,
     t,
     dt,
     t_first,
@@ -88,10 +87,10 @@ def _load_step(
         saved = saved + (tile,)
     if HAS_MARKS:
         row_before = (t + dt) * batch + offs_b
-        h_rows = entering(h_ptr + row_before * H, starts_h_ptr, mark, offs_b, batch, H, False)
+        h_rows = entering(h_ptr + row_before * H, mark_ptrs.starts_h, mark, offs_b, batch, H, False)
         states = (tl.load(h_rows[:, None] + offs_h[None, :], mask=mask, other=0.0),)
         if CARRIES_C:
-            c_rows = entering(c_ptr + row_before * H, starts_c_ptr, mark, offs_b, batch, H, False)
+            c_rows = entering(c_ptr + row_before * H, mark_ptrs.starts_c, mark, offs_b, batch, H, False)
             states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask, other=0.0),)
     else:
         # before the first step comes the initial state, or zeros
@@ -141,7 +140,7 @@ def _side_by_side(d_gates, D: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr
         if GATES == 2:
             joined = tl.join(d_gates[D - 2], d_gates[D - 1])
         else:
-            # of three gates the last takes the fourth place too, which is not stored
+            # the last of three gates takes the fourth place too, which is not stored
             joined = tl.join(tl.join(d_gates[D - G], d_gates[D - G + 2]), tl.join(d_gates[D - G + 1], d_gates[D - 1]))
             joined = tl.reshape(joined, (BLOCK_B, BLOCK_H, 4))
         return tl.reshape(tl.permute(joined, (0, 2, 1)), (BLOCK_B, GATES * BLOCK_H))
@@ -179,10 +178,7 @@ def persistent_backward_kernel(
     c0_ptr,  # (B, H) float32, the cell state before step t_first
     w_ptr,  # (G * H, H) W_hh
     dcs_ptr,  # (T, B, H) float32, gradient of c_t from outside, besides the last one's
-    marks_ptr,  # (T, tiles) words of `pack_kernel`
-    order_ptr,  # (B,) int32, the batch rows in the order in which programs take them
-    starts_h_ptr,  # (2, B, H) initial and reset h
-    starts_c_ptr,  # (2, B, H) float32, initial and reset c
+    mark_ptrs,  # `Marks`
     # outputs
     # (n, B, X_ROW) hidden-side gate gradients from X_OFFSET on, at index t_x, EMPTY on entry; unless APART those rows of
     # d_gates_ptr themselves
@@ -191,8 +187,7 @@ def persistent_backward_kernel(
     d_gates_ptr,  # (T * B, D * H) gate gradients
     d_h_ptr,  # (B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
     d_c_ptr,  # (B, H) float32, carried likewise: gradient of c_t
-    d_starts_h_ptr,  # (2, B, H) float32, added to: gradient of the initial and the reset h
-    d_starts_c_ptr,  # (2, B, H) float32, added to: gradient of the initial and the reset c
+    d_start_ptrs,  # `StartGrads`
     # sizes
     t,  # the first step that this launch runs
     t_x,  # its index in the exchange
@@ -206,7 +201,6 @@ def persistent_backward_kernel(
     t_saved,
     B,
     H: tl.constexpr,
-    H_PAD: tl.constexpr,
     # flags
     CELL: tl.constexpr,
     G: tl.constexpr,
@@ -215,23 +209,23 @@ def persistent_backward_kernel(
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
     DIRECT: tl.constexpr,
-    HAS_DY: tl.constexpr,
-    HAS_DCS: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    NEEDS_STARTS: tl.constexpr,
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
-    # tiles
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    JOIN: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
-    PARTS: tl.constexpr,
+    PLAN: tl.constexpr,  # `PersistentPlan.tiles`
 ):
+    HAS_DY: tl.constexpr = dy_ptr is not None
+    HAS_DCS: tl.constexpr = dcs_ptr is not None
+    HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
+    NEEDS_STARTS: tl.constexpr = d_start_ptrs.h is not None
+    BLOCK_B: tl.constexpr = PLAN.BLOCK_B
+    BLOCK_H: tl.constexpr = PLAN.BLOCK_H
+    BLOCK_K: tl.constexpr = PLAN.BLOCK_K
+    SPLIT: tl.constexpr = PLAN.SPLIT
+    JOIN: tl.constexpr = PLAN.JOIN
+    IN_REGISTERS: tl.constexpr = PLAN.IN_REGISTERS
+    H_PAD: tl.constexpr = PLAN.H_PAD
+    PARTS: tl.constexpr = PLAN.PARTS
     UNITS_PADDED: tl.constexpr = H_PAD != H
     APART: tl.constexpr = UNITS_PADDED or HAS_MARKS
     ROWS: tl.constexpr = PARTS * BLOCK_H
@@ -248,7 +242,7 @@ def persistent_backward_kernel(
 
     # what is exchanged lies in the order of the programs, all else in that of the batch
     slots = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_b = batch_rows(slots, order_ptr, B, HAS_ORDER)
+    offs_b = batch_rows(slots, mark_ptrs.order, B)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_b = (slots < B)[:, None]
     mask = mask_b
@@ -265,7 +259,8 @@ def persistent_backward_kernel(
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
-    saved_ptr -= t_saved.to(tl.int64) * batch * (SAVED * H)
+    if SAVED > 0:
+        saved_ptr -= t_saved.to(tl.int64) * batch * (SAVED * H)
     # which rows a next step ran, and of which the gradient of the last state is still to come
     mask_next, mask_ends = slots < B * has_next, slots < B * (1 - has_next)
     mask_runs = mask
@@ -273,7 +268,7 @@ def persistent_backward_kernel(
     step = 0
     if HAS_MARKS:
         tiles = tl.cdiv(B, BLOCK_B)
-        tile_marks = marks_ptr.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
+        tile_marks = mark_ptrs.codes.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
         marks = tl.load(tile_marks + t * tiles)
         marks_next = tl.load(tile_marks + t_next.to(tl.int64) * tiles, mask=has_next > 0, other=ALL_PADDED)
         while (step < steps) & _nobody_runs(marks, marks_next, NEEDS_STARTS):
@@ -319,17 +314,17 @@ def persistent_backward_kernel(
         d_c = (tl.load(d_c_ptr + carried, mask=mask, other=0.0),)
     d_starts_h, d_starts_c = (), ()
     if NEEDS_STARTS:
-        d_starts_h = _load_both(d_starts_h_ptr + carried, batch * H, mask)
+        d_starts_h = _load_both(d_start_ptrs.h + carried, batch * H, mask)
         if CARRIES_C:
-            d_starts_c = _load_both(d_starts_c_ptr + carried, batch * H, mask)
+            d_starts_c = _load_both(d_start_ptrs.c + carried, batch * H, mask)
 
     dy, dcs, saved, states = _load_step(
-        dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, starts_h_ptr, starts_c_ptr, t, dt, t_first,
+        dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, mark_ptrs, t, dt, t_first,
         has_first, marks, offs_b, offs_h, mask, batch,
         H, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
     )  # fmt: skip
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
-    none = nothing(1, ROWS, BLOCK_B, SPLIT)
+    none = zero_sums(1, ROWS, BLOCK_B, SPLIT)
     d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     while step < steps:
         row = t * batch + offs_b
@@ -338,11 +333,11 @@ def persistent_backward_kernel(
         if HAS_MARKS:
             following = marks_before
             steps = tl.where(_nobody_runs(marks_before, marks, NEEDS_STARTS), step + 1, steps)
-        # the last step needs nothing of one before it, and waits for nobody
+        # the last step needs nothing from a step before it, and waits for nobody
         mask_more = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
         dy_before, dcs_before, saved_before, states_before = _load_step(
-            dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, starts_h_ptr, starts_c_ptr, t + dt, dt, t_first,
+            dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, mark_ptrs, t + dt, dt, t_first,
             has_first, following, offs_b, offs_h, mask & mask_more[:, None], batch,
             H, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
         )  # fmt: skip
@@ -353,10 +348,10 @@ def persistent_backward_kernel(
             new_states_before = _load_new_states(h_ptr, c_ptr, at_before, mask_before, CARRIES_C)
 
         for j in tl.static_range(IN_REGISTERS, OPERANDS):
-            # of one turn, for the weights that are read from shared memory in each step
+            # a loop of one turn: so these weights are read from shared memory in each step
             for _ in range(tl.minimum(step + has_next, 1)):
                 d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
-        d_h = whole(d_sums, ROWS, BLOCK_B, SPLIT)
+        d_h = sum_parts(d_sums, ROWS, BLOCK_B, SPLIT)
         if PARTS > 1:
             d_h = _exchange_sums(d_h, sums_ptr, step, slots, batch, mask_b, H_PAD, BLOCK_H, ROWS)
         d_h += d_h_direct
@@ -434,6 +429,6 @@ def persistent_backward_kernel(
     if CARRIES_C:
         tl.store(d_c_ptr + carried, d_c[0], mask=mask)
     if NEEDS_STARTS:
-        _store_both(d_starts_h_ptr + carried, batch * H, d_starts_h, mask)
+        _store_both(d_start_ptrs.h + carried, batch * H, d_starts_h, mask)
         if CARRIES_C:
-            _store_both(d_starts_c_ptr + carried, batch * H, d_starts_c, mask)
+            _store_both(d_start_ptrs.c + carried, batch * H, d_starts_c, mask)

@@ -2,7 +2,7 @@
 
 The exchange buffer is filled with EMPTY words before the launch. Whoever computes a part of step t stores it, once, at an
 address that belongs to step t alone; whoever needs it loads it again and again until no word is EMPTY. There is no barrier, no
-counter, no fence, and no address is ever used twice, so nothing is ordered but each word with itself. What that rests on:
+counter, no fence, and no address is ever used twice, so the only order needed is that of each word with itself. It rests on:
 
 - Words of 32 bits, stored and loaded at that one scalar width: two 16-bit elements, or one of 32 bits.
 - Strong accesses: volatile loads, and stores with ".cg", which Triton turns into ``st.global.cg`` and the assembler into a
@@ -203,7 +203,7 @@ def publish(pointers, tile, mask, PER_WORD: tl.constexpr):
 
 
 @triton.jit
-def _sum_parts(partial, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+def _sum_by_halves(partial, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
     """(SPLIT, ROWS, BLOCK_B) to (BLOCK_B, ROWS), by halves: tl.sum would leave all warps with all of the tile."""
     total = tl.permute(partial, (2, 1, 0))
     tl.static_assert(SPLIT == 2 or SPLIT == 4 or SPLIT == 8 or SPLIT == 16)
@@ -221,7 +221,7 @@ def _sum_parts(partial, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.con
 
 
 @triton.jit
-def nothing(TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+def zero_sums(TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
     """TILES sums to add products to: ([SPLIT,] ROWS, BLOCK_B) each."""
     sums = ()
     for _ in tl.static_range(TILES):
@@ -262,15 +262,15 @@ def add_product(
 
 
 @triton.jit
-def whole(sums, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+def sum_parts(sums, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
     """The sums over all parts, (BLOCK_B, ROWS): of one tile, or of three (SPLIT, ROWS // 4, BLOCK_B) row by row in turn, with
-    nothing in the fourth place."""
+    zeros in the fourth place."""
     if SPLIT == 1:
         return tl.trans(sums[0])
     elif len(sums) == 1:
-        return _sum_parts(sums[0], ROWS, BLOCK_B, SPLIT)
+        return _sum_by_halves(sums[0], ROWS, BLOCK_B, SPLIT)
     else:
         tl.static_assert(len(sums) == 3)
         joined = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], tl.zeros_like(sums[0])))
         joined = tl.permute(tl.reshape(joined, (SPLIT, ROWS // 4, BLOCK_B, 4)), (0, 1, 3, 2))
-        return _sum_parts(tl.reshape(joined, (SPLIT, ROWS, BLOCK_B)), ROWS, BLOCK_B, SPLIT)
+        return _sum_by_halves(tl.reshape(joined, (SPLIT, ROWS, BLOCK_B)), ROWS, BLOCK_B, SPLIT)

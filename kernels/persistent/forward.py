@@ -24,13 +24,13 @@ from rnnfast.kernels.persistent.exchange import (
     columns,
     joined,
     load_words,
-    nothing,
     operands,
     over_parts,
     over_rows,
     poll,
     publish,
-    whole,
+    sum_parts,
+    zero_sums,
 )
 
 
@@ -66,10 +66,7 @@ def persistent_forward_kernel(
     bias_h_ptr,  # (G * H,) b_hh
     h_prev_ptr,  # (*, B, H) the hidden state to start from, at index t_prev
     c_prev_ptr,  # (*, B, H) float32, the cell state to start from, at index t_c_prev
-    marks_ptr,  # (n, tiles) words of `pack_kernel`, at index t_x
-    order_ptr,  # (B,) int32, the batch rows in the order in which programs take them
-    starts_h_ptr,  # (2, B, H) initial and reset h
-    starts_c_ptr,  # (2, B, H) float32, initial and reset c
+    mark_ptrs,  # `Marks`, its codes those of the n steps, at index t_x
     # outputs
     exchange_ptr,  # (n, B, H_PAD) what is exchanged after step t, at index t_x, EMPTY on entry; unless APART h_ptr's own rows
     h_ptr,  # (T, B, H) h_t at index t
@@ -86,28 +83,27 @@ def persistent_forward_kernel(
     b_begin,  # the first batch row of this launch
     B,
     H: tl.constexpr,
-    H_PAD: tl.constexpr,
     # flags
     CELL: tl.constexpr,
     G: tl.constexpr,
     GATES: tl.constexpr,
     SAVED: tl.constexpr,
     CARRIES_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     KEEP_C: tl.constexpr,
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
-    # tiles
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    JOIN: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
+    PLAN: tl.constexpr,  # `PersistentPlan.tiles`
 ):
+    HAS_BIAS: tl.constexpr = bias_x_ptr is not None
+    HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
+    BLOCK_B: tl.constexpr = PLAN.BLOCK_B
+    BLOCK_H: tl.constexpr = PLAN.BLOCK_H
+    BLOCK_K: tl.constexpr = PLAN.BLOCK_K
+    SPLIT: tl.constexpr = PLAN.SPLIT
+    JOIN: tl.constexpr = PLAN.JOIN
+    IN_REGISTERS: tl.constexpr = PLAN.IN_REGISTERS
+    H_PAD: tl.constexpr = PLAN.H_PAD
     UNITS_PADDED: tl.constexpr = H_PAD != H
     APART: tl.constexpr = UNITS_PADDED or HAS_MARKS
     PART: tl.constexpr = H_PAD // SPLIT
@@ -124,7 +120,7 @@ def persistent_forward_kernel(
 
     # what is exchanged lies in the order of the programs, all else in that of the batch
     slots = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_b = batch_rows(slots, order_ptr, B, HAS_ORDER)
+    offs_b = batch_rows(slots, mark_ptrs.order, B)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_word = tl.program_id(0) * (BLOCK_H // PER_WORD) + tl.arange(0, BLOCK_H // PER_WORD)
     mask_b = slots < B
@@ -140,7 +136,7 @@ def persistent_forward_kernel(
     step = 0
     if HAS_MARKS:
         tiles = tl.cdiv(B, BLOCK_B)
-        tile_marks = marks_ptr.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
+        tile_marks = mark_ptrs.codes.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
         marks = tl.load(tile_marks + t_x * tiles)
         while (step < steps) & (marks == ALL_PADDED):
             step += 1
@@ -149,7 +145,7 @@ def persistent_forward_kernel(
             marks = tl.load(tile_marks + t_x * tiles, mask=step < steps, other=ALL_PADDED)
         marks_next = tl.load(tile_marks + (t_x + dt) * tiles, mask=step + 1 < steps, other=ALL_PADDED)
         mark = unpacked(marks, BLOCK_B)
-        rows_prev = entering(rows_prev, starts_h_ptr, mark, offs_b, batch, H, False)
+        rows_prev = entering(rows_prev, mark_ptrs.starts_h, mark, offs_b, batch, H, False)
         mask_prev = mask_b & (mark != PADDED)
 
     # what stays on chip: these units' rows of W, their biases and their states
@@ -188,14 +184,17 @@ def persistent_forward_kernel(
     if CARRIES_C:
         c_rows = c_prev_ptr + (t_c_prev.to(tl.int64) * batch + offs_b) * H
         if HAS_MARKS:
-            c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, batch, H, False)
+            c_rows = entering(c_rows, mark_ptrs.starts_c, mark, offs_b, batch, H, False)
             if not KEEP_C:
-                mask_state = mask  # of a row that has ended, its last
+                mask_state = mask  # a row that has ended keeps its last state
         states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_state, other=0.0),)
 
-    x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask, H, G)
+    mask_first = mask
+    if HAS_MARKS:
+        mask_first = mask & (step < steps)  # where no row of the tile runs, t_x is past the last step
+    x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask_first, H, G)
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
-    none = nothing(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)
+    none = zero_sums(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)
     h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     while step < steps:
         row = t * batch + offs_b
@@ -205,16 +204,16 @@ def persistent_forward_kernel(
         if HAS_MARKS:
             mask_runs = mask & (unpacked(marks, BLOCK_B) != PADDED)[:, None]
             steps = tl.where(marks_next == ALL_PADDED, step + 1, steps)
-        # the last step needs nothing of a next one, and waits for nobody
+        # the last step needs nothing from a next one, and waits for nobody
         mask_next = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
         x_gates_next = _load_gates(x_ptr + row_x_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
 
         for j in tl.static_range(IN_REGISTERS, OPERANDS):
-            # of one turn, for the weights that are read from shared memory in each step
+            # a loop of one turn: so these weights are read from shared memory in each step
             for _ in range(tl.minimum(step + has_prev, 1)):
                 h_sums = add_product(h_sums, w, h_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
-        h_rows = whole(h_sums, ROWS, BLOCK_B, SPLIT)
+        h_rows = sum_parts(h_sums, ROWS, BLOCK_B, SPLIT)
         h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
         x_sides = ()
         h_sides = ()
@@ -232,10 +231,10 @@ def persistent_forward_kernel(
             h = tl.where((offs_h < H)[None, :], h, 0.0).to(DTYPE)
         enters = h
         if HAS_MARKS:
-            # loaded only here, since it is seldom wanted; of a row that does not run, whatever it is: nobody keeps it
+            # loaded only here, as it is seldom wanted. A row that does not run may load anything: nobody keeps it
             mark_next = unpacked(marks_next, BLOCK_B)
             restarts = anew(mark_next)[:, None]
-            start_h = start_rows(starts_h_ptr, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
+            start_h = start_rows(mark_ptrs.starts_h, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
             enters = tl.where(restarts, tl.load(start_h, mask=mask & restarts, other=0.0), h)
         publish(words_ptr + row_x[:, None] * WORDS + offs_word[None, :], enters, mask_b[:, None], PER_WORD)
         at = row[:, None] * H + offs_h[None, :]
@@ -246,7 +245,7 @@ def persistent_forward_kernel(
             if KEEP_C:
                 tl.store(c_ptr + at, c, mask=mask_runs)
             if HAS_MARKS:
-                start_c = start_rows(starts_c_ptr, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
+                start_c = start_rows(mark_ptrs.starts_c, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
                 start_c = tl.load(start_c, mask=mask & restarts, other=0.0)
                 c = tl.where(restarts, start_c, tl.where(mask_runs, c, states[1]))
             states = (enters.to(tl.float32), c)

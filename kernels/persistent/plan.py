@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import isqrt
 
-from rnnfast.kernels.persistent.model import (
+from rnnfast.kernels.persistent.cost_model import (
     StepTime,
     hmma_clocks,
     instructions_estimate,
@@ -81,6 +81,11 @@ class PersistentPlan:
     IN_REGISTERS: int = 0
     PARTS: int = 1
 
+    @property
+    def tiles(self) -> PersistentPlan:
+        """The plan as a kernel's constant: without `steps` and `programs`, which its code does not depend on."""
+        return replace(self, steps=0, programs=0)
+
     def launches(self, B: int) -> Iterator[tuple[tuple[int, int, int], int]]:
         """Grid and first batch row of each launch: as many batch tiles at a time as `programs` allows."""
         units = self.H_PAD // self.BLOCK_H
@@ -88,6 +93,13 @@ class PersistentPlan:
         at_once = self.programs // units
         for tile in range(0, tiles, at_once):
             yield (units, min(at_once, tiles - tile), 1), tile * self.BLOCK_B
+
+    def chunk_steps(self, T: int, B: int) -> int:
+        """The steps of a launch: their input side is one buffer."""
+        return self.steps
+
+    def launch_words(self, T: int) -> str:
+        return f"one launch for {min(self.steps, T)} time steps"
 
     def words(self, B: int) -> str:
         """The plan in words, for a batch of `B` rows."""
@@ -109,7 +121,7 @@ class NoPlan:
 
 
 ROWS = 8192  # time steps x batch rows of a launch whose input side or exchange is a buffer of its own
-SUM_BYTES = 64 << 20  # of a launch's buffer of partial sums
+SUM_BYTES = 64 << 20  # the largest buffer of partial sums of a launch
 SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
 SLOW_CLOCK = 1e9  # hertz, for that: below what any of these GPUs runs at
 MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step kernels spread it over the GPU at once
@@ -120,12 +132,12 @@ MOST_LAUNCHES = 4  # launches one after another for the batch; beyond, the step 
 WORDS_PER_THREAD = {(False, True): 40, (True, True): 128, (False, False): 16, (True, False): 64}
 WORDS_AND_SUMS = {False: 112, True: 96}
 REGISTERS = {False: 196, True: 210}
-TIGHT = 0.8  # of WORDS_AND_SUMS: beyond, some large products with all weights from shared memory spilled
-UNSPLIT = 160  # of `_Candidate.registers` where the warps do not share the sum: with more, on sm_80, Triton 3.6 spilled
+TIGHT = 0.8  # a part of WORDS_AND_SUMS: beyond it, some large products with all weights from shared memory spilled
+UNSPLIT = 160  # `_Candidate.registers` where the warps do not share the sum: with more, Triton 3.6 spilled on sm_80
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
-MOST_CHUNKS = 24  # of a part: each is code of its own, and the larger sizes are tried with more padding instead
+MOST_CHUNKS = 24  # chunks of a part: each is code of its own. Larger sizes are tried with more padding instead
 MARKS = 24  # registers that marks take of each of these limits, in backward on tensor cores; elsewhere there is room
-OPERAND_BYTES = 32 << 10  # of joined chunks, in shared memory
+OPERAND_BYTES = 32 << 10  # shared memory that joined chunks may take
 
 
 @dataclass(frozen=True)
@@ -133,8 +145,8 @@ class _Candidate:
     """One choice of tiles, with what it takes and what it costs."""
 
     plan: PersistentPlan
-    rows: int  # of weights, in a program; their partial sums take a power of two
-    columns: int  # of weights: what a program sums over
+    rows: int  # weight rows of a program; their partial sums take a power of two
+    columns: int  # weight columns of a program, which it sums over
     itemsize: int
     reserve: int  # registers of a thread that are to be left
 
@@ -156,7 +168,7 @@ class _Candidate:
 
     @property
     def partial_bytes(self) -> int:
-        """Of the warps' sums in shared memory."""
+        """Shared memory that the sums of the warps take."""
         return self.plan.SPLIT * (1 << (self.rows - 1).bit_length()) * self.plan.BLOCK_B * 4
 
     @property
@@ -182,13 +194,14 @@ class _Candidate:
         return self.weight_bytes * sum(operands[self.plan.IN_REGISTERS :]) // sum(operands)
 
     def registers(self, backward: bool, number: int) -> float:
-        """Of a thread with the weights of `number` operands, at the fuller of two moments: before the product with these, with
-        all that it gathered; and before that with one operand's weights out of shared memory, with what is left of it, while
-        the next step's inputs arrive. An operand takes an eighth of its size for addresses, and joined chunks are a copy."""
+        """Registers of a thread that keeps the weights of `number` operands, at the fuller of two moments: before the product
+        with these, with all that it gathered; or before the product with one operand from shared memory, with what is left of
+        the gathered words, while the next step's inputs arrive. An operand takes an eighth of its size for addresses, and
+        joined chunks are a copy."""
         plan, operands = self.plan, self.operands
         threads = 32 * plan.num_warps
         kept, rest = sum(operands[:number]), operands[number:]
-        weights = self.weight_bytes / sum(operands) / 4 / threads  # of a chunk
+        weights = self.weight_bytes / sum(operands) / 4 / threads  # registers that the weights of a chunk take
         inputs = INPUTS[backward] * plan.BLOCK_B * plan.BLOCK_H / threads
         operand = plan.SPLIT * plan.BLOCK_B * operands[0] * plan.BLOCK_K * self.itemsize / 4 / threads
         first = self.words_per_thread + inputs
@@ -206,7 +219,7 @@ class _Candidate:
         chunks = sum(self.operands)
         most = OPERAND_BYTES // (plan.SPLIT * plan.BLOCK_B * plan.BLOCK_K * self.itemsize)
         cuts = [(plan.BLOCK_K >> bit, 1) for bit in (2, 1, 0) if plan.BLOCK_K >> bit >= 32]
-        # of two or three chunks the barriers saved are not worth the instructions that joined ones take
+        # with two or three chunks, the barriers saved are not worth the instructions that joined ones take
         cuts += [(plan.BLOCK_K, 1 << bit) for bit in range(1, 5) if chunks > 3 and 1 << bit <= min(chunks, most)]
         room = REGISTERS[backward] - self.reserve
         tight = self.words_per_thread + self.sums_per_thread + self.reserve > TIGHT * WORDS_AND_SUMS[backward]

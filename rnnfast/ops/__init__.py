@@ -1,15 +1,14 @@
 """The kernels as PyTorch operators, one layer in one direction, and their derivatives. A module imports those above it:
 
-    schema       every tensor of a recurrent call: its shape, its batch axis, whether it has a gradient
-    marks        lengths and resets around the kernels
-    recurrence   runs the kernels
-    operators    ``rnnfast::forward`` and ``rnnfast::backward``, their fake kernels and FLOP formulas
-    vmap         vmap over them
-    gradients    derivatives of any order
-    layers       `layer` and `trace`
-    dropout      dropout between layers, operators of their own
+schema       every tensor of a recurrent call: its shape, its batch axis, whether it has a gradient
+marks        lengths and resets around the kernels
+recurrence   runs the kernels
+operators    ``rnnfast::forward`` and ``rnnfast::backward``, their fake kernels and FLOP formulas
+vmap         vmap over them
+gradients    derivatives of any order
+layers       `layer` and `trace`
+dropout      dropout between layers, operators of their own
 
-`torch_private` holds the private names of torch that they use.
 """
 
 from rnnfast.ops import dropout

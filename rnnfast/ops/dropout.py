@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rnnfast.ops import recurrence, torch_private
+from rnnfast import torch_private
+from rnnfast.ops import recurrence
 from rnnfast.ops.vmap import batched, each
 
 __all__ = ["dropout", "dropout_joined"]
@@ -75,7 +76,7 @@ def _backward_joined(ctx, grad):
     (seed,) = ctx.saved_tensors
 
     def run(grad):
-        if not torch_private.in_forward_mode():
+        if not torch_private.is_forward_mode():
             return _dropout_apart(grad, seed, ctx.p, ctx.directions)
         # an operator has no tangent, a product has
         return tuple(

@@ -4,7 +4,7 @@
     higher orders     `Gradients` makes the first order differentiable. Its own derivative goes through the equations in plain
                       PyTorch (`rnnfast.reference`), one step after another, in float32; only where such a derivative is taken
     torch.func        cannot differentiate an operator. Inside its transforms `Layer` stands before the operator: same kernels
-    forward mode      has no rule here: `rnnfast.transforms` has such calls sent to the equations before they come
+    forward mode      has no rule here: `rnnfast.choice.decide` has such calls sent to the equations before they come
 
 All inputs, y, the activations and the cell states are saved. Second derivatives read every input. First derivatives read fewer,
 which `reads` lists. If PyTorch finds that a saved tensor was edited in place:
@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast import reference
-from rnnfast.ops import operators, torch_private
+from rnnfast import reference, torch_private
+from rnnfast.ops import operators
 from rnnfast.ops.marks import entered
 from rnnfast.ops.operators import INPUTS, Backward, Forward, Results
 from rnnfast.ops.recurrence import no_autocast
@@ -104,7 +104,7 @@ def _backward(ctx, *grad_outputs):
     def run(*upstream):
         tape = Tape(*upstream, *tensors)
         with no_autocast(tape.y.device.type):
-            if torch_private.in_forward_mode():
+            if torch_private.is_forward_mode():
                 return _gradients_by_equations(call, tape)
             return Gradients.apply(call, *tape) if torch.is_grad_enabled() else gradients(call, tape)
 
@@ -124,7 +124,7 @@ def _saved_tensors(ctx, call: Call) -> tuple[Tensor | None, ...]:
     try:
         return ctx.saved_tensors
     except RuntimeError:
-        if not CELLS[call.cell].allows_edits or torch.is_grad_enabled() or torch_private.in_forward_mode():
+        if not CELLS[call.cell].allows_edits or torch.is_grad_enabled() or torch_private.is_forward_mode():
             raise
     read, at = reads(call), {name: n for n, name in enumerate((*INPUTS, *KEPT))}
     inputs = [torch_private.saved_tensor(ctx, at[name]) if name in read else None for name in INPUTS]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast import reference, transforms
+from rnnfast import reference, torch_private
 from rnnfast.ops import gradients, operators
 from rnnfast.ops.operators import Forward, Results
 from rnnfast.ops.recurrence import is_autocast
@@ -60,7 +60,7 @@ def _run(
     marks = None
     if lengths is not None or resets is not None:
         marks = reference.marks(x, lengths, resets, reverse)
-    inside = transforms.inside()
+    inside = torch_private.inside()
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr)
     needed = bool(inside) or any([tensor is not None and tensor.requires_grad for tensor in tensors])
     call = Forward(

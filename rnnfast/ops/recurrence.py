@@ -1,7 +1,7 @@
 """One layer in one direction on the Triton kernels, forward and backward.
 
     forward    chunk after chunk of steps: W_ih x of the chunk, one GEMM through PyTorch into a float32 buffer that does not
-               grow with T; then the recurrence over the chunk, on the kernels that `rnnfast.families` chose.
+               grow with T; then the recurrence over the chunk, on the kernels that `rnnfast.choice.kernel_plan` chose.
     backward   the recurrence in reverse, which writes the gate gradients of all steps. `rnnfast.ops.gradients` makes the
                gradients of weights, biases and inputs from them, by large products.
 
@@ -21,9 +21,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rnnfast import families
-from rnnfast.families import precision
-from rnnfast.ops import torch_private
+from rnnfast import torch_private
+from rnnfast.choice import kernel_plan
+from rnnfast.choice.kernel_plan import precision
 from rnnfast.ops.marks import entered, for_kernels, last_states, start_grads
 
 __all__ = ["backward", "forward", "is_autocast", "no_autocast", "on_device", "project"]
@@ -73,7 +73,7 @@ def project(x: Tensor, w_ih: Tensor) -> Tensor:
 def _refuse_forward_mode() -> None:
     """PyTorch takes the forward-mode derivative of an operator without a rule for zero. rnnfast's layers do not come here in
     forward mode, but programs that were compiled or exported before may."""
-    if torch_private.in_forward_mode():
+    if torch_private.is_forward_mode():
         raise NotImplementedError(
             "rnnfast's operators have no forward-mode derivative, and this program calls them itself, for it was compiled or "
             "exported outside of forward mode: run the layer as it is, or compile within rnnfast.use_backend('reference')"
@@ -116,7 +116,7 @@ def forward(
         y (T, B, H), zero in padding; h_n (B, H); c_n (B, H); the saved activations (T, B, `Cell.saved` * H); all cell states
         (T, B, H) in float32. The saved ones are zero in padding. Each is empty where there is none or it is not saved.
     """
-    from rnnfast.kernels import cells, plan
+    from rnnfast.kernels import cells
 
     _refuse_forward_mode()
     spec = cells.CELLS[cell]
@@ -129,14 +129,14 @@ def forward(
         saved = new((T, B, spec.saved * H) if save and spec.saved and not recompute else (0,))
         w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
         bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
-        choice = families.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device, marks is not None)
+        choice = kernel_plan.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device, marks is not None)
         options = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
             options = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.tile)
-        n = plan.chunk_steps(T, B) if choice.persistent is None else choice.persistent.steps
+        n = choice.plan.chunk_steps(T, B)
         for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
-            choice = families.run(
+            choice = kernel_plan.run(
                 "forward",
                 choice,
                 x.device,
@@ -198,7 +198,9 @@ def backward(
         The gate gradients (T, B, `Cell.grads` * H), zero in padding, and the gradients of h0, c0, reset_h and reset_c, each
         (B, H), or empty where there is none or it is not wanted.
     """
-    from rnnfast.kernels import cells, gates, plan
+    from rnnfast.kernels import cells
+    from rnnfast.kernels.recompute import compute
+    from rnnfast.kernels.step.plan import chunk_steps
 
     _refuse_forward_mode()
     spec = cells.CELLS[cell]
@@ -212,7 +214,7 @@ def backward(
             for grad in (dh_n, dc_n)
         )
         w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
-        choice = families.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device, marks is not None)
+        choice = kernel_plan.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device, marks is not None)
         options: dict[str, Tensor | None] = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
@@ -223,7 +225,7 @@ def backward(
         if dcs is not None:
             options["dcs"] = _dense(dcs)
         recompute = x is not None and spec.saved > 0
-        n = plan.chunk_steps(T, B) if recompute else T
+        n = chunk_steps(T, B) if recompute else T
         before = entered(y, h0, reset_h, marks, reverse) if recompute and marks is not None else None
         for begin in range(0, T, n) if reverse else reversed(range(0, T, n)):
             steps = min(n, T - begin)
@@ -232,8 +234,8 @@ def backward(
                 h_before = _entering(begin, steps, y, h0, reverse) if before is None else before[begin : begin + steps]
                 saved = y.new_empty(steps, B, spec.saved * H)
                 sides = project(x[begin : begin + steps], w_ih), project(h_before, w)
-                gates.compute(spec, *sides, _dense_or_none(b_ih), _dense_or_none(b_hh), saved)
-            choice = families.run(
+                compute(spec, *sides, _dense_or_none(b_ih), _dense_or_none(b_hh), saved)
+            choice = kernel_plan.run(
                 "backward",
                 choice,
                 y.device,

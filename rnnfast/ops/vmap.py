@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast.ops import operators, torch_private
+from rnnfast import torch_private
+from rnnfast.ops import operators
 from rnnfast.ops.operators import Backward, Forward, Grads, Results
 from rnnfast.ops.schema import batch_axis
 
@@ -65,10 +66,10 @@ def batched(run: Callable[..., tuple[Tensor, ...]], upstream: tuple[Any, ...]) -
     torch.autograd.grad maps by an older vmap, to which no rule can be given, and in which the derivatives of an
     autograd.Function are lost. Here torch.func's vmap does it instead.
     """
-    mapped = [n for n, grad in enumerate(upstream) if grad is not None and torch_private.is_mapped_by_autograd(grad)]
+    mapped = [n for n, grad in enumerate(upstream) if grad is not None and torch_private.is_legacy_batched(grad)]
     if not mapped:
         return run(*upstream)
-    level = torch_private.mapped_level()
+    level = torch_private.batch_dim_level()
 
     def one(*grads):
         replaced = list(upstream)
@@ -77,8 +78,8 @@ def batched(run: Callable[..., tuple[Tensor, ...]], upstream: tuple[Any, ...]) -
         return run(*replaced)
 
     # the size 0 would be taken for a tensor without a mapped dimension, but each of these has one
-    whole = (torch_private.remove_batch(upstream[n], level, 0, 0) for n in mapped)
-    return tuple(torch_private.add_batch(grad, 0, level) for grad in torch.func.vmap(one)(*whole))
+    whole = (torch_private.remove_batch_dim(upstream[n], level) for n in mapped)
+    return tuple(torch_private.add_batch_dim(grad, level) for grad in torch.func.vmap(one)(*whole))
 
 
 operators.forward.register_vmap(_rule(operators.forward, Forward, Results))

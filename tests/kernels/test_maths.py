@@ -7,6 +7,8 @@ import triton.language as tl
 
 from rnnfast.kernels.maths import sigmoid, tanh
 
+pytestmark = pytest.mark.numerical
+
 
 @triton.jit
 def _apply(x_ptr, out_ptr, N: tl.constexpr, FUNCTION: tl.constexpr):

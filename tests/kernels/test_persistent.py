@@ -15,12 +15,15 @@ from recurrence import TOLERANCE, Layer, assert_close, steps_of, tiles
 from side_by_side import together
 
 from rnnfast import reference
-from rnnfast.kernels import persistent, step
+from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.cells import CELLS, Cell
 from rnnfast.kernels.maths import sigmoid, tanh
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plan
 
-pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.numerical,
+    pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1"),
+]
 SWEPT_DTYPES = [pytest.param(dtype, marks=pytest.mark.sweep) for dtype in (torch.float32, torch.bfloat16)]
 HALF_SWEPT = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.sweep)]
 SOME_SWEPT = ["lstm", "gru", *(pytest.param(cell, marks=pytest.mark.sweep) for cell in ("rnn_tanh", "rnn_relu"))]

@@ -8,10 +8,10 @@ import torch
 from recurrence import TOLERANCE, Layer, steps_of, tiles
 from side_by_side import Fault, Hang, together
 
-from rnnfast.kernels import persistent, step
+from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import PersistentPlan
 
-pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 T, B, H, DTYPE = 4, 2, 32, torch.float16
 HANGS = ("missing", "skipped store", "skipped word", "misplaced store", "weak store")
 WRONG = ("stale read", "unchecked", "torn store")

@@ -11,11 +11,11 @@ from recurrence import tiles
 from side_by_side import together
 
 import rnnfast
-from rnnfast import families
-from rnnfast.kernels import step
+from rnnfast.choice import kernel_plan
+from rnnfast.kernels import runtime
 from rnnfast.kernels.persistent.plan import GPUS
 
-pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 T, LAYERS, DIRECTIONS = 5, 2, 2
 
 
@@ -34,7 +34,7 @@ def test_one_launch_for_each_n_steps(name, monkeypatch):
     results = []
     for N in (1, 2, T):
         monkeypatch.setattr("rnnfast.kernels.persistent.plan.persistent_plan", lambda *_, N=N: tiles(16, block_h=16, steps=N))
-        with families.assume(GPUS["H100"]), together(N) as happened:
+        with kernel_plan.pretend_gpu(GPUS["H100"]), together(N) as happened:
             results.append(run(layer, x))
         launches = LAYERS * DIRECTIONS * -(-T // N)
         assert Counter(kernel for kernel, _ in happened.grids) == {

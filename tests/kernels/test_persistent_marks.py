@@ -15,9 +15,12 @@ from recurrence import Layer, assert_close, steps_of, tiles
 from side_by_side import Fault, Hang, together
 from test_persistent_parts import parts
 
-from rnnfast.kernels import marks, persistent, step
+from rnnfast.kernels import marks, persistent, runtime, step
 
-pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.numerical,
+    pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1"),
+]
 T, B = 4, 10  # two batch tiles, the second with masked rows
 LENGTHS = [0, 2, 1, 0, 4, 2, 1, 3, 1, 2]
 RESETS = torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -159,7 +162,7 @@ def test_packed_marks(block_b, order):
     steps, codes = 40, torch.randint(0, 4, (40, B), dtype=torch.int8)
     codes[7] = marks.PADDED.value
     given = None if order is None else torch.tensor(order, dtype=torch.int32)
-    words = persistent.packed(codes, given, replace(tiles(32), BLOCK_B=block_b)).view(torch.int64)
+    words = persistent.launch.packed(codes, given, replace(tiles(32), BLOCK_B=block_b)).view(torch.int64)
     count = -(-B // block_b)
     assert words.shape == (steps, count) and (words[7] == marks.ALL_PADDED.value).all()
     taken = codes.long()[:, list(range(B)) if order is None else order]

@@ -8,10 +8,13 @@ import triton.language as tl  # noqa: F401 - the interpreter wants it in sight o
 from recurrence import TOLERANCE, Layer, assert_close, steps_of
 from side_by_side import Fault, Hang, together
 
-from rnnfast.kernels import persistent, step
+from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import PersistentPlan
 
-pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.numerical,
+    pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1"),
+]
 
 
 def parts(H: int, count: int, *, steps: int = 64, **options):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from recurrence import Layer, assert_close, steps_of, tiles
 from side_by_side import together
 
-from rnnfast.kernels import persistent, step
+from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.cells import CELLS
 from rnnfast.kernels.persistent.plan import PersistentPlan
 
-pytestmark = pytest.mark.skipif(step.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 
 
 @pytest.mark.parametrize("dtype", schedules.DTYPES)

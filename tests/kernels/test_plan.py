@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnnfast.kernels import plan
+from rnnfast.kernels.step import plan
 
 
 @given(

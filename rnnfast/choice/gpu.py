@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["assume", "cooperative", "driver_version", "limits"]
+__all__ = ["cooperative", "driver_version", "limits", "pretend_gpu"]
 
 COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 
@@ -21,8 +21,8 @@ _cooperative: dict[torch.device, bool] = {}
 
 
 def limits(device: torch.device) -> GpuLimits | None:
-    """Of the GPU `device`; None for a CPU, where Triton's interpreter runs a grid's programs one after another: the first
-    program of a persistent kernel would wait for the others for ever."""
+    """The limits of the GPU `device`. None for a CPU: there Triton's interpreter runs a grid's programs one after another, and
+    the first program of a persistent kernel would wait for the others for ever."""
     if device not in _limits:
         _limits[device] = _find_limits(device) if device.type == "cuda" else None
     return _limits[device]
@@ -43,7 +43,7 @@ def _find_limits(device: torch.device) -> GpuLimits:
 
 
 @contextmanager
-def assume(gpu: GpuLimits, cooperative: bool = True) -> Iterator[None]:
+def pretend_gpu(gpu: GpuLimits, cooperative: bool = True) -> Iterator[None]:
     """Within the ``with`` block CPU tensors are taken to be on `gpu`, which has cooperative launch or not: for launches that
     are compiled and counted, not run."""
     cpu = torch.device("cpu")

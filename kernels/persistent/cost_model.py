@@ -49,7 +49,7 @@ class StepTime:
     clear: float = 0.0
 
     def __add__(self, other: StepTime) -> StepTime:
-        """Of two launches one after another, each for a part of the batch."""
+        """The time of two launches one after another, each for a part of the batch."""
         return StepTime(**{name: amount + getattr(other, name) for name, amount in vars(self).items()})
 
     @property
@@ -124,18 +124,18 @@ def step_time(
 
 
 def wgmma_clocks(instructions: float) -> float:
-    """Of `instructions` HGMMA one after another: 64 rows of weights at 128 bytes a clock are 16 clocks, and 2 more each."""
+    """Clocks of HGMMA one after another. Each takes 16 for 64 rows of weights at 128 bytes a clock, and 2 more."""
     return WGMMA * instructions
 
 
 def hmma_clocks(deep: float, accumulators: float, warps: int) -> float:
-    """Of HMMA.16816, `deep` in a row on each of a warp's `accumulators`: 33 clocks for one that waits for the one before, 8
-    for one that only waits for its turn on its scheduler's tensor core, as published for an A100 (an H100's take 6 or 7)."""
+    """Clocks of HMMA.16816, `deep` in a row on each of a warp's `accumulators`. One that waits for the one before takes 33, one
+    that only waits for its turn on its scheduler's tensor core 8, as published for an A100 (an H100's take 6 or 7)."""
     return deep * max(HMMA_LATENCY, HMMA_ISSUE * accumulators * warps / 4)
 
 
 def plain_clocks(multiplies: float) -> float:
-    """Of multiplies without tensor cores: 128 a clock and SM."""
+    """Clocks of multiplies without tensor cores: 128 a clock and SM."""
     return multiplies / FMAS
 
 

@@ -4,7 +4,7 @@ A shape's candidates run in a process of their own. Each is first checked agains
 contract, and what is wrong is not timed; then all are timed in turn, so that a change of clocks meets all, by device events.
 A candidate at which the process hangs or crashes is dropped, and the others are run again without it.
 
-    python -m rnnfast.tuner JOB         is that process; it prints JSON lines
+    python -m rnnfast.commands.tune JOB         is that process; it prints JSON lines
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rnnfast import gpu, supervise, tuning
+from rnnfast.choice import gpu, tuned, tuning_file
+from rnnfast.choice.tuning_file import Entry, Shape
+from rnnfast.commands import child
 from rnnfast.reference import GATES
-from rnnfast.tuning import Entry, Shape
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
@@ -37,7 +38,7 @@ __all__ = ["candidates", "main", "measure", "microseconds", "tune", "work"]
 MODULES = {"lstm": ("LSTM", {}), "gru": ("GRU", {}), "rnn_tanh": ("RNN", {}), "rnn_relu": ("RNN", {"nonlinearity": "relu"})}
 DTYPES = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}  # as the options name them: the precision
 QUIET = 120  # seconds that a candidate may take to compile, run and be checked
-CHECK_STEPS = 512  # of a longer sequence only so many are checked: the float64 reference is slow
+CHECK_STEPS = 512  # steps of a sequence that are checked, of a longer one the first: the float64 reference is slow
 ROUNDS = 9
 
 
@@ -133,7 +134,7 @@ def work(entries: list[Entry], device: str, limits: GpuLimits) -> Iterator[dict]
 
 def _running(entry: Entry, limits: GpuLimits) -> AbstractContextManager[None]:
     """A context in which the automatic choice is this candidate, for a sequence of any length."""
-    return tuning.assume(limits, [replace(entry, shape=replace(entry.shape, T=1))])
+    return tuned.override_tuning(limits, [replace(entry, shape=replace(entry.shape, T=1))])
 
 
 def _call(shape: Shape, device: str) -> Callable[[], object]:
@@ -165,7 +166,7 @@ def worker(job: str) -> int:
     asked = json.loads(job)
     limits = gpu.limits(torch.device("cuda", torch.cuda.current_device()))
     assert limits is not None
-    for row in work([tuning.decode(raw, limits) for raw in asked], "cuda", limits):
+    for row in work([tuning_file.decode(raw, limits) for raw in asked], "cuda", limits):
         print(json.dumps(row), flush=True)
     return 0
 
@@ -177,7 +178,7 @@ def measure(
     entries: list[Entry], quiet: float = QUIET, command: tuple[str, ...] = (), until: float = math.inf
 ) -> dict[int, float | str]:
     """The median time of each candidate of one shape, in microseconds a time step, or why it has none."""
-    command = command or (sys.executable, "-m", "rnnfast.tuner")
+    command = command or (sys.executable, "-m", "rnnfast.commands.tune")
     env = {k: v for k, v in os.environ.items() if k not in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "TRITON_INTERPRET")}
     env["PYTHONSAFEPATH"] = "1"  # not an rnnfast that happens to be in this folder
     env["RNNFAST_STRICT"] = "1"  # a launch that the driver refuses is no time of the step kernels
@@ -185,9 +186,9 @@ def measure(
     while left := [n for n in range(len(entries)) if n not in failed]:
         times: dict[int, list[float]] = {}
         doing = None
-        job = json.dumps([tuning.encode(entries[n]) for n in left])
+        job = json.dumps([tuning_file.encode(entries[n]) for n in left])
         try:
-            with closing(supervise.rows([*command, job], quiet, env, until)) as rows:
+            with closing(child.rows([*command, job], quiet, env, until)) as rows:
                 for row in rows:
                     if "doing" in row:
                         doing = left[row["doing"]]
@@ -196,7 +197,7 @@ def measure(
                     elif "timed" in row:
                         times.setdefault(left[row["timed"]], []).append(row["us"])
             return {n: statistics.median(each) for n, each in times.items()} | failed
-        except supervise.Failed as error:
+        except child.Failed as error:
             if doing is None:  # not a candidate's fault
                 return failed | {n: f"not run: {error}" for n in left}
             failed[doing] = f"failed: {error}"
@@ -241,7 +242,7 @@ def tune(wanted: list[Shape], path: Path, limits: GpuLimits, run: Callable[[list
         if chosen is None:
             missing += 1
             continue
-        tuning.store([chosen], path, limits)
+        tuning_file.store([chosen], path, limits)
         left = (time.monotonic() - started) / number * (len(wanted) - number)
         print(f"    stored; about {left / 60:.0f} min left" if number < len(wanted) else "    stored", flush=True)
     print(f"{len(wanted) - missing} of {len(wanted)} measured, in {path}")
@@ -251,11 +252,11 @@ def tune(wanted: list[Shape], path: Path, limits: GpuLimits, run: Callable[[list
 def show(path: Path, limits: GpuLimits) -> int:
     """Print what a file holds."""
     try:
-        entries = tuning.read(path, limits)
+        entries = tuning_file.read(path, limits)
     except FileNotFoundError:
         print(f"there is no {path}: nothing has been tuned for {limits.name}")
         return 0
-    except tuning.Unusable as error:
+    except tuning_file.Unusable as error:
         print(f"not used: {error}", file=sys.stderr)
         return 1
     print(f"{path}: {len(entries)} shapes on {limits.name}")
@@ -308,21 +309,21 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("rnnfast tune needs an NVIDIA GPU, and PyTorch sees none here", file=sys.stderr)
         return 2
-    from rnnfast import backends
+    from rnnfast.choice.obstacles import tensor_obstacles
 
     device = torch.device("cuda", torch.cuda.current_device())
-    obstacles = backends.tensor_obstacles(torch.empty(1, device=device))
+    obstacles = tensor_obstacles(torch.empty(1, device=device))
     if obstacles:
         print(f"the Triton kernels cannot be tuned here: {'; '.join(obstacles)}", file=sys.stderr)
         return 2
     limits = gpu.limits(device)
     assert limits is not None
-    path = tuning.where(limits)
+    path = tuning_file.where(limits)
     if args.show or args.forget:
         return forget(path) if args.forget else show(path, limits)
     try:
-        tuning.store([], path, limits)  # now, rather than after the first measurement, if it cannot be
-    except (tuning.Unusable, OSError) as error:
+        tuning_file.store([], path, limits)  # now, rather than after the first measurement, if it cannot be
+    except (tuning_file.Unusable, OSError) as error:
         print(f"{error}\nname another file in RNNFAST_TUNING_FILE, or remove it: rnnfast tune --forget", file=sys.stderr)
         return 2
     try:

@@ -1,9 +1,9 @@
-"""The activations that backward needs, computed again: for all steps of a chunk at once, as no state waits for another.
+"""Recomputes the activations that backward needs, for all steps of a chunk at once: no state waits for another here.
 
     saved_t = cell.forward(W_ih x_t + b_ih, W_hh h_{t-1} + b_hh)
 
-Every h_{t-1} is known, being forward's output, so both sides are one product over all rows, outside of this kernel. What a
-cell saves follows from its two sides alone, not from the state that they update.
+Every h_{t-1} is known, as it is forward's output. So each of the two sides is one product over all rows, made outside of this
+kernel. What a cell saves follows from its two sides alone, not from the state that they update.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import triton.language as tl
 
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.step import as_a_gpu, emulate_bf16
+from rnnfast.kernels.runtime import as_a_gpu, emulate_bf16
 
-__all__ = ["compute", "gates_kernel"]
+__all__ = ["compute", "recompute_kernel"]
 
 BLOCK_H = 256
 
 
 @triton.jit
-def gates_kernel(
+def recompute_kernel(
     x_ptr,  # (rows, G * H) float32, W_ih x_t
     h_ptr,  # (rows, G * H) float32, W_hh h_{t-1}
     bias_x_ptr,  # (G * H,) b_ih
@@ -73,7 +73,7 @@ def compute(cell: Cell, x, h, bias_x, bias_h, saved) -> None:
     H = width // cell.saved
     has_bias = bias_x is not None
     bias_x, bias_h = (bias_x, bias_h) if has_bias else (x, x)
-    gates_kernel[(n * B, -(-H // BLOCK_H))](
+    recompute_kernel[(n * B, -(-H // BLOCK_H))](
         x, h, bias_x, bias_h, saved, H, CELL=cell.forward, G=cell.gates, SAVED=cell.saved, CARRIES_C=cell.carries_c,
-        HAS_BIAS=has_bias, EMULATE_BF16=emulate_bf16(saved), BLOCK_H=BLOCK_H, num_warps=4,
+        HAS_BIAS=has_bias, EMULATE_BF16=emulate_bf16(saved), BLOCK_H=BLOCK_H, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -26,6 +26,19 @@ class StepPlan:
     def grid(self, B: int, H: int) -> tuple[int, int, int]:
         return -(-B // self.BLOCK_B), -(-H // self.BLOCK_H), 1
 
+    def chunk_steps(self, T: int, B: int) -> int:
+        return chunk_steps(T, B)
+
+    def launch_words(self, T: int) -> str:
+        return "one launch a time step"
+
+    def words(self, B: int) -> str:
+        """The plan in words, the same for any batch."""
+        return (
+            f"a program computes {self.BLOCK_H} units of {self.BLOCK_B} rows in chunks of {self.BLOCK_K}, "
+            f"{self.num_warps} warps, {self.num_stages} stages"
+        )
+
 
 def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     """The tiles for hidden size `H` and elements of `itemsize` bytes, for every cell, forward and backward.

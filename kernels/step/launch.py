@@ -1,0 +1,118 @@
+"""Launches of the step kernels: `forward` and `backward`, one launch a time step."""
+
+from __future__ import annotations
+
+from rnnfast.kernels.beside import after, before
+from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.marks import Marks, StartGrads
+from rnnfast.kernels.runtime import Launcher, as_a_gpu, emulate_bf16
+from rnnfast.kernels.step.kernels import backward_step_kernel, forward_step_kernel
+from rnnfast.kernels.step.plan import StepPlan
+
+__all__ = ["backward", "forward"]
+
+
+def _launcher(kernel, plan: StepPlan, B: int, H: int, constants: dict) -> Launcher:
+    # fused multiply-adds by name: the default of Triton 3.10 is to be without
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
+    return Launcher(kernel, plan.grid(B, H), constants | {"PLAN": plan}, options)
+
+
+@as_a_gpu()
+def forward(
+    cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: StepPlan,
+    marks=None, order=None, starts_h=None, starts_c=None,
+) -> None:  # fmt: skip
+    """Run the recurrence over the time steps of a chunk, one launch each. All tensors contiguous and on one device.
+
+    Args:
+        cell: the cell, from `rnnfast.kernels.cells.CELLS`.
+        x: (n, B, G * H) float32, the input side W_ih x of the steps begin, ..., begin + n - 1.
+        begin: the first of them in time. Chunks are run in the order of processing: for `reverse`, the last one first.
+        w: (G * H, H), W_hh.
+        bias_x, bias_h: (G * H,), b_ih and b_hh, or both None.
+        h0: (B, H) initial hidden state, or None for zeros.
+        c0: (B, H) float32 initial cell state, or None for zeros; None for a cell without one.
+        h: (T, B, H), written: the hidden states; the chunk continues from the step beside it.
+        c: (T, B, H) float32 if `saved` is given, else (1, B, H), written: all cell states, else the last; None without any.
+        saved: (T, B, cell.saved * H), written: what backward needs; empty if it is to be computed again
+            (`rnnfast.kernels.recompute`) or the cell saves nothing; None in inference.
+        reverse: from the last step to the first.
+        precision: of a float32 product, "ieee" or "tf32".
+        plan: the tiles.
+        marks: (T, B) int8, see `rnnfast.kernels.marks`, or None. Nothing is written of padded steps; `c` for one step keeps the
+            last of each row.
+        order: (B,) int32, a permutation: the batch rows as programs take them; or None.
+        starts_h, starts_c: with marks, instead of h0 and c0: (2, B, H), the initial states and those of a reset, c in float32.
+    """
+    T, B, H = h.shape
+    n = x.shape[0]
+    training = saved is not None
+    constants = {
+        "CELL": cell.forward,
+        "G": cell.gates,
+        "SAVED": cell.saved if training and saved.numel() else 0,
+        "CARRIES_C": cell.carries_c,
+        "ALIGNED": H * h.element_size() % 16 == 0,
+        "PRECISION": precision,
+        "EMULATE_BF16": emulate_bf16(h),
+    }
+    mark_tensors = Marks(marks, order, starts_h, starts_c)
+    launch = _launcher(forward_step_kernel, plan, B, H, constants)
+    for at in reversed(range(n)) if reverse else range(n):
+        t = begin + at
+        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
+        t_c, t_c_prev = (t, t_prev) if training else (0, 0)
+        launch(
+            x, w, bias_x, bias_h, h_prev, c_prev, mark_tensors, h, c, saved,
+            t, at, t_prev, has_prev, t_c, t_c_prev, B, H,
+        )  # fmt: skip
+
+
+@as_a_gpu()
+def backward(
+    cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: StepPlan,
+    begin=0, steps=None, dcs=None, marks=None, order=None, starts_h=None, starts_c=None, d_starts_h=None, d_starts_c=None,
+) -> None:  # fmt: skip
+    """Run the recurrence backward, one launch a time step. All tensors contiguous and on one device.
+
+    Args:
+        cell: the cell.
+        dy: (T, B, H) gradient of the hidden states, or None.
+        saved: (n, B, cell.saved * H), as forward left it for the steps of this call; empty for a cell that saves nothing.
+        h, h0, c, c0, w: as in `forward`, with all cell states.
+        d_gates: (T, B, cell.grads * H), written: the gate gradients.
+        d_h: (B, H) float32; on entry the gradient of the last hidden state, on return, if `cell.direct`, the part of h0's
+            gradient that does not pass through W_hh.
+        d_c: (B, H) float32; on entry the gradient of the last cell state, on return that of c0; None without one.
+        reverse, precision, plan: as in `forward`.
+        begin, steps: the first in time and the number of the steps of this call; without, all. Chunks are run against the order
+            of forward, each going on from what the one before left in `d_gates`, `d_h` and `d_c`.
+        dcs: (T, B, H) float32, gradient of all cell states, besides d_c; or None.
+        marks, order, starts_h, starts_c: as in `forward`. Nothing is read or written of padded steps.
+        d_starts_h, d_starts_c: with marks, (2, B, H) float32, added to: gradients of starts_c, and of starts_h but for the step
+            processed first, for which `d_h` is as without marks. None if not needed. `d_c` is then scratch, but for empty rows.
+    """
+    T, B, H = h.shape
+    constants = {
+        "CELL": cell.backward,
+        "G": cell.gates,
+        "D": cell.grads,
+        "SAVED": cell.saved,
+        "CARRIES_C": cell.carries_c,
+        "DIRECT": cell.direct,
+        "ALIGNED": H * h.element_size() % 16 == 0,
+        "PRECISION": precision,
+        "EMULATE_BF16": emulate_bf16(h),
+    }
+    mark_tensors, d_starts = Marks(marks, order, starts_h, starts_c), StartGrads(d_starts_h, d_starts_c)
+    launch = _launcher(backward_step_kernel, plan, B, H, constants)
+    end = begin + (T if steps is None else steps)
+    t_next, has_next = after(begin, end, T, reverse)
+    for t in range(begin, end) if reverse else reversed(range(begin, end)):
+        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
+        launch(
+            dy, saved, h, h_prev, c, c_prev, w, dcs, mark_tensors,
+            d_gates, d_h, d_c, d_starts, t, t - begin, t_prev, t_next, has_prev, has_next, B, H,
+        )  # fmt: skip
+        t_next, has_next = t, 1

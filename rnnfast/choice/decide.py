@@ -1,0 +1,222 @@
+"""Which backend runs a call, and why not another.
+
+    "triton"     the fused kernels of rnnfast, on a GPU, or interpreted on the CPU with TRITON_INTERPRET=1
+    "torch"      PyTorch's own layer on the same parameters: cuDNN on a GPU, ATen elsewhere
+    "reference"  the equations in plain PyTorch (`rnnfast.reference`)
+
+A backend can be asked for, in this order: by `use_backend` around the call, by ``backend=`` on the module or function, by
+RNNFAST_BACKEND in the environment. Otherwise each call gets "triton" where that can run, unless `rnnfast tune` measured "torch"
+as faster, and "torch" where not. A backend that was asked for but cannot run gives way to "torch" with a `FallbackWarning`;
+with RNNFAST_STRICT=1, nothing gives way: a `RuntimeError` says why.
+
+`decide` makes the decision from facts about the call. Modules, cells, functions and `rnnfast.explain` all read it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from rnnfast import torch_private
+from rnnfast.choice import obstacles
+from rnnfast.choice.obstacles import FallbackWarning, user_level
+from rnnfast.settings import BACKEND, STRICT, strict
+from rnnfast.torch_private import constant, environment, forward_level, innermost_transform, tracing_context
+
+__all__ = ["Decision", "Options", "asked", "check_backend", "cpu_is_torchs", "decide", "is_backend", "tell", "use_backend"]
+
+Options = Literal["none", "lengths", "more"]  # "more": resets, or the states or gates of every step
+
+FORM = "torch.nn itself serves or refuses a call of this form"
+NO_OPERATOR = "PyTorch's own layer has no resets, states or gates"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What runs a call, and why.
+
+    Attributes:
+        backend: what the user is told: "triton", "torch" or "reference".
+        runner: what runs: "kernels"; "equations"; "torch", PyTorch's own layer; or "packed", that layer on rows packed by their
+            lengths.
+        asked: the backend that was asked for by name, or None.
+        asked_by: by what: "rnnfast.use_backend", "backend=" or "RNNFAST_BACKEND"; "nobody".
+        obstacles: all that keeps the kernels from running this call.
+        gives_way: what keeps the backend that was asked for, or else the kernels, from running it.
+        measured: whether `rnnfast tune` measured PyTorch's own layer as the fastest.
+        stands_in: why the equations run although "torch" is the backend.
+        refusal: why no backend can run the call, else empty.
+    """
+
+    backend: str
+    runner: str
+    asked: str | None = None
+    asked_by: str = "nobody"
+    obstacles: tuple[str, ...] = ()
+    gives_way: tuple[str, ...] = ()
+    measured: bool = False
+    stands_in: str = ""
+    refusal: str = ""
+
+
+def is_backend(name: object) -> bool:
+    """Whether `name` can be asked for; None and "auto" stand for the choice per call."""
+    return name is None or (isinstance(name, str) and name in BACKEND.choices)
+
+
+def check_backend(name: str | None) -> None:
+    """A `ValueError` that names the choices, for a `name` that is none."""
+    if not is_backend(name):
+        BACKEND.check(name, "backend")  # type: ignore[arg-type]
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the ``with`` block, and in this thread, every rnnfast layer runs on the backend `name`.
+
+    It wins over ``backend=`` and RNNFAST_BACKEND. "auto" or None: the choice per call. Raises `ValueError` for another name.
+    Autograd may run a layer again in a thread of its own, for ``torch.utils.checkpoint``, which the block does not reach: give
+    such a layer its ``backend=``.
+
+    Example:
+        >>> layer = rnnfast.GRU(3, 4)
+        >>> with rnnfast.use_backend("reference"):
+        ...     output, h_n = layer(torch.zeros(5, 2, 3))
+    """
+    check_backend(name)
+    with BACKEND.within(name or "auto"):
+        yield
+
+
+@constant
+def asked(own: str | None) -> tuple[str | None, str]:
+    """The backend asked for by name, or None, and by what. `own` is the module's or function's ``backend=``."""
+    for name, source in ((BACKEND.block.get(), "rnnfast.use_backend"), (own, "backend=")):
+        if name is not None:
+            return None if name == "auto" else name, source
+    name = BACKEND.in_environment()
+    return (None, "nobody") if name is None else (None if name == "auto" else name, BACKEND.variable)
+
+
+_in_block, _backend_key, _strict_key = BACKEND.block, BACKEND.key, STRICT.key
+
+
+@constant
+def cpu_is_torchs(own: str | None) -> bool:
+    """Whether PyTorch's own layer runs any call on CPU tensors, as far as can be told in a fraction of a microsecond.
+
+    A call on a CPU may take 25 us, of which this question must not be a part that counts. If False, the call has to be looked
+    at as a whole. Settings may change at any time. What hinders the kernels on the CPU is known from the first call that asked.
+
+    Args:
+        own: the module's ``backend=``.
+    """
+    if _in_block.get() is not None:
+        return False
+    if own is None:
+        if _backend_key in environment or _strict_key in environment or not obstacles.known.get("cpu:None"):
+            return False
+    elif own != "torch":
+        return False
+    if tracing_context() is not None:  # being compiled or exported
+        return False
+    return innermost_transform() is None and forward_level() < 0
+
+
+@constant
+def decide(
+    own: str | None,
+    kind: str | None,
+    index: int | None,
+    dtype: torch.dtype | None,
+    *,
+    well_formed: bool = True,
+    replaced: str = "",
+    expanded: bool = False,
+    padded: bool = True,
+    options: Options = "none",
+    packable: bool = True,
+    onednn_trains: bool = False,
+    steps: bool = True,
+    measured: bool = False,
+) -> Decision:
+    """The decision on a call, from facts about it. It neither warns nor raises, but for settings with unknown values.
+
+    Args:
+        own: the module's or function's ``backend=``.
+        kind, index, dtype: of the input: its device's type and index, and its dtype; None for what is no tensor.
+        well_formed: whether all tensors fit, so that a backend of ours may run it; if not, torch.nn serves or refuses it.
+        replaced: what of torch.nn's forward was overridden or replaced, in words, so that only torch.nn itself will do.
+        expanded: whether the weights are those of call_for_per_sample_grads.
+        padded: whether the input is no PackedSequence.
+        options: which options the call has.
+        packable: whether the lengths can be read, to pack rows by them.
+        onednn_trains: whether gradients will be wanted of a layer that PyTorch has one operator of oneDNN for.
+        steps: whether the call runs over time, as a cell's does not.
+        measured: whether `rnnfast tune` measured PyTorch's own layer as the fastest for this call.
+    """
+    name, source = asked(own)
+    found: tuple[str, ...] = ()
+    if kind is not None and dtype is not None:
+        found = obstacles.call_obstacles(kind, index, dtype) + ((obstacles.EXPANDED,) if expanded else ())
+    found += (replaced,) if replaced else ()
+    by_equations = (replaced,) if replaced else ()
+    if steps and options == "none" and (trace := obstacles.traced()):
+        by_equations += (f"{trace}, and the equations would keep the number of steps",)
+    gives_way = () if name == "torch" else by_equations if name == "reference" else found
+    measured = measured and name is None and not gives_way and well_formed
+    own_backend = name != "torch" and not gives_way and well_formed and not measured
+    backend = (name or "triton") if own_backend else "torch"
+    runner, stands_in, refusal = {"triton": "kernels", "reference": "equations", "torch": "torch"}[backend], "", ""
+    if backend == "torch" and well_formed:
+        if options == "more":
+            runner, stands_in = "equations", NO_OPERATOR
+            if replaced:
+                refusal = f"{replaced}, and {NO_OPERATOR}"
+        elif not replaced:
+            stands_in = _stands_in(kind, padded, expanded, onednn_trains, dtype)
+            if not stands_in and options == "lengths" and not packable:
+                stands_in = "lengths cannot be read here, as packing would"
+            runner = "equations" if stands_in else "torch"
+        if options == "lengths" and runner == "torch":
+            runner = "packed"
+    if not well_formed:
+        found += (FORM,)
+    return Decision(backend, runner, name, source, found, gives_way, measured, stands_in, refusal)
+
+
+def _stands_in(kind: str | None, padded: bool, expanded: bool, onednn_trains: bool, dtype: torch.dtype | None) -> str:
+    """Why PyTorch's own layer has no rule for what is done to the call, so that the equations stand in for it; or empty.
+
+    Its operators know no vmap and no forward mode. On a CPU, unpacked and not compiled, they are made of parts that know
+    reverse mode.
+    """
+    found, on_cpu = torch_private.inside(), kind == "cpu"
+    if found and not (padded and on_cpu and {"grad", "functionalize"}.issuperset(found) and not torch_private.tracing()):
+        return f"PyTorch's own layer has no rule for {' inside '.join(reversed(found))} here"
+    if expanded:
+        return "PyTorch's own layer has no rule for the weights of call_for_per_sample_grads"
+    compiled = torch_private.tracing() and not torch.compiler.is_exporting()
+    if onednn_trains and on_cpu and dtype != torch.float64 and compiled:  # AOTAutograd fails on the operator, PyTorch 2.13
+        return "compiled code has no gradients of PyTorch's own LSTM on a CPU"
+    return ""
+
+
+@constant
+def tell(asked: str | None, asked_by: str, gives_way: tuple[str, ...]) -> None:
+    """Warn that the backend asked for gives way to PyTorch's own layer.
+
+    Raises:
+        RuntimeError: with RNNFAST_STRICT=1, whether a backend was asked for or not.
+    """
+    why = "; ".join(gives_way)
+    if strict():
+        raise RuntimeError(f"RNNFAST_STRICT is set and the {asked or 'triton'!r} backend cannot run this call: {why}")
+    if asked is not None:
+        message = f"{asked!r} was asked for by {asked_by}, but PyTorch's own layer runs: {why}"
+        warnings.warn(message, FallbackWarning, stacklevel=user_level())

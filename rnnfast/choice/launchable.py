@@ -1,0 +1,55 @@
+"""Whether Triton can launch a kernel on a GPU of this machine, found out before the first launch.
+
+Triton builds a part of itself at the first launch: with a C compiler, Python's headers and a cache folder that can be written.
+A slim container image lacks them, and there torch.nn works. So `obstacle` goes through all that comes before a launch, once a
+device, and gives the reason in words where that fails. A success costs a fraction of a second, or some milliseconds with a
+filled cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+
+import torch
+
+__all__ = ["obstacle"]
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+
+
+def obstacle(index: int | None) -> str | None:
+    """Why Triton cannot launch a kernel on CUDA device `index`, and what to do about it; None if it can."""
+    from rnnfast.kernels import runtime
+
+    try:
+        with torch.cuda.device(index):
+            runtime.prepare_a_launch()
+    except Exception as error:  # whatever it is, a launch would raise it too
+        return _words(error)
+    return None
+
+
+def _words(error: Exception) -> str:
+    from rnnfast.kernels import runtime
+
+    text = str(error)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if "Failed to find C compiler" in text:
+        return "Triton found no C compiler: install gcc, or set CC"
+    if isinstance(error, OSError) and compiler and error.filename == compiler:
+        return f"Triton cannot run the C compiler {compiler} ({error.strerror}): install gcc, or set CC"
+    if text.startswith("libcuda.so") or "ldconfig" in text:
+        return "Triton found no libcuda.so.1: set TRITON_LIBCUDA_PATH to the folder that holds it"
+    if isinstance(error, subprocess.CalledProcessError):
+        if not runtime.python_header().exists():
+            return f"Triton found no {runtime.python_header()}: install Python's headers (python3-dev)"
+        command = error.cmd if isinstance(error.cmd, str) else error.cmd[0]
+        return f"Triton builds its launcher with a C compiler, and {command} failed with exit status {error.returncode}"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        folder = os.environ.get("TRITON_CACHE_DIR") or "~/.triton"
+        return f"Triton cannot write to its cache ({error}): make {folder} writable, or set TRITON_CACHE_DIR"
+    first = text.strip().partition("\n")[0]
+    return f"Triton cannot launch a kernel ({type(error).__name__}{': ' if first else ''}{first})"

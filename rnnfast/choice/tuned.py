@@ -1,0 +1,126 @@
+"""What `rnnfast tune` found says of a call: on which kernels it runs, or that PyTorch's own layer is faster.
+
+The tuning file of a GPU (`rnnfast.choice.tuning_file`) is read once a process, when a call first runs on that GPU. A file that
+is damaged, of another GPU or of other versions is not used, with one `TuningWarning`. docs/tuning.md says which calls an entry
+serves.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rnnfast.choice.obstacles import user_level
+from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, tiles, where
+
+if TYPE_CHECKING:
+    from rnnfast.kernels.persistent.plan import GpuLimits
+
+__all__ = ["Table", "TuningWarning", "kernels", "override_tuning", "table", "torch_wins"]
+
+_tables: dict[GpuLimits, Table] = {}
+
+
+class TuningWarning(UserWarning):
+    """The tuning file of this GPU is not used; the message says why."""
+
+
+@dataclass
+class Table:
+    """The entries for one GPU, and where they come from.
+
+    Attributes:
+        entries: none where no file is used.
+        path: of the file.
+        unused: why it is not used, else empty.
+    """
+
+    entries: list[Entry]
+    path: Path | None = None
+    unused: str = ""
+    found: dict[tuple, Any] = field(default_factory=dict)  # what lookups gave, by their arguments
+
+
+def table(gpu: GpuLimits) -> Table:
+    """What is known of `gpu`, read when first asked for."""
+    if gpu not in _tables:
+        path = where(gpu)
+        try:
+            _tables[gpu] = Table(read(path, gpu), path)
+        except FileNotFoundError:
+            _tables[gpu] = Table([], path, f"there is no {path}")
+        except Unusable as error:
+            _tables[gpu] = Table([], path, str(error))
+            warnings.warn(f"{error}; it is not used", TuningWarning, stacklevel=user_level())
+    return _tables[gpu]
+
+
+@contextmanager
+def override_tuning(gpu: GpuLimits, entries: list[Entry]) -> Iterator[None]:
+    """Within the ``with`` block these entries, and no file, say what runs on `gpu`."""
+    before = _tables.get(gpu)
+    _tables[gpu] = Table(entries)
+    try:
+        yield
+    finally:
+        del _tables[gpu]
+        if before is not None:
+            _tables[gpu] = before
+
+
+def _long_enough(T: int, shape: Shape) -> bool:
+    """Whether what was measured at `shape.T` holds for `T`: the time a step tells little of a much shorter sequence."""
+    return T.bit_length() >= shape.T.bit_length() - 2
+
+
+def _distance(T: int, shape: Shape) -> int:
+    return abs(T.bit_length() - shape.T.bit_length())
+
+
+def torch_wins(gpu: GpuLimits, shape: Shape) -> bool:
+    """Whether PyTorch's own layer was the fastest for this very shape, but for T."""
+    known = table(gpu)
+    if not known.entries:
+        return False
+    key = replace(shape, T=1), shape.T.bit_length()
+    if key not in known.found:
+        near = [e for e in known.entries if replace(e.shape, T=shape.T) == shape and _long_enough(shape.T, e.shape)]
+        near.sort(key=lambda entry: _distance(shape.T, entry.shape))
+        known.found[key] = bool(near) and near[0].winner == "torch"
+    return known.found[key]
+
+
+def kernels(gpu: GpuLimits, cell: str, T: int, B: int, H: int, dtype: str, precision: str, training: bool) -> Entry | None:
+    """The entry that says on which kernels a recurrence runs, its plans made for `B` rows; None where nothing was measured.
+
+    The recurrence is the same for any input size, layer and direction. The nearest of the entries for half
+    to twice as many rows counts. Arguments as in `Shape`.
+    """
+    known = table(gpu)
+    if not known.entries:
+        return None
+    key = (cell, T.bit_length(), B, H, dtype, precision, training)
+    if key not in known.found:
+        wanted = (cell, dtype, precision, H, training)
+        near = []
+        for entry in known.entries:
+            shape = entry.shape
+            same = (shape.cell, shape.dtype, shape.precision, shape.H, shape.training) == wanted
+            if same and B <= 2 * shape.B and shape.B <= 2 * B and _long_enough(T, shape):
+                distance = (abs(math.log(B / shape.B)), _distance(T, shape), shape.layers, shape.directions, shape.I)
+                near.append((distance, entry))
+        known.found[key] = _for_rows(min(near, key=lambda pair: pair[0])[1], B, gpu) if near else None
+    return known.found[key]
+
+
+def _for_rows(entry: Entry, B: int, gpu: GpuLimits) -> Entry:
+    plans = [
+        plan and plan_with(tiles(plan), entry.shape, B, backward, gpu)
+        for plan, backward in ((entry.forward, False), (entry.backward, True))
+    ]
+    return replace(entry, forward=plans[0], backward=plans[1])

@@ -1,0 +1,1 @@
+"""The commands that `rnnfast` knows besides its library: `rnnfast tune`."""

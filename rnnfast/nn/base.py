@@ -1,0 +1,177 @@
+"""What layers and cells share: their options, how others know them, and what of torch.nn runs in their stead.
+
+The classes add nothing to torch.nn's but ``forward`` and methods that PyTorch calls. The work is done by functions that take the
+layer, so that no name of ours can meet one of a subclass or of a user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rnnfast import torch_private
+from rnnfast.choice.decide import check_backend, is_backend
+from rnnfast.torch_private import CALLED, constant
+
+__all__ = ["Accelerated", "Option", "cell_of", "checkpointed", "fx_node", "is_traced_by_fx", "replaced"]
+
+ACCELERATED = "_rnnfast_accelerated"  # attribute of a layer that `rnnfast.accelerate` exchanged
+_THEIRS = (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN, torch.nn.LSTMCell, torch.nn.GRUCell, torch.nn.RNNCell)
+_FORWARDS = {cls: cls.forward for cls in _THEIRS}
+_CALLED = {cls: {name: getattr(cls, name, None) for name in CALLED} for cls in _THEIRS}
+
+
+class Option:
+    """An attribute of a layer that may be set at any time to what `is_ours` accepts; ``_rnnfast_<name>`` keeps it.
+
+    Anything else that is set under the name is the user's own, and has no effect here: a module, a parameter, a number.
+    """
+
+    def __init__(self, name: str, is_ours: Callable[[Any], bool], doc: str) -> None:
+        self.name, self.kept, self.is_ours, self.__doc__ = name, f"_rnnfast_{name}", is_ours, doc
+
+    def __get__(self, layer: Any, cls: type | None = None) -> Any:
+        if layer is None:
+            return self
+        own = vars(layer)
+        for place in (own, own.get("_modules", {}), own.get("_parameters", {}), own.get("_buffers", {})):
+            if self.name in place:
+                return place[self.name]
+        return getattr(layer, self.kept)
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        own = vars(layer)
+        own.pop(self.name, None)
+        own.pop(self.kept, None)
+        own[self.kept if self.is_ours(value) else self.name] = value
+
+    def __delete__(self, layer: Any) -> None:
+        own = vars(layer)
+        if self.name not in own and self.kept not in own:
+            raise AttributeError(self.name)
+        own.pop(self.name, None)
+        own.pop(self.kept, None)
+
+
+class Accelerated(torch.nn.Module):
+    """A mixin: it stands before torch.nn's class among the bases."""
+
+    _rnnfast_backend: str | None = None
+    backend = Option("backend", is_backend, "The backend that the layer asks for, or None.")
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_backend(backend)
+        if backend is not None:
+            vars(self)["_rnnfast_backend"] = backend
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for option in _options(type(self)) if ACCELERATED not in state else ():
+            if option.name in state and option.is_ours(state[option.name]):  # pickled when options were plain attributes
+                setattr(self, option.name, state[option.name])
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        _make_room(self, "_parameters", name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
+        _make_room(self, "_buffers", name)
+        super().register_buffer(name, *args, **kwargs)
+
+    def add_module(self, name: str, module: Any) -> None:
+        _make_room(self, "_modules", name)
+        super().add_module(name, module)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError("torch.jit.script does not know rnnfast's layers: script rnnfast.restore(model, every=True)")
+
+    def extra_repr(self) -> str:
+        backend = self._rnnfast_backend
+        return super().extra_repr() + (f", backend={backend!r}" if backend not in (None, "auto") else "")
+
+
+def _options(cls: type) -> list[Option]:
+    return [option for name in ("backend", "recompute") if isinstance(option := getattr(cls, name, None), Option)]
+
+
+def _make_room(layer: torch.nn.Module, place: str, name: str) -> None:
+    """Let `name` be registered in `place` though it is an option's: torch.nn refuses the name of an attribute that is none."""
+    own = vars(layer)
+    places = [own, *(own[each] for each in ("_modules", "_parameters", "_buffers") if each in own)]
+    if any(option.name == name for option in _options(type(layer))) and not any(name in each for each in places):
+        own[place][name] = None
+
+
+# What of torch.nn runs
+
+
+def cell_of(layer: Any) -> str:
+    """The name of the layer's or cell's equations in `rnnfast.reference`; empty for a nonlinearity that is none."""
+    if isinstance(layer, (torch.nn.LSTM, torch.nn.LSTMCell)):
+        return "lstm"
+    if isinstance(layer, (torch.nn.GRU, torch.nn.GRUCell)):
+        return "gru"
+    return str(layer.mode).lower() if isinstance(layer, torch.nn.RNN) else f"rnn_{layer.nonlinearity}"
+
+
+@constant
+def _replaced_in_class(cls: type, mixin: type) -> str:
+    (base,) = [each for each in cls.__mro__ if each in _FORWARDS][:1]
+    for name, original in _CALLED[base].items():
+        if getattr(cls, name, None) is not original:
+            return f"{cls.__name__}.{name} is not torch.nn's, whose forward calls it"
+    after = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
+    found = next(each for each in after if "forward" in vars(each))
+    if vars(found)["forward"] is not _FORWARDS[base]:
+        return f"{found.__module__}.{found.__qualname__}.forward was replaced"
+    return ""
+
+
+def replaced(layer: torch.nn.Module, mixin: type) -> str:
+    """What was overridden or replaced of what torch.nn's ``forward`` is and calls, in words; empty if nothing was.
+
+    Only torch.nn's own ``forward`` can do justice to it. `mixin`: the class whose ``forward`` stands before torch.nn's.
+    """
+    for name in CALLED:
+        if name in layer.__dict__:
+            return f"{name}, which torch.nn's forward calls, was replaced on the instance"
+    return _replaced_in_class(type(layer), mixin)
+
+
+def is_traced_by_fx(layer: torch.nn.Module, forward: Any, *values: Any) -> bool:
+    """Whether torch.fx is to keep the call whole, as it keeps torch.nn's: one of `values` stands for a tensor, and the layer's
+    ``forward`` is `forward` itself. (One that calls it would run twice: torch.nn's refuses to be traced in it, so ours does.)"""
+    proxies = any(
+        isinstance(part, torch.fx.Proxy)
+        for value in values
+        for part in (value if isinstance(value, (tuple, list)) else (value,))
+    )
+    return proxies and type(layer).forward is forward and "forward" not in layer.__dict__
+
+
+def fx_node(layer: torch.nn.Module, *args: Any, **options: Any) -> Any:
+    """The call as one node of a torch.fx graph, ``call_module``."""
+    proxies = [
+        part for value in (*args, *options.values()) for part in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
+    tracer: Any = next(proxy.tracer for proxy in proxies if isinstance(proxy, torch.fx.Proxy))
+    if layer is tracer.root:
+        raise torch.fx.proxy.TraceError("a layer cannot be the root of what torch.fx traces: put it into a torch.nn.Sequential")
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, options)
+
+
+def checkpointed(run: Callable, *args: Any, also: Iterable[Any] = (), **options: Any) -> Any:
+    """``run(*args, **options)`` under PyTorch's checkpoint. That notices that a tensor was edited before backward only if the
+    tensor is an argument itself: so every tensor is, those inside others and those of `also` too."""
+    count = len(args)
+    tensors = [leaf for leaf in torch_private.tree_leaves((args, options)) if isinstance(leaf, Tensor)]
+
+    def call(*given: Any) -> Any:
+        return run(*given[:count], **options)
+
+    return checkpoint(call, *args, *tensors, *also, use_reentrant=False)

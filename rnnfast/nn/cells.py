@@ -1,0 +1,101 @@
+"""The cells, one step a call: `LSTMCell`, `GRUCell` and `RNNCell`, derived from torch.nn's own.
+
+As with the layers, ``forward`` alone is new, and what the kernels do not take, a wrong call included, goes to torch.nn's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnfast import torch_private
+from rnnfast.choice.decide import Decision, decide, tell
+from rnnfast.nn import base, checks, stack
+from rnnfast.nn.base import cell_of
+
+__all__ = ["Cell", "GRUCell", "LSTMCell", "RNNCell", "decision"]
+
+
+class Cell(base.Accelerated, torch.nn.RNNCellBase):
+    """The common ``forward``. A mixin: it stands before torch.nn's class among the bases."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        if base.is_traced_by_fx(self, Cell.forward, input, hx):
+            return base.fx_node(self, input, hx)
+        chosen = decision(self, input, hx)
+        if chosen.gives_way:
+            tell(chosen.asked, chosen.asked_by, chosen.gives_way)
+        return super().forward(input, hx) if chosen.runner == "torch" else _run(chosen.runner, self, input, hx)
+
+
+def _weights(cell: Any) -> tuple[Any, ...]:
+    return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+
+
+def decision(cell: Cell, input: Any, hx: Any) -> Decision:
+    """The facts about a call, put to `rnnfast.choice.decide.decide`."""
+    is_tensor = isinstance(input, Tensor)
+    return decide(
+        cell._rnnfast_backend,
+        input.device.type if is_tensor else None,
+        input.device.index if is_tensor else None,
+        input.dtype if is_tensor else None,
+        well_formed=checks.cell_fits(cell, cell_of(cell), _weights(cell), input, hx),
+        replaced=base.replaced(cell, Cell),
+        expanded=torch_private.is_expanded(cell._parameters.values()),
+        steps=False,
+    )
+
+
+def _run(runner: str, cell: Cell, input: Tensor, hx: Any) -> Any:
+    """A well-formed call, on "kernels" or by "equations"."""
+    name, batched = cell_of(cell), input.dim() == 2
+    x = input[None] if batched else input[None, None]
+    states = tuple(state if batched else state[None] for state in checks.states_of(name, hx)) or None
+    w_ih, w_hh, b_ih, b_hh = _weights(cell)
+    _, last = stack.LAYERS[runner](name, x, states, w_ih, w_hh, b_ih, b_hh)
+    if not batched:
+        last = tuple(state[0] for state in last)
+    return last if len(last) > 1 else last[0]
+
+
+_DOC = """One step of `rnnfast.{layer}`, a drop-in for torch.nn.{layer}Cell.
+
+    {equations}
+
+    Same constructor, parameters, initialisation, state_dict, inputs, outputs and errors as torch.nn.{layer}Cell, of which it is
+    a subclass; see there. Equations and gate order are those of `rnnfast.{layer}`, which runs a whole sequence in one
+    call: a cell is for what must decide something between two steps.
+
+    Args:
+        args, kwargs: those of torch.nn.{layer}Cell.
+        backend: as in `rnnfast.{layer}`.
+
+    Shapes and dtypes: ``input`` (B, I) or (I,); each state (B, H) or (H,), zeros if absent; dtypes as in `rnnfast.{layer}`.{c}
+    All outputs are differentiable with respect to input, states and parameters.
+
+    Example:
+        >>> cell = rnnfast.{layer}Cell(10, 20)
+        >>> {result} = cell(torch.randn(3, 10))
+        >>> h.shape
+        torch.Size([3, 20])
+    """
+
+
+class LSTMCell(Cell, torch.nn.LSTMCell):
+    __doc__ = _DOC.format(
+        layer="LSTM",
+        equations="h', c' = one step from (h, c)",
+        c="\n    Between steps c is rounded to the dtype of the input, as torch.nn's is; `rnnfast.LSTM` carries it in float32.",
+        result="h, c",
+    )
+
+
+class GRUCell(Cell, torch.nn.GRUCell):
+    __doc__ = _DOC.format(layer="GRU", equations="h' = one step from h", c="", result="h")
+
+
+class RNNCell(Cell, torch.nn.RNNCell):
+    __doc__ = _DOC.format(layer="RNN", equations="h' = one step from h", c="", result="h")

@@ -1,0 +1,276 @@
+"""The modules: `LSTM`, `GRU` and `RNN`, derived from torch.nn's own.
+
+Constructor, parameters, initialisation, state_dict, repr and errors are inherited. ``forward`` alone is new. It asks
+`rnnfast.choice.decide` what runs, and lets torch.nn's own ``forward`` take what the kernels do not, a call that torch.nn would
+refuse included, so that the error is torch.nn's too.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast import torch_private
+from rnnfast.choice import kernel_plan, tuning_file
+from rnnfast.choice.decide import Decision, cpu_is_torchs, decide, tell
+from rnnfast.nn import base, checks, stack
+from rnnfast.nn.base import Option, cell_of
+from rnnfast.nn.options import CallOptions
+
+__all__ = ["GRU", "LSTM", "RNN", "Sequence", "decision", "read", "shape", "weights_of"]
+
+
+class Sequence(base.Accelerated, torch.nn.RNNBase):
+    """The common ``forward``. A mixin: it stands before torch.nn's class among the bases."""
+
+    _rnnfast_recompute: bool = False
+    recompute = Option("recompute", lambda value: isinstance(value, bool), "Whether training keeps no gate activations.")
+
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        checks.check_recompute(recompute)
+        if recompute:
+            vars(self)["_rnnfast_recompute"] = True
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Tensor | None = None,
+        reset_to: Any = None,
+        return_all_states: bool = False,
+        return_gates: bool = False,
+    ) -> Any:
+        """torch.nn's ``forward``, and what torch.nn does not have: see the class."""
+        no_options = lengths is None and resets is None and reset_to is None and not return_all_states and not return_gates
+        # a call on a CPU may take 25 us, of which these lines must not be a part that counts
+        if no_options and isinstance(input, Tensor) and input.is_cpu and not self._rnnfast_recompute:
+            if cpu_is_torchs(self._rnnfast_backend):
+                try:
+                    return super().forward(input, hx)
+                except RuntimeError:
+                    if not torch_private.is_expanded(self._parameters.values()):
+                        raise
+        if no_options:
+            return _call(self, input, hx, {})
+        given = {"lengths": lengths, "resets": resets, "reset_to": reset_to}
+        return _call(self, input, hx, given | {"return_all_states": return_all_states, "return_gates": return_gates})
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr() + (", recompute=True" if self._rnnfast_recompute else "")
+        if torch_private.dynamo_refuses_layers():  # it is about to, and puts the layer's repr into the message
+            text += "; to compile rnnfast layers, call rnnfast.enable_compile() once before"
+        return text
+
+
+@torch_private.skipped_by_dynamo
+def _call(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> Any:
+    """A call with the options `given`, empty for none."""
+    if base.is_traced_by_fx(layer, Sequence.forward, input, hx, *given.values()):
+        return base.fx_node(
+            layer, input, hx, **{name: value for name, value in given.items() if value is not None and value is not False}
+        )
+    cell, weights = cell_of(layer), weights_of(layer)
+    well_formed = checks.layer_fits(layer, cell, weights, input, hx)
+    read_options = None
+    if given:
+        if not well_formed:
+            _by_torch(layer, input, hx)
+            raise RuntimeError("lengths, resets, return_all_states and return_gates need an input that is not empty")
+        read_options = read(layer, cell, input, **given)
+    chosen = decision(layer, cell, weights, input, hx, well_formed, read_options)
+    if chosen.refusal:
+        raise RuntimeError(chosen.refusal)
+    if chosen.gives_way:
+        tell(chosen.asked, chosen.asked_by, chosen.gives_way)
+    runner = chosen.runner
+    if runner == "kernels":
+        return stack.run(runner, layer, cell, weights, input, hx, read_options, layer._rnnfast_recompute)
+    # torch.func refuses PyTorch's checkpoint: inside its transforms all is kept
+    again = layer._rnnfast_recompute and torch.is_grad_enabled() and not torch_private.inside()
+    if runner == "equations":
+        return stack.run(runner, layer, cell, weights, input, hx, read_options, again)
+    by_torch = partial(_again_by_torch if again else _by_torch, layer)
+    if runner == "packed":
+        assert read_options is not None
+        return stack.by_packing(by_torch, layer, cell, read_options.lengths, input, hx)
+    return by_torch(input, hx)
+
+
+def _by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
+    """torch.nn's own ``forward``. torch.nn.LSTM does not check the sizes of the states of a packed call, and crashes."""
+    states = checks.states_of(cell_of(layer), hx)
+    if isinstance(input, PackedSequence) and len(states) > 1 and all(isinstance(state, Tensor) for state in states):
+        layer.check_forward_args(input.data, hx, input.batch_sizes)
+    return super(Sequence, layer).forward(input, hx)
+
+
+def _again_by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
+    return base.checkpointed(partial(_by_torch, layer), input, hx, also=layer._parameters.values())
+
+
+def weights_of(layer: torch.nn.RNNBase) -> list[list[Any]]:
+    """The weights of each layer and direction, as torch.nn's ``forward`` would use them in this call."""
+    flat = torch_private.current_weights(layer)
+    count = 2 + (2 if layer.bias else 0) + (1 if layer.proj_size else 0)
+    return [list(flat[n : n + count]) for n in range(0, len(flat), count)]
+
+
+def read(
+    layer: torch.nn.RNNBase,
+    cell: str,
+    input: Any,
+    lengths: Any = None,
+    resets: Any = None,
+    reset_to: Any = None,
+    return_all_states: bool = False,
+    return_gates: bool = False,
+) -> CallOptions:
+    """The options of a call whose tensors fit, checked."""
+    packed = isinstance(input, PackedSequence)
+    if packed and (lengths is not None or resets is not None):
+        raise ValueError("a PackedSequence has its own lengths, and no place for resets: pad it, and give lengths")
+    x = input.data.unsqueeze(0) if packed else input
+    shapes = checks.state_shapes(layer, cell, input)
+    wanted = (lengths, resets, reset_to, return_all_states, return_gates)
+    return checks.read_options(x, *wanted, shapes=shapes, batch_first=layer.batch_first)
+
+
+def decision(
+    layer: Sequence,
+    cell: str,
+    weights: list[list[Any]],
+    input: Any,
+    hx: Any,
+    well_formed: bool,
+    read_options: CallOptions | None,
+) -> Decision:
+    """The facts about a call, put to `rnnfast.choice.decide.decide`."""
+    tensor = input.data if isinstance(input, PackedSequence) else input
+    is_tensor = isinstance(tensor, Tensor)
+    flat = [weight for group in weights for weight in group]
+    trains = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in (tensor, *flat))
+    return decide(
+        layer._rnnfast_backend,
+        tensor.device.type if is_tensor else None,
+        tensor.device.index if is_tensor else None,
+        tensor.dtype if is_tensor else None,
+        well_formed=well_formed,
+        replaced=base.replaced(layer, Sequence),
+        expanded=torch_private.is_expanded(flat),
+        padded=is_tensor and tensor is input,
+        options="none" if read_options is None else read_options.kind,
+        packable=read_options is not None and read_options.packable,
+        onednn_trains=trains and cell in checks.ONEDNN and tensor is input,
+        measured=well_formed and read_options is None and _torch_is_fastest(layer, cell, input, hx),
+    )
+
+
+def _torch_is_fastest(layer: torch.nn.RNNBase, cell: str, input: Any, hx: Any) -> bool:
+    """As `rnnfast tune` measured it. Not in compiled code, where PyTorch unrolls its layer, nor inside a transform."""
+    if torch.compiler.is_compiling() or torch_private.inside() or not isinstance(input, Tensor) or layer.proj_size:
+        return False
+    return kernel_plan.measured(input.device) and kernel_plan.torch_wins(shape(layer, cell, input, hx), input.device)
+
+
+def shape(layer: torch.nn.RNNBase, cell: str, input: Tensor, hx: Any) -> tuning_file.Shape:
+    """The shape of a well-formed call without options, as it is tuned for."""
+    T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
+    if input.dim() == 3 and layer.batch_first:
+        T, B = B, T
+    tensors = (input, *checks.states_of(cell, hx), *layer.parameters())
+    sizes = (T, B, layer.input_size, layer.hidden_size, layer.num_layers, 1 + layer.bidirectional)
+    return kernel_plan.shape(cell, *sizes, tensors)
+
+
+_DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels:
+
+        {equations}
+
+    Same constructor, parameters, initialisation, state_dict, inputs, outputs and errors as torch.nn.{name}, of which it is a
+    subclass; see there. Weights of one load into the other.
+
+    Args:
+        args, kwargs: those of torch.nn.{name}.
+        backend: "triton", "torch" or "reference" to have it run there; None, the default, or "auto" for the choice per call
+            that `rnnfast.explain` explains. A `ValueError` for another name.
+        recompute: whether training keeps less: no gate activations, which backward computes again with two matrix products. Of
+            the kernels an LSTM then keeps its cell states in float32 and a GRU nothing, besides the input and the output; the
+            other backends run their whole forward once more (``torch.utils.checkpoint``). Without effect on what is returned,
+            and a layer's ``recompute`` may be set at any time. A `TypeError` for what is no bool.
+
+    Called with ``input`` and ``hx`` as torch.nn.{name} is, and with what that does not have (docs/sequences.md):
+
+    Keyword Args:
+        lengths: integers (B,), the steps of each row that count, 0 to T, in any order; a list, or a tensor on the CPU or the
+            input's device. ``output`` is zero in padding, the last states are those of each row's last step.
+        resets: bool (T, B), laid out as ``input``: a boundary before a step, at which the state begins anew.
+        reset_to: the states that resets begin from, in the form of ``hx``; zeros if not given.
+        return_all_states: also return, after the last states, a tuple of an entry a layer, {entry}, each laid out
+            as ``output``.
+        return_gates: also return, last, a tuple of an entry a layer: the gate activations (T, B, directions, {gates}, H), in
+            gate order, without gradient.
+
+    Errors: `RuntimeError` for a wrong size or device or a length out of range, `ValueError` for a wrong dtype or options that
+    do not go together, `TypeError` for what is no tensor.
+
+    Shapes and dtypes: ``input`` (T, B, I), (B, T, I) with ``batch_first``, or (T, I); each state of ``hx``
+    (layers * directions, B, H) or, unbatched, (layers * directions, H); ``output`` (T, B, directions * H). float16, bfloat16
+    and float32 on the kernels, which accumulate in float32{carried}; float64 on PyTorch's own layer.
+    A `PackedSequence` comes out as one. All outputs are differentiable with respect to input, states and parameters.
+
+    Source: {source}.
+
+    Example:
+        >>> layer = rnnfast.{name}(10, 20, num_layers=2, bidirectional=True)
+        >>> output, {result} = layer(torch.randn(5, 3, 10))
+        >>> output.shape
+        torch.Size([5, 3, 40])
+    """
+
+
+class LSTM(Sequence, torch.nn.LSTM):
+    __doc__ = _DOC.format(
+        title="Long short-term memory",
+        name="LSTM",
+        equations="i, f, o = sigmoid(W_i x + b_i + R_i h + p_i), ...; g = tanh(W_g x + b_g + R_g h + p_g)\n"
+        "        c' = f c + i g; h' = o tanh(c')        gate order i, f, g, o",
+        carried=" and carry the cell\n    state in it",
+        entry="``(h, c)`` of every step",
+        gates=4,
+        source="Hochreiter and Schmidhuber, 1997, with the forget gate of Gers, Schmidhuber and Cummins, 2000",
+        result="(h_n, c_n)",
+    )
+
+
+class GRU(Sequence, torch.nn.GRU):
+    __doc__ = _DOC.format(
+        title="Gated recurrent unit",
+        name="GRU",
+        equations="r, z = sigmoid(W_r x + b_r + R_r h + p_r), ...; n = tanh(W_n x + b_n + r (R_n h + p_n))\n"
+        "        h' = (1 - z) n + z h        gate order r, z, n",
+        carried="",
+        entry="``(h,)`` of every step",
+        gates=3,
+        source="Cho et al., 2014, with the reset gate after the product, as cuDNN has it",
+        result="h_n",
+    )
+
+
+class RNN(Sequence, torch.nn.RNN):
+    __doc__ = _DOC.format(
+        title="Elman network",
+        name="RNN",
+        equations="h' = tanh(W x + b + R h + p), or relu with nonlinearity='relu'",
+        carried="",
+        entry="``(h,)`` of every step",
+        gates=1,
+        source="Elman, 1990",
+        result="h_n",
+    )

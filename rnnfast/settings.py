@@ -1,0 +1,65 @@
+"""The settings of rnnfast: environment variables, of which some can also be set for a ``with`` block.
+
+Read at each use, so that they may change at any time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from rnnfast.torch_private import environment
+
+__all__ = ["BACKEND", "BACKENDS", "KERNELS", "STRICT", "TUNING_FILE", "Setting", "strict"]
+
+
+class Setting:
+    """One setting. ``get`` gives the value of the innermost ``with`` block of this thread, else the variable's, else None.
+
+    Args:
+        variable: the environment variable; an empty value counts as unset.
+        choices: the values allowed; empty for any text.
+    """
+
+    def __init__(self, variable: str, choices: tuple[str, ...] = ()) -> None:
+        self.variable, self.choices = variable, choices
+        self.key = os.environ.encodekey(variable)  # type: ignore[attr-defined]
+        self.block: ContextVar[str | None] = ContextVar(variable, default=None)
+
+    def check(self, value: str, source: str) -> str:
+        """`value`, or a `ValueError` that names the choices and the `source` of the value."""
+        if self.choices and value not in self.choices:
+            names = [repr(choice) for choice in self.choices]
+            raise ValueError(f"{source} should be one of {', '.join(names[:-1])} or {names[-1]}, got {value!r}")
+        return value
+
+    def in_environment(self) -> str | None:
+        value = os.environ.get(self.variable) if self.key in environment else None
+        return self.check(value, self.variable) if value else None
+
+    def get(self) -> str | None:
+        return self.block.get() or self.in_environment()
+
+    @contextmanager
+    def within(self, value: str) -> Iterator[None]:
+        """Within the ``with`` block, and in this thread, the setting is `value`, which has been checked."""
+        token = self.block.set(value)
+        try:
+            yield
+        finally:
+            self.block.reset(token)
+
+
+BACKENDS = ("triton", "torch", "reference")
+
+BACKEND = Setting("RNNFAST_BACKEND", (*BACKENDS, "auto"))
+STRICT = Setting("RNNFAST_STRICT", ("0", "1"))
+KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent"))
+TUNING_FILE = Setting("RNNFAST_TUNING_FILE")
+
+
+def strict() -> bool:
+    """Whether nothing gives way: a call that the backend asked for cannot run raises."""
+    return STRICT.get() == "1"

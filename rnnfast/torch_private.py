@@ -1,0 +1,223 @@
+"""Every private name of PyTorch that rnnfast uses, and the one of Python's: why, what it buys, and since when it is known.
+
+Nothing else in rnnfast touches a name with a leading underscore of torch. Checked with torch 2.9 to 2.13; tests/test_torch_private.py
+checks on the torch that is installed that each name still means what is said here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, _guards
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "CALLED",
+    "EXPANDED",
+    "add_batch_dim",
+    "batch_dim_level",
+    "constant",
+    "current_weights",
+    "dynamo_refuses_layers",
+    "environment",
+    "forward_level",
+    "has_operator",
+    "innermost_transform",
+    "inside",
+    "is_expanded",
+    "is_fake",
+    "is_forward_mode",
+    "is_legacy_batched",
+    "is_wrapped",
+    "pack",
+    "pad",
+    "remove_batch_dim",
+    "run_operator",
+    "saved_tensor",
+    "skipped_by_dynamo",
+    "tracing",
+    "tracing_context",
+    "tree_leaves",
+]
+
+_F = TypeVar("_F", bound=Callable)
+_functorch: Any = torch._C._functorch
+
+EXPANDED = "torch.nn.utils._expanded_weights.expanded_weights_impl"
+FAKE = "torch._subclasses.fake_tensor"
+
+# os.environ encodes each name that is looked up and raises where there is none: 0.55 us. The dict behind it takes 0.02 us.
+environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+
+# What is being traced, or None. TracingContext.try_get raises and catches an exception where nothing is: 0.5 us. Its thread-local
+# takes 0.05 us.
+tracing_context = partial(getattr, _guards._TLS, "tracing_context", None)
+
+# The level of forward-mode differentiation, -1 where it is off. There is no public way to ask.
+forward_level = partial(getattr, forward_ad, "_current_level")
+
+# The transform of torch.func that is innermost, or None. There is no public way to ask.
+innermost_transform = _functorch.peek_interpreter_stack
+
+
+def constant(function: _F) -> _F:
+    """``torch.compiler.assume_constant_result``, which would import Dynamo, and with it Triton, along with rnnfast."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def skipped_by_dynamo(function: _F) -> _F:
+    """Have Dynamo leave calls of `function` that are not part of a trace alone, and all that they call.
+
+    Dynamo refuses an RNN layer unless it was told otherwise, and calls it as it is; but then it would compile what the layer
+    calls, piece by piece, which fails where a piece depends on data. torch.nn's own files are on a list that Dynamo skips. The
+    public ``torch.compiler.disable`` would also end a trace that takes the layer whole.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    action = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(action, action))
+    return function
+
+
+def tracing() -> bool:
+    """Whether Dynamo, AOTAutograd or torch.export is tracing. ``torch.compiler.is_compiling`` is false in AOTAutograd."""
+    return tracing_context() is not None
+
+
+def dynamo_refuses_layers() -> bool:
+    """Whether Dynamo is tracing and refuses RNN layers: ``torch._dynamo.config.allow_rnn``, the switch itself, is documented."""
+    return tracing() and not torch._dynamo.config.allow_rnn
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on. An operator without a rule for it would have a derivative of zero."""
+    return forward_level() >= 0
+
+
+@constant
+def inside() -> tuple[str, ...]:
+    """The transforms that the call is inside of, the outermost first.
+
+    "forward" if forward-mode differentiation is on, torch.func's or torch.autograd's; then those of torch.func: "vmap", "grad",
+    "jvp", "functionalize". Autograd has no public way to ask which transforms will reach an operator.
+    """
+    stack = _functorch.get_interpreter_stack() or ()
+    forward = ("forward",) if is_forward_mode() else ()
+    return (*forward, *(interpreter.key().name.lower() for interpreter in stack))
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func wraps `tensor`, so that its numbers cannot be read."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+@constant
+def _has_expanded() -> bool:
+    return EXPANDED in sys.modules
+
+
+def is_expanded(tensors: Iterable[Any]) -> bool:
+    """Whether among `tensors` are weights of torch.nn.utils' call_for_per_sample_grads, which know PyTorch's operators only."""
+    return _has_expanded() and any(type(tensor).__name__ == "ExpandedWeight" for tensor in tensors)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether `tensor` has a shape and no numbers: a FakeTensor, or one on the meta device."""
+    return tensor.is_meta or (FAKE in sys.modules and isinstance(tensor, sys.modules[FAKE].FakeTensor))
+
+
+# The old vmap of torch.autograd.grad(is_grads_batched=True), which takes no rules: see `rnnfast.ops.vmap`
+
+
+def is_legacy_batched(tensor: Tensor) -> bool:
+    return _functorch.is_legacy_batchedtensor(tensor)
+
+
+def batch_dim_level() -> int:
+    """The level of the innermost old vmap."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def remove_batch_dim(tensor: Tensor, level: int) -> Tensor:
+    """`tensor` with what the old vmap of `level` maps over as its first dimension."""
+    return torch._remove_batch_dim(tensor, level, 0, 0)  # of size 0 if it had none, but it has
+
+
+def add_batch_dim(tensor: Tensor, level: int) -> Tensor:
+    return torch._add_batch_dim(tensor, 0, level)
+
+
+def saved_tensor(ctx: Any, index: int) -> Tensor | None:
+    """``ctx.saved_tensors[index]`` without the others: PyTorch then checks whether this one alone was edited in place.
+
+    Raises:
+        RuntimeError: it was edited in place after it was saved.
+    """
+    return ctx._raw_saved_tensors[index].unpack()
+
+
+# The operators behind torch.nn's layers. Public are only the modules, which own their weights.
+
+
+def has_operator(name: str) -> bool:
+    return hasattr(torch._VF, name)
+
+
+def run_operator(name: str, *args: Any) -> Any:
+    """torch._VF.lstm, gru, rnn_tanh or rnn_relu."""
+    return getattr(torch._VF, name)(*args)
+
+
+def pad(data: Tensor, sizes: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Rows of a PackedSequence in its own order, (T, B, I), and their lengths. The public function also sorts the rows."""
+    return torch._VF._pad_packed_sequence(data, sizes, False, 0.0, steps)  # type: ignore[attr-defined]
+
+
+def pack(tensor: Tensor, lengths: Tensor) -> Tensor:
+    """The inverse of `pad`."""
+    return torch._VF._pack_padded_sequence(tensor, lengths, False)[0]  # type: ignore[attr-defined]
+
+
+# torch.nn.RNNBase
+
+
+def current_weights(layer: torch.nn.RNNBase) -> list[Any]:
+    """The weights that torch.nn's ``forward`` would use: ``layer._flat_weights``, brought up to date as it does.
+
+    These are the attributes of the layer's weight names if any of those was replaced since the last call, and else the list as
+    it stands, which other networks may have set. Where torch.func or a compiler traces, the layer is left unchanged.
+    """
+    if not (torch.compiler.is_compiling() or innermost_transform() is not None or is_expanded(layer._parameters.values())):
+        layer._update_flat_weights()
+        return layer._flat_weights
+    named = [getattr(layer, name, None) for name in layer._flat_weights_names]
+    flat = layer._flat_weights
+    if len(flat) == len(named) and all(a is b for a, b in zip(flat, named, strict=True)):
+        return named
+    replaced = (
+        weight is not None and ref is not None and ref() is not weight
+        for weight, ref in zip(named, layer._flat_weight_refs, strict=True)
+    )
+    return named if any(replaced) else flat
+
+
+# What torch.nn's forward of a layer calls, by name, as it was when rnnfast was imported
+CALLED = (
+    "check_forward_args",
+    "check_hidden_size",
+    "check_input",
+    "get_expected_cell_size",
+    "get_expected_hidden_size",
+    "permute_hidden",
+    "_init_flat_weights",
+    "_update_flat_weights",
+    "_weights_have_changed",
+)

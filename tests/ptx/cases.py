@@ -1,0 +1,23 @@
+"""The layers that run: a few in the default tests, many in the sweep."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from tests.ptx.layer import Layer
+
+FAMILIES = ("step", "persistent")
+CELLS = ("lstm", "gru", "rnn_tanh")
+
+QUICK = tuple(Layer(family, cell, "float16") for family, cell in product(FAMILIES, CELLS))
+SWEEP = (
+    *(Layer(*choice) for choice in product(FAMILIES, (*CELLS, "rnn_relu"), ("bfloat16", "tf32", "float32"))),
+    # two tiles of batch rows, of one of which no row runs; without a state before the first step where it is reversed
+    *(Layer(*choice, B=9, marked=True) for choice in product(FAMILIES, CELLS, ("float16", "bfloat16", "tf32"))),
+    *(Layer(*choice, "float16", B=9, T=5, marked=True, reverse=True) for choice in product(FAMILIES, CELLS)),
+    # one row; odd sizes, which are padded and whose rows are not aligned; sizes whose sum the warps share
+    *(Layer(*choice, "float16", B=1, T=1) for choice in product(FAMILIES, CELLS)),
+    *(Layer(*choice, "float16", H=29, B=5, reverse=True) for choice in product(FAMILIES, CELLS)),
+    *(Layer(*choice, "float16", H=128, B=17) for choice in product(FAMILIES, CELLS)),
+)
+LAYERS = {"quick": QUICK, "sweep": SWEEP, "none": ()}
