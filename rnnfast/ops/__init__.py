@@ -8,7 +8,6 @@ vmap         vmap over them
 gradients    derivatives of any order
 layers       `layer` and `trace`
 dropout      dropout between layers, operators of their own
-
 """
 
 from rnnfast.ops import dropout
