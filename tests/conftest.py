@@ -18,6 +18,8 @@ if os.environ.get("TRITON_INTERPRET"):
 
     quick_interpreter.install()
 
+# PyTorch's own module checks need expecttest, which a GPU machine may lack.
+collect_ignore_glob = [] if find_spec("expecttest") else ["*/test_module_db.py"]
 settings.register_profile("rnnfast", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("rnnfast")
 
