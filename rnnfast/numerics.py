@@ -44,8 +44,8 @@ SIGNS = 64  # doubtful signs of relu: up to so many are judged both ways, one by
 
 # how operations round; all others are exact
 KINDS = dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"), "product")
-KINDS |= {"add": "add", "relu": "relu", "relu_": "relu"}
-KINDS |= dict.fromkeys(("add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "addcmul", "pow", "exp", "sum"), "other")
+KINDS |= {"sum": "sum", "add": "add", "relu": "relu", "relu_": "relu"}
+KINDS |= dict.fromkeys(("add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "addcmul", "pow", "exp"), "other")
 KINDS |= dict.fromkeys(("sigmoid", "sigmoid_", "tanh", "tanh_", "sigmoid_backward", "tanh_backward"), "other")
 KINDS |= dict.fromkeys(("_cudnn_rnn", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"), "whole")
 KINDS |= dict.fromkeys(("_cudnn_rnn_backward", "_thnn_fused_lstm_cell_backward_impl", "_thnn_fused_gru_cell_backward"), "whole")
@@ -74,7 +74,8 @@ class _Arithmetic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kind = KINDS.get(func.overloadpacket.__name__)
-        if kind is None or (self.seed is None and kind != "relu") or not args[0].is_floating_point():
+        exactly = kind is None or (self.seed is None and kind != "relu")
+        if exactly or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
             return func(*args, **(kwargs or {}))
         if kind == "relu":
             return self._relu(func, *args)
@@ -83,6 +84,8 @@ class _Arithmetic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if kind == "whole":  # of what happens inside nothing is known: the results are rounded
             return tree_map_only(Tensor, lambda part: self._round_(part, part) if part.is_floating_point() else part, result)
+        if kind == "sum":
+            return self._sum(func, args, kwargs or {}, result)
         if kind != "add" or not isinstance(args[1], Tensor):
             return self._round_(result, result)
         inexact = (result != args[0]) & (result != args[1])  # x + 0 is exact: autograd adds gradients that are mostly zeros
@@ -108,11 +111,16 @@ class _Arithmetic(TorchDispatchMode):
         if self.tf32:
             args[first:] = (self._round_(arg.clone(), arg, TF32) for arg in args[first:])
         result = func(*args, **kwargs)
+        return self._terms(result, args[first].shape[-1], lambda: func(*(arg.square() for arg in args), **kwargs))
+
+    def _sum(self, func, args: tuple, kwargs: dict, result: Tensor) -> Tensor:
+        terms = args[0].numel() // max(1, result.numel())
+        return self._terms(result, terms, lambda: func(args[0].square(), *args[1:], **kwargs))
+
+    def _terms(self, result: Tensor, terms: int, squares: Callable[[], Tensor]) -> Tensor:
+        """Rounds sums of so many terms, one after another. Of random signs, partial sums grow as a random walk does."""
         self._round_(result, result)
-        if self.sums:  # of random signs: the partial sums grow as a random walk does, and so does the sum of their errors
-            squares = func(*(arg.square() for arg in args), **kwargs)
-            self._round_(result, squares.mul_(args[first].shape[-1] / 2).sqrt_())
-        return result
+        return self._round_(result, squares().mul_(terms / 2).sqrt_()) if self.sums and terms > 1 else result
 
     def _relu(self, func, z: Tensor) -> Tensor:
         self.entered.append(z.detach().clone())
