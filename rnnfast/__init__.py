@@ -13,8 +13,7 @@ from rnnfast.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from rnnfast.ops import FLOP_FORMULAS
 from rnnfast.settings import BACKENDS
 from rnnfast.tuning import TuningWarning
-
-__version__ = "0.1.0"
+from rnnfast.version import __version__ as __version__
 
 __all__ = [
     "BACKENDS",
