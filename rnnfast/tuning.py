@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rnnfast.choice.obstacles import user_level
-from rnnfast.settings import TUNING_FILE
 from rnnfast.gpu import driver_version
 from rnnfast.reference import GATES
+from rnnfast.settings import TUNING_FILE
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan

@@ -95,7 +95,9 @@ def test_short_cut_on_the_cpu(setting, monkeypatch, ran):
     """A CPU tensor goes to PyTorch's own layer with no more ado where it is known that nothing else can run it, unless
     anything is set, at whatever time it is."""
     monkeypatch.setattr(obstacles, "known", {"triton": None, "cpu:None": "no interpreter"})
-    assert torch_private.EXPANDED in sys.modules  # Dynamo imports it, and optimizers Dynamo: that alone may not end the short cut
+    assert (
+        torch_private.EXPANDED in sys.modules
+    )  # Dynamo imports it, and optimizers Dynamo: that alone may not end the short cut
     module, x = rnnfast.GRU(I, H), torch.zeros(1, 1, I)
     looked, asked = [], decide.asked
     monkeypatch.setattr(decide, "asked", lambda own: (looked.append(own), asked(own))[1])

@@ -199,5 +199,7 @@ def test_words(device, monkeypatch):
             return hx
 
     mine = Mine(I, H, device=device)
-    assert rnnfast.explain(mine, x[0], return_gates=True).details.startswith("the call raises: Mine.permute_hidden is not torch")
+    assert rnnfast.explain(mine, x[0], return_gates=True).details.startswith(
+        "the call raises: Mine.permute_hidden is not torch"
+    )
     assert sequence.Sequence.forward is rnnfast.LSTM.forward

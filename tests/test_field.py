@@ -1,5 +1,5 @@
 """What users reported of recurrent layers, kind by kind: default devices, fx, attributes of their own, weights from outside,
-overridden methods, patched forwards, kinds of lengths, traces, exports. All side by side with torch.nn, or with what packing does."""
+overridden methods, patched forwards, kinds of lengths, traces, exports. Side by side with torch.nn."""
 
 import copy
 import dataclasses
@@ -23,7 +23,10 @@ BACKENDS = rnnfast.BACKENDS
 
 def layers(name, device, backend="triton", **options):
     """As `pair`, for cells too."""
-    theirs, ours = getattr(nn, name)(I, H, device=device, **options), getattr(rnnfast, name)(I, H, device=device, backend=backend)
+    theirs, ours = (
+        getattr(nn, name)(I, H, device=device, **options),
+        getattr(rnnfast, name)(I, H, device=device, backend=backend),
+    )
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
@@ -189,7 +192,18 @@ VALUES = {
     "parameter": lambda: nn.Parameter(torch.ones(2)),
     "tensor": lambda: torch.ones(2),
 }
-ATTRIBUTES = ("backend", "recompute", "_states", "_weights", "_run", "_dispatch", "_obstacles", "_read", "_shape", "_accelerated")
+ATTRIBUTES = (
+    "backend",
+    "recompute",
+    "_states",
+    "_weights",
+    "_run",
+    "_dispatch",
+    "_obstacles",
+    "_read",
+    "_shape",
+    "_accelerated",
+)
 
 
 @pytest.mark.parametrize("kind", VALUES)
