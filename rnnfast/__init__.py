@@ -18,8 +18,7 @@ from rnnfast.explain import Explanation, explain
 from rnnfast.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from rnnfast.ops import FLOP_FORMULAS
 from rnnfast.settings import BACKENDS
-
-__version__ = "0.1.0"
+from rnnfast.version import __version__ as __version__
 
 __all__ = [
     "BACKENDS",
@@ -48,9 +47,9 @@ def enable_compile() -> None:
     """Let ``torch.compile`` trace rnnfast layers. Call it once, before compiling.
 
     Dynamo refuses every instance of torch.nn.LSTM, GRU and RNN, and so of the subclasses here, unless its own switch
-    ``torch._dynamo.config.allow_rnn`` is on. This turns it on, for the whole process. torch.nn's own layers in the same model are
-    then traced too, unrolled step by step, which takes long for a long sequence. Exchange those as well, or wrap them in
-    ``torch.compiler.disable``.
+    ``torch._dynamo.config.allow_rnn`` is on. This turns it on, for the whole process. torch.nn's own layers in the same model
+    are then traced too, unrolled step by step, which takes long for a long sequence. Exchange those as well, or wrap them
+    in ``torch.compiler.disable``.
     """
     import torch._dynamo
 

@@ -1,7 +1,7 @@
 """Every private name of PyTorch that rnnfast uses, and the one of Python's: why, what it buys, and since when it is known.
 
-Nothing else in rnnfast touches a name with a leading underscore of torch. Checked with torch 2.9 to 2.13; tests/test_torch_private.py
-checks on the torch that is installed that each name still means what is said here.
+Written for torch 2.9 to 2.13, which all have them. tests/test_torch_private.py checks on the torch that is installed that each
+still means what is said here. The switch ``torch._dynamo.config.allow_rnn`` is the one such name elsewhere: users set it too.
 """
 
 from __future__ import annotations
@@ -35,14 +35,18 @@ __all__ = [
     "is_forward_mode",
     "is_legacy_batched",
     "is_wrapped",
+    "own_buffers",
+    "own_modules",
+    "own_parameters",
     "pack",
     "pad",
+    "registers",
     "remove_batch_dim",
     "run_operator",
     "saved_tensor",
     "skipped_by_dynamo",
+    "thread",
     "tracing",
-    "tracing_context",
     "tree_leaves",
 ]
 
@@ -55,9 +59,9 @@ FAKE = "torch._subclasses.fake_tensor"
 # os.environ encodes each name that is looked up and raises where there is none: 0.55 us. The dict behind it takes 0.02 us.
 environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 
-# What is being traced, or None. TracingContext.try_get raises and catches an exception where nothing is: 0.5 us. Its thread-local
-# takes 0.05 us.
-tracing_context = partial(getattr, _guards._TLS, "tracing_context", None)
+# Keeps what is being traced. TracingContext.try_get raises and catches an exception where nothing is traced: 0.5 us. The
+# thread-local behind it takes 0.05 us.
+thread = _guards._TLS
 
 # The level of forward-mode differentiation, -1 where it is off. There is no public way to ask.
 forward_level = partial(getattr, forward_ad, "_current_level")
@@ -87,11 +91,11 @@ def skipped_by_dynamo(function: _F) -> _F:
 
 def tracing() -> bool:
     """Whether Dynamo, AOTAutograd or torch.export is tracing. ``torch.compiler.is_compiling`` is false in AOTAutograd."""
-    return tracing_context() is not None
+    return thread.__dict__.get("tracing_context") is not None
 
 
 def dynamo_refuses_layers() -> bool:
-    """Whether Dynamo is tracing and refuses RNN layers: ``torch._dynamo.config.allow_rnn``, the switch itself, is documented."""
+    """Whether Dynamo is tracing and refuses RNN layers, for ``torch._dynamo.config.allow_rnn`` is off."""
     return tracing() and not torch._dynamo.config.allow_rnn
 
 
@@ -186,7 +190,25 @@ def pack(tensor: Tensor, lengths: Tensor) -> Tensor:
     return torch._VF._pack_padded_sequence(tensor, lengths, False)[0]  # type: ignore[attr-defined]
 
 
-# torch.nn.RNNBase
+# torch.nn.Module and torch.nn.RNNBase. What a module itself holds, without its children. ``parameters(recurse=False)`` takes
+# longer and gives a tied parameter once.
+
+
+def own_parameters(module: torch.nn.Module) -> dict[str, Any]:
+    return module._parameters
+
+
+def own_buffers(module: torch.nn.Module) -> dict[str, Any]:
+    return module._buffers
+
+
+def own_modules(module: torch.nn.Module) -> dict[str, Any]:
+    return module._modules
+
+
+def registers(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """What torch.nn's ``__getattr__`` looks into; less of them while a module is being made."""
+    return [vars(module)[name] for name in ("_modules", "_parameters", "_buffers") if name in vars(module)]
 
 
 def current_weights(layer: torch.nn.RNNBase) -> list[Any]:
@@ -195,7 +217,7 @@ def current_weights(layer: torch.nn.RNNBase) -> list[Any]:
     These are the attributes of the layer's weight names if any of those was replaced since the last call, and else the list as
     it stands, which other networks may have set. Where torch.func or a compiler traces, the layer is left unchanged.
     """
-    if not (torch.compiler.is_compiling() or innermost_transform() is not None or is_expanded(layer._parameters.values())):
+    if not (torch.compiler.is_compiling() or innermost_transform() is not None or is_expanded(own_parameters(layer).values())):
         layer._update_flat_weights()
         return layer._flat_weights
     named = [getattr(layer, name, None) for name in layer._flat_weights_names]

@@ -26,7 +26,7 @@ from rnnfast import torch_private
 from rnnfast.choice import obstacles
 from rnnfast.choice.obstacles import FallbackWarning, user_level
 from rnnfast.settings import BACKEND, STRICT, strict
-from rnnfast.torch_private import constant, environment, forward_level, innermost_transform, tracing_context
+from rnnfast.torch_private import constant, environment, forward_level, innermost_transform, thread
 
 __all__ = ["Decision", "Options", "asked", "check_backend", "cpu_is_torchs", "decide", "is_backend", "tell", "use_backend"]
 
@@ -123,7 +123,7 @@ def cpu_is_torchs(own: str | None) -> bool:
             return False
     elif own != "torch":
         return False
-    if tracing_context() is not None:  # being compiled or exported
+    if thread.__dict__.get("tracing_context") is not None:  # being compiled or exported
         return False
     return innermost_transform() is None and forward_level() < 0
 

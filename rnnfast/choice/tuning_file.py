@@ -107,12 +107,12 @@ def machine(gpu: GpuLimits) -> dict[str, dict[str, Any]]:
     """What a measurement depends on: the GPU, and the versions of what runs on it."""
     import triton
 
-    import rnnfast
+    from rnnfast.version import __version__
 
     return {
         "gpu": {"name": gpu.name, "capability": gpu.capability, "sms": gpu.sms},
         "versions": {
-            "rnnfast": rnnfast.__version__,
+            "rnnfast": __version__,
             "torch": str(torch.__version__),
             "triton": triton.__version__,
             "cudnn": torch.backends.cudnn.version(),

@@ -1,12 +1,12 @@
 """What layers and cells share: their options, how others know them, and what of torch.nn runs in their stead.
 
-The classes add nothing to torch.nn's but ``forward`` and methods that PyTorch calls. The work is done by functions that take the
-layer, so that no name of ours can meet one of a subclass or of a user.
+The classes add nothing to torch.nn's but ``forward`` and methods that PyTorch calls. Functions that take the layer do the work,
+so that no name of ours can meet one of a subclass or of a user.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Option:
         if layer is None:
             return self
         own = vars(layer)
-        for place in (own, own.get("_modules", {}), own.get("_parameters", {}), own.get("_buffers", {})):
+        for place in (own, *torch_private.registers(layer)):
             if self.name in place:
                 return place[self.name]
         return getattr(layer, self.kept)
@@ -76,15 +76,15 @@ class Accelerated(torch.nn.Module):
                 setattr(self, option.name, state[option.name])
 
     def register_parameter(self, name: str, param: Any) -> None:
-        _make_room(self, "_parameters", name)
+        _make_room(self, torch_private.own_parameters(self), name)
         super().register_parameter(name, param)
 
     def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
-        _make_room(self, "_buffers", name)
+        _make_room(self, torch_private.own_buffers(self), name)
         super().register_buffer(name, *args, **kwargs)
 
     def add_module(self, name: str, module: Any) -> None:
-        _make_room(self, "_modules", name)
+        _make_room(self, torch_private.own_modules(self), name)
         super().add_module(name, module)
 
     def __prepare_scriptable__(self) -> Any:
@@ -99,12 +99,11 @@ def _options(cls: type) -> list[Option]:
     return [option for name in ("backend", "recompute") if isinstance(option := getattr(cls, name, None), Option)]
 
 
-def _make_room(layer: torch.nn.Module, place: str, name: str) -> None:
-    """Let `name` be registered in `place` though it is an option's: torch.nn refuses the name of an attribute that is none."""
-    own = vars(layer)
-    places = [own, *(own[each] for each in ("_modules", "_parameters", "_buffers") if each in own)]
-    if any(option.name == name for option in _options(type(layer))) and not any(name in each for each in places):
-        own[place][name] = None
+def _make_room(layer: torch.nn.Module, register: dict[str, Any], name: str) -> None:
+    """Let `name` be registered though it is an option's: torch.nn refuses names of attributes that are not in the register."""
+    taken = any(name in each for each in (vars(layer), *torch_private.registers(layer)))
+    if not taken and any(option.name == name for option in _options(type(layer))):
+        register[name] = None
 
 
 # What of torch.nn runs
@@ -143,26 +142,27 @@ def replaced(layer: torch.nn.Module, mixin: type) -> str:
     return _replaced_in_class(type(layer), mixin)
 
 
+def _parts(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from value if isinstance(value, (tuple, list)) else (value,)
+
+
 def is_traced_by_fx(layer: torch.nn.Module, forward: Any, *values: Any) -> bool:
-    """Whether torch.fx is to keep the call whole, as it keeps torch.nn's: one of `values` stands for a tensor, and the layer's
-    ``forward`` is `forward` itself. (One that calls it would run twice: torch.nn's refuses to be traced in it, so ours does.)"""
-    proxies = any(
-        isinstance(part, torch.fx.Proxy)
-        for value in values
-        for part in (value if isinstance(value, (tuple, list)) else (value,))
-    )
-    return proxies and type(layer).forward is forward and "forward" not in layer.__dict__
+    """Whether torch.fx is to keep the call whole, as it keeps torch.nn's.
+
+    It is if one of `values` stands for a tensor, and the layer's ``forward`` is `forward` itself. One that calls it would run
+    twice. torch.nn's refuses to be traced there, and so does ours.
+    """
+    traced = any(isinstance(part, torch.fx.Proxy) for part in _parts(values))
+    return traced and type(layer).forward is forward and "forward" not in layer.__dict__
 
 
 def fx_node(layer: torch.nn.Module, *args: Any, **options: Any) -> Any:
     """The call as one node of a torch.fx graph, ``call_module``."""
-    proxies = [
-        part for value in (*args, *options.values()) for part in (value if isinstance(value, (tuple, list)) else (value,))
-    ]
-    tracer: Any = next(proxy.tracer for proxy in proxies if isinstance(proxy, torch.fx.Proxy))
-    if layer is tracer.root:
-        raise torch.fx.proxy.TraceError("a layer cannot be the root of what torch.fx traces: put it into a torch.nn.Sequential")
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, options)
+    proxy: Any = next(part for part in _parts((*args, *options.values())) if isinstance(part, torch.fx.Proxy))
+    if layer is proxy.tracer.root:
+        raise torch.fx.proxy.TraceError("torch.fx traces models that contain a layer, not a layer: torch.nn.Sequential(layer)")
+    return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(layer), args, options)
 
 
 def checkpointed(run: Callable, *args: Any, also: Iterable[Any] = (), **options: Any) -> Any:

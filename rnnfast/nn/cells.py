@@ -44,7 +44,7 @@ def decision(cell: Cell, input: Any, hx: Any) -> Decision:
         input.dtype if is_tensor else None,
         well_formed=checks.cell_fits(cell, cell_of(cell), _weights(cell), input, hx),
         replaced=base.replaced(cell, Cell),
-        expanded=torch_private.is_expanded(cell._parameters.values()),
+        expanded=torch_private.is_expanded(torch_private.own_parameters(cell).values()),
         steps=False,
     )
 

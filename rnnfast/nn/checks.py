@@ -225,7 +225,7 @@ def _integers(values: Any) -> Tensor:
         return torch.stack([value.to(torch.int64) for value in values])
     numbers = []
     for value in values:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype not in INTEGERS):
             raise TypeError(error)
         if not isinstance(value, (int, torch.SymInt)):
             try:

@@ -50,13 +50,13 @@ class Sequence(base.Accelerated, torch.nn.RNNBase):
         """torch.nn's ``forward``, and what torch.nn does not have: see the class."""
         no_options = lengths is None and resets is None and reset_to is None and not return_all_states and not return_gates
         # a call on a CPU may take 25 us, of which these lines must not be a part that counts
-        if no_options and isinstance(input, Tensor) and input.is_cpu and not self._rnnfast_recompute:
-            if cpu_is_torchs(self._rnnfast_backend):
-                try:
-                    return super().forward(input, hx)
-                except RuntimeError:
-                    if not torch_private.is_expanded(self._parameters.values()):
-                        raise
+        simple = no_options and isinstance(input, Tensor) and input.is_cpu and not self._rnnfast_recompute
+        if simple and cpu_is_torchs(self._rnnfast_backend):
+            try:
+                return super().forward(input, hx)
+            except RuntimeError:
+                if not torch_private.is_expanded(torch_private.own_parameters(self).values()):
+                    raise
         if no_options:
             return _call(self, input, hx, {})
         given = {"lengths": lengths, "resets": resets, "reset_to": reset_to}
@@ -73,9 +73,8 @@ class Sequence(base.Accelerated, torch.nn.RNNBase):
 def _call(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> Any:
     """A call with the options `given`, empty for none."""
     if base.is_traced_by_fx(layer, Sequence.forward, input, hx, *given.values()):
-        return base.fx_node(
-            layer, input, hx, **{name: value for name, value in given.items() if value is not None and value is not False}
-        )
+        wanted = {name: value for name, value in given.items() if value is not None and value is not False}
+        return base.fx_node(layer, input, hx, **wanted)
     cell, weights = cell_of(layer), weights_of(layer)
     well_formed = checks.layer_fits(layer, cell, weights, input, hx)
     read_options = None
@@ -112,7 +111,7 @@ def _by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
 
 
 def _again_by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
-    return base.checkpointed(partial(_by_torch, layer), input, hx, also=layer._parameters.values())
+    return base.checkpointed(partial(_by_torch, layer), input, hx, also=torch_private.own_parameters(layer).values())
 
 
 def weights_of(layer: torch.nn.RNNBase) -> list[list[Any]]:
