@@ -154,7 +154,10 @@ def decision(
     tensor = input.data if isinstance(input, PackedSequence) else input
     is_tensor = isinstance(tensor, Tensor)
     flat = [weight for group in weights for weight in group]
-    trains = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in (tensor, *flat))
+    expanded = torch_private.is_expanded(flat)  # an expanded weight refuses to be asked for requires_grad
+    trains = torch.is_grad_enabled() and (
+        expanded or any(isinstance(each, Tensor) and each.requires_grad for each in (tensor, *flat))
+    )
     return decide(
         layer._rnnfast_backend,
         tensor.device.type if is_tensor else None,
@@ -162,7 +165,7 @@ def decision(
         tensor.dtype if is_tensor else None,
         well_formed=well_formed,
         replaced=base.replaced(layer, Sequence),
-        expanded=torch_private.is_expanded(flat),
+        expanded=expanded,
         padded=is_tensor and tensor is input,
         options="none" if read_options is None else read_options.kind,
         packable=read_options is not None and read_options.packable,
