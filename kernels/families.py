@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Protocol
 
 from rnnfast.kernels import persistent, step
-from rnnfast.kernels.persistent.plan import GpuLimits, NoPlan, PersistentPlan, persistent_plan
+from rnnfast.kernels.persistent.plan import GpuLimits, NoPlan, PersistentPlan
 from rnnfast.kernels.step.plan import StepPlan, step_plan
 
 __all__ = ["FAMILIES", "Family", "Plan", "family_of"]
@@ -64,9 +64,13 @@ def _any_size(gates, B, H, itemsize, precision, backward, limits, marked) -> Ste
     return step_plan(H, itemsize, precision)
 
 
+def _by_limits(*sizes) -> PersistentPlan | NoPlan:
+    return persistent.plan.persistent_plan(*sizes)
+
+
 FAMILIES = {
     "step": Family(package=step, kind=StepPlan, plan=_any_size, waits=False),
-    "persistent": Family(package=persistent, kind=PersistentPlan, plan=persistent_plan, waits=True),
+    "persistent": Family(package=persistent, kind=PersistentPlan, plan=_by_limits, waits=True),
 }
 
 

@@ -114,7 +114,7 @@ def test_per_sample_gradients_of_everything(options, backend, layer):
     """With lengths, resets, and every c_t in the loss; with projections and stacks."""
     f = layer("LSTM", backend, **options)
     resets, lengths = torch.tensor([[False, True], [True, False]], device=f.x.device), torch.tensor([2, 1], device=f.x.device)
-    anew = tuple(torch.randn(*shape, device=f.x.device) for shape in f.module._state_shapes(f.x[:, :1]))
+    anew = tuple(torch.randn(*shape, device=f.x.device) for shape in state_shapes(f.module, "lstm", f.x[:, :1]))
 
     def loss(weights, x, lengths, resets, anew):
         given = {"lengths": lengths[None], "resets": resets[:, None], "reset_to": anew, "return_all_states": True}

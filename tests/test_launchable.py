@@ -178,7 +178,7 @@ for change in (no_compiler, failing_compiler, missing_compiler, no_header, no_ca
     change()
     triton.runtime.driver.set_active(First())
     obstacles.known["cpu:None"] = obstacles._find_device_obstacle("cuda", 0)
-    layer, x = rnnfast.LSTM(8, 64), torch.randn(4, 8, 8)
+    layer, x = rnnfast.RNN(8, 64), torch.randn(4, 8, 8)
     with kernel_plan.pretend_gpu(GPUS["H200"]), warnings.catch_warnings():
         warnings.simplefilter("error")
         y = layer(x)[0]
@@ -196,7 +196,7 @@ for change in (no_compiler, failing_compiler, missing_compiler, no_header, no_ca
                         refused[code] = str(caught[0].message)
                     except RuntimeError as error:
                         refused[code] = f"raised: {error}"
-    same = torch.equal(y, torch.nn.LSTM.forward(layer, x)[0])
+    same = torch.equal(y, torch.nn.RNN.forward(layer, x)[0])
     print(json.dumps([change.__name__, told.backend, told.obstacles, same, stub.stub_launches(), refused]), flush=True)
     os._exit(0)
 """
