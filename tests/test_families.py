@@ -12,7 +12,8 @@ import torch
 from side_by_side import together
 
 import rnnfast
-from rnnfast import backends, families, gpu, ops, reference, tuning
+from rnnfast import families, gpu, ops, reference, tuning
+from rnnfast.choice import obstacles
 from rnnfast.kernels import persistent, plan, step
 from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan, persistent_plans
 
@@ -216,7 +217,7 @@ def test_no_driver_to_ask(monkeypatch):
 @pytest.mark.parametrize("family", ["persistent", "auto"])
 def test_too_old_triton(family, device, monkeypatch):
     """PyTorch's own layer runs, explain says why, and strict mode raises."""
-    monkeypatch.setattr(backends, "_known", {})
+    monkeypatch.setattr(obstacles, "known", {})
     monkeypatch.setattr(sys.modules["triton"], "__version__", "3.5.1")
     monkeypatch.setenv("RNNFAST_KERNELS", family)
     layer, x = rnnfast.GRU(3, 4, device=device), torch.zeros(3, 2, 3, device=device)
