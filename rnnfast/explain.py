@@ -77,7 +77,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
     tensor = input.data if isinstance(input, PackedSequence) else input
     shape = f"{'packed ' if isinstance(input, PackedSequence) else ''}{tuple(tensor.shape)}"
     call = f"{module}, input {shape} {tensor.dtype} on {tensor.device}"
-    training = torch.is_grad_enabled() and any(each.requires_grad for each in (tensor, *module.parameters()))
+    expanded = torch_private.is_expanded(torch_private.own_parameters(module).values())  # which cannot be asked
+    training = torch.is_grad_enabled() and (expanded or any(each.requires_grad for each in (tensor, *module.parameters())))
     if isinstance(module, Cell):
         if options:
             raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")

@@ -29,7 +29,7 @@ from rnnfast.choice import kernel_plan
 from rnnfast.choice.decide import check_backend, decide, tell
 from rnnfast.nn import options as call_options
 from rnnfast.nn.base import checkpointed
-from rnnfast.nn.checks import ONEDNN, STATES, check_function, check_recompute, read_options
+from rnnfast.nn.checks import STATES, check_function, check_recompute, onednn_trains, read_options
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -157,14 +157,13 @@ def _layer(
         wanted = read_options(x, *options, shapes=((x.shape[1], w_hh.shape[1]),) * STATES[cell])
         given = {"lengths": wanted.lengths, "resets": wanted.resets, "reset_to": wanted.reset_to or None}
     tensors = (x, *(hx or ()), w_ih, w_hh, b_ih, b_hh)
-    trains = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     chosen = decide(
         backend,
         x.device.type,
         x.device.index,
         x.dtype,
         options="none" if not given else "more",  # PyTorch's operator takes no lengths either
-        onednn_trains=trains and cell in ONEDNN,
+        onednn_trains=onednn_trains(cell, tensors),
         measured=not given and _torch_is_fastest(cell, tensors),
     )
     if chosen.gives_way:

@@ -89,6 +89,7 @@ def skipped_by_dynamo(function: _F) -> _F:
     return function
 
 
+@constant
 def tracing() -> bool:
     """Whether Dynamo, AOTAutograd or torch.export is tracing. ``torch.compiler.is_compiling`` is false in AOTAutograd."""
     return thread.__dict__.get("tracing_context") is not None

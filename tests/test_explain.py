@@ -7,11 +7,14 @@ import pytest
 import torch
 from layers import B, H, I, T
 from torch.autograd import forward_ad
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils import _per_sample_grad
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
 from rnnfast import reference
 from rnnfast.nn import base, cells, sequence, stack
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own, for forward mode
 
 WORDS = {
     "kernels": ("step kernels", "forward: step kernels"),
@@ -106,7 +109,7 @@ def agree(explained, ran):
 def check(layer, input, transform, ran, **options):
     """Explain inside of the transform, just before the call."""
     said = []
-    whole = input.data if isinstance(input, torch.nn.utils.rnn.PackedSequence) else input
+    whole = input.data if isinstance(input, PackedSequence) else input
 
     def call(data):
         given = data if whole is input else input._replace(data=data)
@@ -179,7 +182,7 @@ def test_per_sample_weights(name, device, ran):
 
     layer = Explaining(I, H, batch_first=True, device=device, backend="reference")
     layer.backend = None
-    per_sample = torch.nn.utils._per_sample_grad.call_for_per_sample_grads
+    per_sample = _per_sample_grad.call_for_per_sample_grads
     x = torch.randn(B, T, I, device=device)
     with contextlib.suppress(RuntimeError, TypeError):  # of torch's own, where it knows no such rule
         per_sample(layer, batch_size=B)(x)

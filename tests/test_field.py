@@ -582,6 +582,7 @@ def test_trace_of_lengths(device):
     close([traced(x, torch.tensor([2, 5]))], [model(x, lengths) for lengths in [torch.tensor([2, 5])]])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's, which hides it itself
 @pytest.mark.parametrize("lengths", [[3, 1], [1, 3]], ids=str)
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.nn.utils import _per_sample_grad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rnnfast import torch_private
@@ -38,6 +39,7 @@ def test_tracing():
     assert not torch_private.tracing() and not torch_private.dynamo_refuses_layers()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # inside PyTorch's forward mode
 def test_transforms():
     """torch.func's transforms and forward mode, the outermost first; the innermost one alone."""
     found = []
@@ -80,7 +82,7 @@ def test_expanded():
             return super().forward(x)
 
     layer = Layer(3, 4)
-    torch.nn.utils._per_sample_grad.call_for_per_sample_grads(layer, batch_size=2)(torch.ones(2, 3))
+    _per_sample_grad.call_for_per_sample_grads(layer, batch_size=2)(torch.ones(2, 3))
     layer(torch.ones(2, 3))
     assert found == [True, False]
 

@@ -20,12 +20,12 @@ from rnnfast.nn.options import CallOptions
 from rnnfast.reference import GATES
 
 __all__ = [
-    "ONEDNN",
     "STATES",
     "cell_fits",
     "check_function",
     "check_recompute",
     "layer_fits",
+    "onednn_trains",
     "read_options",
     "state_shapes",
     "states_of",
@@ -49,6 +49,13 @@ def _one_dtype(tensor: Tensor, x: Tensor) -> bool:
 
 def _fits(tensor: Any, x: Tensor) -> bool:
     return isinstance(tensor, Tensor) and tensor.device == x.device and _one_dtype(tensor, x)
+
+
+def onednn_trains(cell: str, tensors: Iterable[Any]) -> bool:
+    """Whether gradients are wanted, while something is traced, of a cell that PyTorch has one operator of oneDNN for."""
+    if cell not in ONEDNN or not torch_private.tracing() or not torch.is_grad_enabled():
+        return False
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 # Modules

@@ -154,10 +154,6 @@ def decision(
     tensor = input.data if isinstance(input, PackedSequence) else input
     is_tensor = isinstance(tensor, Tensor)
     flat = [weight for group in weights for weight in group]
-    expanded = torch_private.is_expanded(flat)  # an expanded weight refuses to be asked for requires_grad
-    trains = torch.is_grad_enabled() and (
-        expanded or any(isinstance(each, Tensor) and each.requires_grad for each in (tensor, *flat))
-    )
     return decide(
         layer._rnnfast_backend,
         tensor.device.type if is_tensor else None,
@@ -169,7 +165,7 @@ def decision(
         padded=is_tensor and tensor is input,
         options="none" if read_options is None else read_options.kind,
         packable=read_options is not None and read_options.packable,
-        onednn_trains=trains and cell in checks.ONEDNN and tensor is input,
+        onednn_trains=tensor is input and checks.onednn_trains(cell, (tensor, *flat)),
         measured=well_formed and read_options is None and _torch_is_fastest(layer, cell, input, hx),
     )
 
@@ -202,16 +198,20 @@ _DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels:
         args, kwargs: those of torch.nn.{name}.
         backend: "triton", "torch" or "reference" to have it run there; None, the default, or "auto" for the choice per call
             that `rnnfast.explain` explains. A `ValueError` for another name.
-        recompute: whether training keeps less: no gate activations, which backward computes again with two matrix products. Of
-            the kernels an LSTM then keeps its cell states in float32 and a GRU nothing, besides the input and the output; the
-            other backends run their whole forward once more (``torch.utils.checkpoint``). Without effect on what is returned,
-            and a layer's ``recompute`` may be set at any time. A `TypeError` for what is no bool.
+        recompute: whether training keeps less: no gate activations, which backward computes again with two matrix products. On
+            the kernels an LSTM then keeps its cell states in float32 and a GRU nothing, besides the input and the output. The
+            other backends run their whole forward once more (``torch.utils.checkpoint``). It has no effect on what is returned.
+            A `TypeError` for what is no bool.
+
+    A layer's ``backend`` and ``recompute`` may be set at any time. Neither name is reserved: what else a subclass or a user
+    keeps under it is theirs, and ignored here.
 
     Called with ``input`` and ``hx`` as torch.nn.{name} is, and with what that does not have (docs/sequences.md):
 
     Keyword Args:
-        lengths: integers (B,), the steps of each row that count, 0 to T, in any order; a list, or a tensor on the CPU or the
-            input's device. ``output`` is zero in padding, the last states are those of each row's last step.
+        lengths: integers (B,), the steps of each row that count, 0 to T, in any order; a list, a NumPy array, a list of tensors
+            of one, or a tensor on the CPU or the input's device. ``output`` is zero in padding, the last states are those of
+            each row's last step.
         resets: bool (T, B), laid out as ``input``: a boundary before a step, at which the state begins anew.
         reset_to: the states that resets begin from, in the form of ``hx``; zeros if not given.
         return_all_states: also return, after the last states, a tuple of an entry a layer, {entry}, each laid out
