@@ -150,4 +150,5 @@ def test_study(capsys):
 def test_extrapolated_tail():
     """An exponential is continued as it is."""
     shares = [0.03 * -math.log((n + 0.5) / 100_000) for n in range(100_000)]
-    assert math.exp(-1 / 0.03) / 3 < study.tail(shares) < 3 * math.exp(-1 / 0.03)
+    assert math.exp(-1 / 0.03) / 3 < study.tail(shares, 0.001) < 3 * math.exp(-1 / 0.03)
+    assert math.isnan(study.tail(shares[:100], 0.001))
