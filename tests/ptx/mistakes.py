@@ -56,9 +56,9 @@ def leave_out_barrier(before: str, after: str) -> Callable[[str], str]:
     return change
 
 
-def rewrite(pattern: str, into: str, count: int = 0) -> Callable[[str], str]:
+def rewrite(pattern: str, into: str) -> Callable[[str], str]:
     def change(text: str) -> str:
-        text, times = re.subn(pattern, into, text, count=count)
+        text, times = re.subn(pattern, into, text)
         assert times, f"no {pattern} to rewrite"
         return text
 
@@ -97,7 +97,7 @@ AFTER_SUMS = leave_out_barrier(before=r"ld\.shared", after="mma")
 BEFORE_SUMS = leave_out_barrier(before=r"st\.shared", after="mma")
 AFTER_COPY = leave_out_barrier(before="ldmatrix", after=r"cp\.async\.wait")
 # of A the first and the third, two halves of the summed axis; the second would be other rows, which may be copies
-OPERANDS = rewrite(r"(mma\.sync\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+), (%r\d+)", r"\1\4, \3, \2", count=1)
+OPERANDS = rewrite(r"(mma\.sync\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+), (%r\d+)", r"\1\4, \3, \2")
 
 MISTAKES = (
     Mistake("no barrier between sums and their reading", PERSISTENT, FORWARD, AFTER_SUMS, EARLY),
@@ -112,9 +112,9 @@ MISTAKES = (
     Mistake("a poll by weak loads", PERSISTENT, FORWARD, rewrite(r"ld\.volatile\.global", "ld.global"), ("Race",)),
     Mistake("a stale word: that of the step before is stored", PERSISTENT, FORWARD, _stale_word, ("numbers",)),
     Mistake("a word that is never stored", PERSISTENT, FORWARD, leave_out(r"st\.global\.cg"), ("Deadlock",)),
-    Mistake("two operand registers of an mma swapped", PERSISTENT, FORWARD, OPERANDS, ("numbers",)),
-    Mistake("two operand registers of an mma swapped, backward", PERSISTENT, BACKWARD, OPERANDS, ("numbers",)),
-    Mistake("two operand registers of an mma swapped, step kernel", STEP, STEP_FORWARD, OPERANDS, ("numbers",)),
+    Mistake("two operand registers of mma swapped", PERSISTENT, FORWARD, OPERANDS, ("numbers",)),
+    Mistake("two operand registers of mma swapped, backward", PERSISTENT, BACKWARD, OPERANDS, ("numbers",)),
+    Mistake("two operand registers of mma swapped, step kernel", STEP, STEP_FORWARD, OPERANDS, ("numbers",)),
     Mistake("weights that are never stored to shared memory", PERSISTENT, FORWARD, leave_out(r"st\.shared", slice(1)), EARLY),
     Mistake("a step's h that is never stored", STEP, STEP_FORWARD, leave_out(r"st\.global", slice(1)), ("Unwritten",)),
     Mistake("stores without their masks", STEP, STEP_FORWARD, rewrite(r"@%p\d+ (st\.global)", r"\1"), ("OutOfBounds", "Race")),
