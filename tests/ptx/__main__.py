@@ -25,8 +25,8 @@ from tests.ptx.memory import Fault
 KERNELS = (  # whose barriers are left out, one at a time
     (mistakes.PERSISTENT, mistakes.FORWARD),
     (mistakes.PERSISTENT, mistakes.BACKWARD),
-    (mistakes.STEP, "forward_step_kernel"),
-    (mistakes.STEP, "backward_step_kernel"),
+    (mistakes.STEP, mistakes.STEP_FORWARD),
+    (mistakes.STEP, mistakes.STEP_BACKWARD),
 )
 
 

@@ -16,7 +16,7 @@ from rnnfast.check import allowed, error
 
 
 class Layer(NamedTuple):
-    """One layer. `marked`: with lengths and resets."""
+    """One layer. `marked`: with lengths and resets. `inference`: without gradients too, which is another kernel."""
 
     family: str  # "step" or "persistent"
     cell: str  # "lstm", "gru", "rnn_tanh" or "rnn_relu"
@@ -27,6 +27,7 @@ class Layer(NamedTuple):
     I: int = 5
     marked: bool = False
     reverse: bool = False
+    inference: bool = True
 
     def __str__(self) -> str:
         options = " marked" * self.marked + " reversed" * self.reverse
@@ -71,8 +72,8 @@ class _Tf32Products(TorchFunctionMode):
         return _Tf32Linear.apply(*args) if function is linear else function(*args, **(kwargs or {}))
 
 
-def run(layer: Layer, inference: bool = True, backward: bool = True) -> list[Result]:
-    """A layer's forward pass with its activations saved, and those asked for, each tensor against the reference in float64."""
+def run(layer: Layer, backward: bool = True) -> list[Result]:
+    """A layer forward, `backward` and in inference, each tensor against the reference in float64."""
     dtype, tf32 = DTYPES[layer.dtype]
     generator = torch.Generator().manual_seed(0)
     states = 2 if layer.cell == "lstm" else 1
@@ -108,7 +109,7 @@ def run(layer: Layer, inference: bool = True, backward: bool = True) -> list[Res
         if backward:
             grads = torch.autograd.grad(outs, list(tensors.values()), [grad.to(of) for grad in upstream])
             found |= {f"gradient of {name}": grad for name, grad in zip(tensors, grads, strict=True)}
-        if inference:
+        if layer.inference:
             with torch.no_grad():
                 outs = outputs(call, tensors)
             found |= {f"{name} in inference": out for name, out in zip(names, outs, strict=False)}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tests.ptx.layer import Layer, run
 from tests.ptx.memory import Fault
 
-ORDER = ("Race", "Unwritten")  # a read that comes too early may find what nobody has written
+EARLY = ("Race", "Unwritten")  # what is read too early may be what nobody has written yet
 SCHEDULES = 5  # seeds to try; a mistake that only some orders show must show in one of these
 EXCHANGE = re.compile(r"(st\.global\.cg\.b32 \[ %rd\d+ \+ \d+ \], \{ )(%r\d+)( \};)")
 
@@ -34,36 +34,48 @@ def lines_with(text: str, pattern: str) -> list[int]:
     return [number for number, line in enumerate(text.splitlines()) if re.search(pattern, line.partition("//")[0])]
 
 
-def without(text: str, pattern: str, chosen: Callable[[list[int]], list[int]] = lambda found: found) -> str:
-    """The text without the instructions that match, or without the chosen ones of these lines."""
-    found = lines_with(text, pattern)
-    left_out = set(chosen(found))
-    assert left_out, f"no {pattern} to leave out"
+def without(text: str, left_out: list[int]) -> str:
+    """The text without these lines."""
+    assert left_out, "nothing to leave out"
     return "\n".join(line for number, line in enumerate(text.splitlines()) if number not in left_out)
 
 
-def changed(text: str, pattern: str, into: str, count: int = 0) -> str:
-    text, times = re.subn(pattern, into, text, count=count)
-    assert times, f"no {pattern} to change"
-    return text
+def leave_out(pattern: str, which: slice = slice(None)) -> Callable[[str], str]:
+    """Of the instructions that match, `which`."""
+    return lambda text: without(text, lines_with(text, pattern)[which])
 
 
-def without_barrier(number: int) -> Callable[[str], str]:
-    return lambda text: without(text, r"bar\.sync", lambda found: [found[number]])
+def leave_out_barrier(before: str, after: str) -> Callable[[str], str]:
+    """The last barrier before the first instruction that matches `before` after one that matches `after`."""
+
+    def change(text: str) -> str:
+        begin = lines_with(text, after)[0]
+        end = next(number for number in lines_with(text, before) if number > begin)
+        return without(text, [max(number for number in lines_with(text, r"bar\.sync") if number < end)])
+
+    return change
+
+
+def rewrite(pattern: str, into: str) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        text, times = re.subn(pattern, into, text)
+        assert times, f"no {pattern} to rewrite"
+        return text
+
+    return change
 
 
 def _poll_once(text: str) -> str:
     """The loads of the exchange before the loop, none in it: no code from the loop's test to its jump back."""
     loads = lines_with(text, r"ld\.volatile")
-    again = loads[len(loads) // 2]
-    test = max(number for number in lines_with(text, r"\bbra\b") if number < again)
-    return without(text, "", lambda found: [number for number in found if test < number <= loads[-1]])
+    test = max(number for number in lines_with(text, r"\bbra\b") if number < loads[len(loads) // 2])
+    return without(text, list(range(test + 1, loads[-1] + 1)))
 
 
 def _poll_unchecked(text: str) -> str:
     """What the first try loaded is taken, whatever it is: nothing jumps back to load again."""
     last = lines_with(text, r"ld\.volatile")[-1]
-    return without(text, r"\bbra\.uni", lambda found: [min(number for number in found if number > last)])
+    return without(text, [min(number for number in lines_with(text, r"\bbra\.uni") if number > last)])
 
 
 def _stale_word(text: str) -> str:
@@ -75,62 +87,37 @@ def _stale_word(text: str) -> str:
     return text.replace(".reg .pred", ".reg .b32 %stale<1>;\n\t.reg .pred", 1)
 
 
-def _mma_operand(text: str) -> str:
-    """The first two registers of A changed places, in one instruction."""
-    return changed(text, r"(mma\.sync\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+)", r"\1\3, \2", count=1)
-
-
-PERSISTENT = Layer("persistent", "lstm", "float16")
-STEP = Layer("step", "lstm", "float16")
+PERSISTENT = Layer("persistent", "lstm", "float16", inference=False)
+GRU = PERSISTENT._replace(cell="gru")
+STEP = Layer("step", "lstm", "float16", inference=False)
 FORWARD, BACKWARD = "persistent_forward_kernel", "persistent_backward_kernel"
+STEP_FORWARD, STEP_BACKWARD = "forward_step_kernel", "backward_step_kernel"
+
+AFTER_SUMS = leave_out_barrier(before=r"ld\.shared", after="mma")
+BEFORE_SUMS = leave_out_barrier(before=r"st\.shared", after="mma")
+AFTER_COPY = leave_out_barrier(before="ldmatrix", after=r"cp\.async\.wait")
+# of A the first and the third, two halves of the summed axis; the second would be other rows, which may be copies
+OPERANDS = rewrite(r"(mma\.sync\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+), (%r\d+)", r"\1\4, \3, \2")
 
 MISTAKES = (
-    Mistake("a barrier less: between the products' sums and their reading", PERSISTENT, FORWARD, without_barrier(3), ORDER),
-    Mistake("a barrier less: before the next step's sums overwrite", PERSISTENT, FORWARD, without_barrier(2), ORDER),
-    Mistake("a barrier less, backward", PERSISTENT, BACKWARD, without_barrier(2), ORDER),
-    Mistake("a poll hoisted: loaded once, before its loop", PERSISTENT, FORWARD, _poll_once, ("Deadlock",)),
+    Mistake("no barrier between sums and their reading", PERSISTENT, FORWARD, AFTER_SUMS, EARLY),
+    Mistake("no barrier before sums overwrite an operand", PERSISTENT, FORWARD, BEFORE_SUMS, EARLY),
+    Mistake("no barrier between sums and their reading, backward", PERSISTENT, BACKWARD, AFTER_SUMS, EARLY),
+    Mistake("no barrier between the wait for a copy and its reading", STEP, STEP_FORWARD, AFTER_COPY, EARLY),
+    Mistake("no bar.warp.sync", STEP, STEP_FORWARD, leave_out(r"bar\.warp\.sync", slice(1, 2)), EARLY),
+    Mistake("no wait for cp.async", STEP, STEP_FORWARD, leave_out(r"cp\.async\.wait_group"), EARLY),
+    Mistake("a poll hoisted out of its loop", PERSISTENT, FORWARD, _poll_once, ("Deadlock",)),
+    Mistake("a poll hoisted out of its loop, backward", GRU, BACKWARD, _poll_once, ("Deadlock",)),
     Mistake("a poll that does not look again", PERSISTENT, FORWARD, _poll_unchecked, ("numbers",)),
-    Mistake("a poll hoisted, backward", PERSISTENT, BACKWARD, _poll_once, ("Deadlock",)),
-    Mistake("a stale word: the step before's is stored", PERSISTENT, FORWARD, _stale_word, ("numbers",)),
-    Mistake("a word that is never stored", PERSISTENT, FORWARD, lambda text: without(text, r"st\.global\.cg"), ("Deadlock",)),
-    Mistake(
-        "the exchange loaded weakly",
-        PERSISTENT,
-        FORWARD,
-        lambda text: changed(text, r"ld\.volatile\.global", "ld.global"),
-        ("Race",),
-    ),
-    Mistake("a wrong operand register of mma", PERSISTENT, FORWARD, _mma_operand, ("numbers",)),
-    Mistake("a wrong operand register of mma, step kernel", STEP, "forward_step_kernel", _mma_operand, ("numbers",)),
-    Mistake(
-        "a cp.async without its wait",
-        STEP,
-        "forward_step_kernel",
-        lambda text: without(text, r"cp\.async\.wait_group"),
-        ("Race",),
-    ),
-    Mistake("a barrier less, step kernel", STEP, "forward_step_kernel", without_barrier(0), ORDER),
-    Mistake(
-        "a bar.warp.sync less, step kernel",
-        STEP,
-        "forward_step_kernel",
-        lambda text: without(text, r"bar\.warp\.sync", lambda found: found[1:2]),
-        ("Race",),
-    ),
-    Mistake(
-        "shared memory read and never written",
-        PERSISTENT,
-        FORWARD,
-        lambda text: without(text, r"st\.shared", lambda found: found[:1]),
-        ("Unwritten",),
-    ),
-    Mistake(
-        "a store without its mask",
-        STEP,
-        "forward_step_kernel",
-        lambda text: changed(text, r"@%p\d+ (st\.global)", r"\1"),
-        ("OutOfBounds", "Race"),
-    ),
+    Mistake("a poll by weak loads", PERSISTENT, FORWARD, rewrite(r"ld\.volatile\.global", "ld.global"), ("Race",)),
+    Mistake("a stale word: that of the step before is stored", PERSISTENT, FORWARD, _stale_word, ("numbers",)),
+    Mistake("a word that is never stored", PERSISTENT, FORWARD, leave_out(r"st\.global\.cg"), ("Deadlock",)),
+    Mistake("two operand registers of mma swapped", PERSISTENT, FORWARD, OPERANDS, ("numbers",)),
+    Mistake("two operand registers of mma swapped, backward", PERSISTENT, BACKWARD, OPERANDS, ("numbers",)),
+    Mistake("two operand registers of mma swapped, step kernel", STEP, STEP_FORWARD, OPERANDS, ("numbers",)),
+    Mistake("weights that are never stored to shared memory", PERSISTENT, FORWARD, leave_out(r"st\.shared", slice(1)), EARLY),
+    Mistake("a step's h that is never stored", STEP, STEP_FORWARD, leave_out(r"st\.global", slice(1)), ("Unwritten",)),
+    Mistake("stores without their masks", STEP, STEP_FORWARD, rewrite(r"@%p\d+ (st\.global)", r"\1"), ("OutOfBounds", "Race")),
 )
 
 
@@ -140,7 +127,7 @@ def outcome(layer: Layer, kernel: str, change: Callable[[str], str], seed: int) 
 
     with simulated_gpu(seed, {kernel: change}) as simulation:
         try:
-            results = run(layer, inference=False, backward="backward" in kernel)
+            results = run(layer, backward="backward" in kernel)
         except Fault as fault:
             return f"{type(fault).__name__}: {fault}"
     assert kernel in simulation.ran, f"{kernel} did not run"
@@ -165,7 +152,7 @@ def barriers(layer: Layer, kernel: str) -> list[str]:
         def change(text: str, number: int = len(found)) -> str:
             nonlocal count
             count = len(lines_with(text, r"bar\.sync"))
-            return without_barrier(number)(text)
+            return leave_out(r"bar\.sync", slice(number, number + 1))(text)
 
         found.append(next(filter(None, (outcome(layer, kernel, change, seed) for seed in range(SCHEDULES))), ""))
     return found
