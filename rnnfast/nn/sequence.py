@@ -161,7 +161,7 @@ def decision(
         tensor.dtype if is_tensor else None,
         well_formed=well_formed,
         replaced=base.replaced(layer, Sequence),
-        expanded=expanded,
+        expanded=torch_private.is_expanded(flat),
         padded=is_tensor and tensor is input,
         options="none" if read_options is None else read_options.kind,
         packable=read_options is not None and read_options.packable,
