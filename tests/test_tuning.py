@@ -13,6 +13,7 @@ from rnnfast import families, functional, tuning
 from rnnfast.kernels import persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plans
 from rnnfast.kernels.plan import step_plan
+from rnnfast.nn import base
 from rnnfast.tuning import Entry, Shape, TuningWarning, Unusable
 
 H100 = GPUS["H100"]
@@ -301,6 +302,7 @@ def ran(monkeypatch):
         return torchs(self, *args)
 
     monkeypatch.setattr(torch.nn.LSTM, "forward", own)
+    monkeypatch.setitem(base._FORWARDS, torch.nn.LSTM, own)  # else it would count as replaced, and run for that
     with families.assume(H100):
         yield calls
 
