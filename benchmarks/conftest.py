@@ -1,7 +1,7 @@
 """Options of ``pytest benchmarks/``; see test_layers.py."""
 
-from benchmarks.cases import SETS, Unknown, chosen
-from benchmarks.providers import all_providers, named_provider
+from benchmarks.timing.cases import SETS, Unknown, chosen
+from benchmarks.timing.providers import all_providers, named_provider
 
 
 def pytest_addoption(parser):

@@ -1,10 +1,10 @@
-"""What rnnfast's layers cost on CPU tensors above torch.nn's own, which they hand the call to.
+"""What rnnfast's layers cost on CPU tensors above torch.nn's own layers, to which they hand the call.
 
     python -m benchmarks.cpu_overhead [--seconds 3] [--json FILE]
 
-First the cost of rnnfast's ``forward`` itself, the same at any size: calls with torch.nn's ``forward`` replaced by one that
-does nothing. Then whole calls, which alternate with torch.nn's: the ratio of the fastest, and the median of the ratios of
-neighbours, noise of the machine included. Exit code 1 if the cost is above 2% of the fastest call of torch.nn or above 10 us.
+First the cost of rnnfast's ``forward`` itself, which is the same at any size: calls in which torch.nn's ``forward`` does
+nothing. Then whole calls, which alternate with torch.nn's: the ratio of the fastest, and the median of the ratios of neighbours
+(it includes the noise of the machine). Exit code 1 if the cost is above 2% of torch.nn's fastest call or above 10 us.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from pathlib import Path
 import torch
 
 import rnnfast
-from benchmarks import measure
-from benchmarks.cases import Case
-from benchmarks.problem import Problem, of_module
+from benchmarks.timing import measure
+from benchmarks.timing.cases import Case
+from benchmarks.timing.problem import Problem, of_module
 from rnnfast import backends
-
-__all__ = ["TOLERANCES", "compare", "figures", "main", "own_cost"]
 
 CELLS = ("LSTM", "GRU", "RNN")
 SIZES = ((1, 1, 8), (1, 1, 128), (16, 4, 32), (32, 8, 128), (64, 16, 256), (128, 32, 512))  # (T, B, H)
@@ -32,7 +30,7 @@ TOLERANCES = {"call_ratio": 0.3}  # of `figures`, between runs and machines
 
 
 def compare(case: Case, seconds: float) -> dict:
-    """rnnfast's default against torch.nn, both on the same weights and input."""
+    """A row: rnnfast's default beside torch.nn on the same weights and input."""
     problem = Problem(case, "cpu")
     kinds = (getattr(rnnfast, case.cell), getattr(torch.nn, case.cell))
     watches = [measure.stopwatch(problem.call(of_module(problem.module(kind))), "cpu") for kind in kinds]
@@ -50,28 +48,29 @@ def compare(case: Case, seconds: float) -> dict:
 
 
 def own_cost(cell: str, calls: int = 1000, rounds: int = 20) -> tuple[float, float]:
-    """Microseconds of a call of rnnfast's layer and of torch.nn's, the fastest of `rounds`, where torch.nn's ``forward`` does
-    nothing: the difference is what rnnfast's adds to any call."""
-    plain, layer = getattr(torch.nn, cell)(8, 8), getattr(rnnfast, cell)(8, 8)
+    """Microseconds of a call of rnnfast's layer and of torch.nn's, the fastest of `rounds`, while torch.nn's ``forward`` does
+    nothing. The difference is what rnnfast's ``forward`` adds to any call."""
+    theirs, layer = getattr(torch.nn, cell)(8, 8), getattr(rnnfast, cell)(8, 8)
     x = torch.zeros(1, 1, 8)
-    layer(x)  # what is to be known of Triton and the device is found by the first call
+    layer(x)  # the first call looks for Triton and a device
 
     def repeated(module: torch.nn.Module) -> measure.Call:
         return measure.Call(lambda _: [module(x) for _ in range(calls)])
 
-    kind = type(plain)
+    kind = type(theirs)
     forward = kind.forward
     kind.forward = lambda self, input, hx=None: None
     try:
-        watches = [measure.stopwatch(repeated(module), "cpu") for module in (layer, plain)]
-        ours, theirs = measure.alternate(watches, 0, least=rounds, most=rounds)
+        watches = [measure.stopwatch(repeated(module), "cpu") for module in (layer, theirs)]
+        times = measure.alternate(watches, 0, least=rounds, most=rounds)
     finally:
         kind.forward = forward
-    return min(ours) / calls, min(theirs) / calls
+    own, base = (min(one) / calls for one in times)
+    return own, base
 
 
 def figures() -> dict[str, dict[str, float]]:
-    """For the regression gate: how many times as long a call is where torch.nn's ``forward`` does nothing."""
+    """For the regression gate: a call's time over torch.nn's while torch.nn's ``forward`` does nothing."""
     return {cell: {"call_ratio": ours / theirs} for cell in CELLS for ours, theirs in [own_cost(cell)]}
 
 

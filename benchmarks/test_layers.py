@@ -3,8 +3,8 @@
     pytest benchmarks/ --set quick --benchmark-save=before
     pytest benchmarks/ --set quick --benchmark-compare=0001
 
-Only what can run here is collected. A provider that is wrong fails, and has no time. Times are those of the clock, on a GPU
-with the GPU idle before and after; `python -m benchmarks` measures more, and more carefully.
+It collects what can run here. A wrong provider fails and gets no time. A clock takes the times; a GPU is idle before and after
+them. `python -m benchmarks` measures more, and more carefully.
 """
 
 import pytest
@@ -13,9 +13,9 @@ pytest.importorskip("pytest_benchmark")
 
 import torch
 
-from benchmarks.problem import tf32
-from benchmarks.providers import Unavailable
-from benchmarks.run import problem_of
+from benchmarks.timing.problem import tf32
+from benchmarks.timing.providers import Unavailable
+from benchmarks.timing.run import problem_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # other libraries warn
 

@@ -42,18 +42,6 @@ def test_not_worse():
     assert not worse and [one.name for one in better] == ["barriers"]
 
 
-@pytest.mark.parametrize("bad_from", range(9))
-def test_first_bad(bad_from):
-    asked = []
-
-    def bad(commit):
-        asked.append(commit)
-        return int(commit) >= bad_from
-
-    assert check.first_bad([str(n) for n in range(9)], bad) == str(bad_from)
-    assert len(asked) <= 4
-
-
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A repository whose kernels are a number of barriers, with a commit for each; the gate looks at it."""
@@ -63,6 +51,8 @@ def repository(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", tmp_path, *identity, *args], check=True, capture_output=True)
 
     (tmp_path / "kernels").mkdir()
+    (tmp_path / "rnnfast").mkdir()
+    (tmp_path / "rnnfast/__init__.py").touch()
     git("init", "-q")
 
     def commit(barriers, subject):
@@ -72,17 +62,32 @@ def repository(tmp_path, monkeypatch):
 
     monkeypatch.setattr(check, "ROOT", tmp_path)
     monkeypatch.setattr(check, "BASELINES", tmp_path)
-    monkeypatch.setattr(check, "figures_of", lambda part: changed(barriers=int((tmp_path / "kernels/barriers").read_text())))
-
-    def figures_at(commit, part):
-        text = check.git("show", f"{commit}:kernels/barriers")
-        return None if text == "?" else changed(barriers=int(text))
-
-    monkeypatch.setattr(check, "figures_at", figures_at)
+    figures = "lambda part: ({'a row': {'barriers': int(open('kernels/barriers').read())}}, {})"
+    program = f"import sys; from benchmarks import check; check.figures_of = {figures}; sys.exit(check.main(sys.argv[1:]))"
+    monkeypatch.setattr(
+        check, "figures_of", lambda part: (changed(barriers=int((tmp_path / "kernels/barriers").read_text())), check.TOLERANCES)
+    )
+    monkeypatch.setattr(
+        check, "probe_command", lambda part, wanted: [sys.executable, "-c", program, "--parts", part, "--probe", str(wanted)]
+    )
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / ".git/info/exclude").write_text("benchmarks\n")
     return commit
 
 
 COUNTS = ["--parts", "counts"]
+
+
+@pytest.mark.parametrize("bad_from", range(1, 6))
+def test_first_bad(bad_from, repository, capsys):
+    """Whichever of five commits it is; the working trees are gone afterwards."""
+    repository(10, "base")
+    check.main([*COUNTS, "--update"])
+    for n in range(1, 6):
+        repository(10 + n if n >= bad_from else 10 - n, f"commit {n}")
+    check.main([*COUNTS, "--bisect"])
+    assert re_first_bad(capsys.readouterr().out) == f"commit {bad_from}"
+    assert len(check.git("worktree", "list").splitlines()) == 1 and check.git("branch", "--show-current")
 
 
 def test_gate_names_the_commit(repository, capsys):

@@ -1,5 +1,6 @@
-"""Who can run a case: a `Provider` for each implementation. Each is given the same weights and input, and includes the input
-side W_ih x. Those of other libraries are in `benchmarks.peers`.
+"""The implementations that can run a case, a `Provider` each. All get the same weights and input, and compute W_ih x too.
+
+`benchmarks.timing.providers.peers` has those of other libraries.
 """
 
 from __future__ import annotations
@@ -14,26 +15,26 @@ import torch
 from torch import Tensor
 
 import rnnfast
-from benchmarks.cases import Case, Unknown
-from benchmarks.problem import Problem, Ready, of_module
+from benchmarks.timing.cases import Case, Unknown
+from benchmarks.timing.problem import Problem, Ready, of_module
 from rnnfast import backends, reference
 
 __all__ = ["BASE", "Provider", "Unavailable", "all_providers", "installed", "named_provider"]
 
-BASE = "torch.nn"  # what every other is compared with
+BASE = "torch.nn"  # every other provider is compared with it
 UNROLLED_STEPS = 8  # Inductor takes minutes for 32 steps of a small LSTM in training
 
 
 class Unavailable(Exception):
-    """The provider cannot run this case, as it turned out in making it ready; the message says why."""
+    """The provider turns out to be unable to run this case. The message says why."""
 
 
 class Provider:
     """An implementation.
 
     Attributes:
-        compiles: whether the first call of a case compiles something, whose time is told apart.
-        counts_memory: whether what it allocates goes through PyTorch's allocator.
+        compiles: whether the first call of a case compiles something. That time gets a field of its own.
+        counts_memory: whether it allocates through PyTorch's allocator.
     """
 
     compiles = False
@@ -47,11 +48,11 @@ class Provider:
         return None
 
     def settings(self) -> contextlib.AbstractContextManager:
-        """What is to be set around all of its calls."""
+        """A context manager around all of its calls."""
         return contextlib.nullcontext()
 
     def ready(self, problem: Problem) -> Ready:
-        """Raises `Unavailable` if it cannot after all."""
+        """Make the problem ready to run. Raises `Unavailable` if the provider cannot run it after all."""
         raise NotImplementedError
 
 
@@ -77,7 +78,7 @@ def environment(**values: str) -> Iterator[None]:
 
 
 class RnnFast(Provider):
-    """rnnfast's layer on `backend`, None for its own choice; on the Triton backend with the kernels of `family`."""
+    """rnnfast's layer on `backend` (None: its own choice), on the Triton backend with the kernels of `family`."""
 
     def __init__(self, name: str, backend: str | None, family: str | None = None) -> None:
         super().__init__(name)
@@ -85,7 +86,7 @@ class RnnFast(Provider):
         self.compiles = backend == "triton"
 
     def settings(self) -> contextlib.AbstractContextManager:
-        # strict: a launch that the driver refuses is an error, and not timed as something else
+        # strict: a launch that the driver refuses is an error. Otherwise another backend would be timed
         return environment(RNNFAST_KERNELS=self.family, RNNFAST_STRICT="1") if self.family else contextlib.nullcontext()
 
     def obstacle(self, case: Case, device: str) -> str | None:
@@ -112,15 +113,10 @@ class RnnFast(Provider):
         return ready
 
 
-def cell_of(case: Case) -> str:
-    """The name that `rnnfast.reference` has for the cell."""
-    return {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[case.cell]
-
-
 class Loop(Provider):
-    """A loop over time steps in plain PyTorch, as people write it: `rnnfast.reference`'s steps in the dtype of the case.
+    """A loop over time steps in PyTorch, as people write it: the steps of `rnnfast.reference` in the dtype of the case.
 
-    With `compiled`, the step went through torch.compile. (The whole loop, unrolled, would compile for minutes.)
+    With `compiled`, torch.compile compiles the step. (It would compile the whole loop, unrolled, for minutes.)
     """
 
     def __init__(self, name: str, compiled: bool) -> None:
@@ -135,7 +131,7 @@ class Loop(Provider):
         return None
 
     def ready(self, problem: Problem) -> Ready:
-        case, step = problem.case, reference.STEPS[cell_of(problem.case)]
+        case, step = problem.case, reference.STEPS[problem.case.cell_name]
         names, parameters = list(problem.weights), [w.clone().requires_grad_() for w in problem.weights.values()]
         if self.compiles:
             torch.compiler.reset()
@@ -161,7 +157,7 @@ class Loop(Provider):
 
 
 class CompiledNN(Provider):
-    """torch.compile of torch.nn's layer, which Inductor decomposes and unrolls over time."""
+    """torch.nn's layer under torch.compile. Inductor decomposes it and unrolls it over time."""
 
     compiles = True
 
@@ -202,7 +198,7 @@ def installed(distribution: str) -> str | None:
 
 
 def all_providers() -> dict[str, Provider]:
-    from benchmarks import peers
+    from benchmarks.timing.providers import peers
 
     providers: list[Provider] = [
         TorchNN(BASE),
@@ -221,7 +217,7 @@ def all_providers() -> dict[str, Provider]:
 
 
 def named_provider(name: str) -> Provider:
-    """Raises `benchmarks.cases.Unknown`."""
+    """Raises `benchmarks.timing.cases.Unknown`."""
     providers = all_providers()
     if name not in providers:
         raise Unknown("provider", name, providers)

@@ -1,9 +1,9 @@
-"""How a `Call` is measured: time, peak memory, what is kept for backward, and which GPU kernels ran.
+"""How a `Call` is measured: its time, its peak memory, what it keeps for backward, and its GPU kernels.
 
-Time on a GPU: device events around one call, the GPU idle before it, so that what the host does in launching counts; with a
-warm L2 (the same call just before) and a cold one (a buffer larger than any L2 written in between); eager, and as a CUDA graph
-where the mode can be captured. On a CPU: the clock around one call. In both, calls of a provider and of torch.nn alternate, so
-that a change of clocks or load meets both, and the ratio is that of neighbours.
+On a GPU, device events stand around one call. The GPU is idle before it, so that the time of launching counts. L2 is warm (the
+same call ran just before) or cold (a buffer larger than any L2 was written in between). The call is eager or, where its mode
+can be captured, a CUDA graph. On a CPU, a clock stands around one call. Calls of a provider and of torch.nn alternate, so that
+a change of clocks or load meets both. The ratio is that of neighbours.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _flush: dict[str, Tensor] = {}
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed: ``run(before())``, of which ``before`` is not."""
+    """``run(before())``, where only ``run`` is timed."""
 
     run: Callable[[Any], Any]
     before: Callable[[], Any] = lambda: None
@@ -48,7 +48,7 @@ class Call:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """p20, p50 and p80, by linear interpolation."""
+    """The 20th, 50th and 80th percentile, by linear interpolation."""
     if len(values) == 1:
         return dict.fromkeys(("p20", "p50", "p80"), values[0])
     p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
@@ -56,43 +56,40 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def stopwatch(call: Call, device: str, l2: str = "warm") -> Callable[[], float]:
-    """A function that makes the call once and says how many microseconds it took; `l2`, "warm" or "cold", is a GPU's."""
-    return _gpu_stopwatch(call, device, l2) if device == "cuda" else _cpu_stopwatch(call)
+    """A function that makes the call once and returns its microseconds.
 
+    On a GPU device events stand around the call; `l2` is "warm" or "cold" there. On a CPU a clock does.
+    """
+    if device == "cpu":
+        clock = time.perf_counter_ns
 
-def _cpu_stopwatch(call: Call) -> Callable[[], float]:
-    run, before, clock = call.run, call.before, time.perf_counter_ns
+        def once() -> float:
+            given = call.before()
+            start = clock()
+            call.run(given)
+            return (clock() - start) / 1000
 
-    def once() -> float:
-        given = before()
-        start = clock()
-        run(given)
-        return (clock() - start) / 1000
-
-    return once
-
-
-def _gpu_stopwatch(call: Call, device: str, l2: str) -> Callable[[], float]:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        return once
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if l2 == "cold" and device not in _flush:
         _flush[device] = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
-    def once() -> float:
+    def once_on_gpu() -> float:
         given = call.before()
         if l2 == "cold":
             _flush[device].zero_()
         torch.cuda.synchronize()
-        start.record()
+        begin.record()
         call.run(given)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1000
+        return begin.elapsed_time(end) * 1000
 
-    return once
+    return once_on_gpu
 
 
 def warm_up(once: Callable[[], float], seconds: float) -> float:
-    """Call for a while, at least twice, until algorithms are chosen and caches are full. The time of the last call in µs."""
+    """Call at least twice and for `seconds`, to choose algorithms and fill caches. Returns the last call's microseconds."""
     end = time.perf_counter() + seconds
     once()
     took = once()
@@ -102,7 +99,7 @@ def warm_up(once: Callable[[], float], seconds: float) -> float:
 
 
 def alternate(watches: list[Callable[[], float]], seconds: float, least: int = 5, most: int = 10000) -> list[list[float]]:
-    """Times of each in turn, back and forth, until `seconds` are over and each was called `least` times, `most` at most."""
+    """Times of each watch. They take turns, back and forth, for `seconds`, but `least` times at least and `most` at most."""
     times: list[list[float]] = [[] for _ in watches]
     turns = list(zip(watches, times, strict=True))
     end = time.perf_counter() + seconds
@@ -126,7 +123,7 @@ def ratio_of(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 
 def captured(call: Call) -> Call:
-    """The call as one CUDA graph, without what comes before it. The tensors that it reads are those of the capture."""
+    """The call as one CUDA graph, without its ``before``. It reads the tensors of the capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -140,7 +137,7 @@ def captured(call: Call) -> Call:
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """What the call has allocated at most above what there was before, as PyTorch's allocator counts it."""
+    """The most bytes that the call has allocated at a time, above those before it, as PyTorch's allocator counts."""
     given = call.before()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -160,7 +157,7 @@ def peak_bytes(call: Call, device: str) -> int:
 
 
 def kernel_names(call: Call) -> list[str]:
-    """The GPU kernels of one call, the longest-running first."""
+    """Names of the GPU kernels of one call, the longest-running first."""
     given = call.before()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -171,19 +168,19 @@ def kernel_names(call: Call) -> list[str]:
 
 
 def kept(forward: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], parameters: list[Tensor]) -> dict[str, int]:
-    """Bytes that autograd keeps alive for the backward of `forward`, each storage once.
+    """Bytes that autograd keeps alive for the backward of `forward`. Each storage counts once.
 
     Args:
-        forward: gives the outputs, differentiable.
-        inputs, parameters: what it is given, alive anyway.
+        forward: returns differentiable outputs.
+        inputs, parameters: what `forward` is given. They live anyway.
 
     Returns:
-        Bytes of "inputs", "parameters", "outputs" that are kept, and of "activations": all else.
+        The bytes kept of "inputs", "parameters", "outputs", and of "activations", which is all else.
     """
     storages: dict[int, Tensor] = {}
 
     def place(tensor: Tensor) -> int:
-        return tensor.untyped_storage()._cdata  # not where it lies: a fake tensor lies nowhere
+        return tensor.untyped_storage()._cdata  # not its address: a fake tensor has none
 
     def pack(tensor: Tensor) -> Tensor:
         storages.setdefault(place(tensor), tensor.detach())  # held until the end, so that no other can take its place

@@ -1,21 +1,21 @@
-"""Times that others have published for a known layer on a known GPU. None was measured here.
+"""Times that others have published for a known layer on a known GPU. This project has measured none of them.
 
-A time without the input side (W_ih x computed outside of what was timed) has a case with I = 1, whose input side is next to
-nothing.
+If a source timed the recurrence without W_ih x, the case has I = 1, where W_ih x is next to nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.cases import Case
+from benchmarks.timing.cases import Case
+from rnnfast.reference import GATES
 
 __all__ = ["PUBLISHED", "Published"]
 
 
 @dataclass(frozen=True)
 class Published:
-    """`us_per_step`: microseconds a time step of the whole case, `provider` on `gpu`; `source`: where it stands."""
+    """`us_per_step`: microseconds a time step of the whole case by `provider` on `gpu`. `source`: where the figure is from."""
 
     case: Case
     gpu: str
@@ -25,19 +25,18 @@ class Published:
 
 
 def _gflops_to_us(case: Case, tflops: float) -> float:
-    """Microseconds a step of a forward pass without input side, from the TFLOP/s that a source gives instead of a time."""
-    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[case.cell]
-    return 2 * gates * case.H * case.H * case.B / (tflops * 1e6)
+    """Microseconds a step of a forward pass without input side, for a source that gives TFLOP/s instead of a time."""
+    return 2 * GATES[case.cell_name] * case.H * case.H * case.B / (tflops * 1e6)
 
 
-# the configuration is that of its notebooks; the source has figures in plots, from which these were handed on to us
+# the configuration is from its notebooks. The figures were read off its plots
 _FLASHRNN = "FlashRNN's speed experiments, H100 SXM, T = 1024 (arXiv 2412.07752, github.com/NX-AI/flashrnn)"
 _DEEPBENCH = "DeepBench, README, recurrent ops in training, cuDNN (github.com/baidu-research/DeepBench, commit 106e523)"
 _BAIDU = "Diamos et al. 2016, Persistent RNNs, 2.8 TFLOP/s at a batch of 4 (proceedings.mlr.press/v48/diamos16)"
 
 
 def _deepbench(cell: str, T: int, B: int, H: int, gpu: str, total_ms: float, forward_tflops: float) -> list[Published]:
-    """A row of DeepBench's table: total time of forward and backward, and the TFLOP/s of forward."""
+    """A row of DeepBench's table, which has the total time of forward and backward, and the TFLOP/s of forward."""
     forward, training = (Case(cell, T, B, 1, H, dtype="float32", mode=mode) for mode in ("forward", "training"))
     return [
         Published(forward, gpu, "cuDNN", _gflops_to_us(forward, forward_tflops), _DEEPBENCH),

@@ -1,6 +1,6 @@
-"""What one compiled kernel does in a time step: counted in its machine code, set against what its plan needs, and predicted.
+"""What one compiled kernel does in a time step: counted in its machine code, compared with what its plan needs, and predicted.
 
-Rows are flat dicts; docs/static.md says what each key means.
+A row is a flat dict. docs/static.md says what each key means. `rnnfast.kernels.hardware` has the constants of the predictions.
 """
 
 from __future__ import annotations
@@ -10,24 +10,19 @@ import re
 
 from triton.compiler import CompiledKernel
 
-from benchmarks import machine_code
-from benchmarks.machine_code import loaded, tally
+from benchmarks.static import machine_code
+from benchmarks.static.machine_code import loaded, tally
+from rnnfast.kernels import hardware
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.persistent import model
 from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
 from rnnfast.kernels.plan import StepPlan
 
 UNITS = ("HMMA", "HGMMA", "UTCHMMA")
-GIGAHERTZ = {80: 1.41, 86: 1.695, 89: 2.52, 90: 1.755, 100: 1.85}  # of an SM, at most, by data sheets
-WARPS_OF_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}
-
-# The step kernels' model: microseconds that a launch costs the host in eager mode; clocks from one kernel's end to the next
-# one's begin; clocks of one way to L2 and back.
-HOST, START, TRIP = 5.0, 1800, 300
 
 
 def code_of(built: CompiledKernel) -> dict:
-    """What the machine code alone says; bytes are those that one program asks for with a full tile."""
+    """What the machine code says. Bytes are those that one program with a full tile asks for."""
     usage, text = machine_code.disassemble(built.asm["cubin"])
     registers, stack = machine_code.resources(usage)
     code = machine_code.Code(text)
@@ -76,10 +71,10 @@ def code_of(built: CompiledKernel) -> dict:
 
 
 def resident(code: dict, limits: GpuLimits) -> int:
-    """Programs that one SM can hold at once; each takes 1 KiB of shared memory more than it asked for."""
+    """Programs that one SM can hold at once. Each takes 1 KiB of shared memory more than it asked for."""
     registers = -(-code["registers"] // 8) * 8 * 32 * code["warps"]
     of_shared = (limits.shared_bytes + 1024) // (code["shared_bytes"] + 1024)
-    return min(of_shared, limits.registers // registers, WARPS_OF_SM[limits.capability] // code["warps"])
+    return min(of_shared, limits.registers // registers, hardware.WARPS[limits.capability] // code["warps"])
 
 
 def _product(code: dict, rows: int, batch_rows: int, columns: int, itemsize: int, repeats: int) -> dict:
@@ -99,14 +94,14 @@ def _product(code: dict, rows: int, batch_rows: int, columns: int, itemsize: int
     }
 
 
-def _terms(terms: dict[str, float], arch: int) -> dict:
+def _terms(terms: dict[str, float], gpu: str) -> dict:
     clocks = sum(terms.values())
-    predicted = {"predicted_clocks": round(clocks), "predicted_us": round(clocks / GIGAHERTZ[arch] / 1000, 3)}
+    predicted = {"predicted_clocks": round(clocks), "predicted_us": round(clocks / hardware.GHZ[gpu] / 1000, 3)}
     return predicted | {f"term_{name}": round(amount) for name, amount in terms.items()}
 
 
 def _arithmetic(code: dict) -> float:
-    """Clocks of the product in the loop, by the persistent kernels' model."""
+    """Clocks of the product in the loop, by the model of the persistent kernels."""
     if not code["tensor_core_loop"]:
         return model.plain_clocks(code["multiplies_loop"])
     if code["unit"] == "HMMA":
@@ -162,18 +157,19 @@ def persistent_row(
             "gathered_bytes": code["polled_bytes"] * sum(programs),
             "gathered_sum_bytes": second_bytes * sum(programs),
             "round_trips": code["polls"],
-            "gather_bound": "l2" if max(programs) * model.PORT_BYTES > limits.sms * model.L2_BYTES else "port",
-            "product_bound": "shared memory" if operand_bytes / model.SHARED_BYTES > arithmetic else "arithmetic",
+            "gather_bound": "l2" if max(programs) * hardware.PORT_BYTES > limits.sms * hardware.L2_BYTES else "port",
+            "product_bound": "shared memory" if operand_bytes / hardware.SHARED_BYTES > arithmetic else "arithmetic",
         }
-        | _terms({name: share * time.total for name, share in time.share().items()}, limits.capability)
+        | _terms({name: share * time.total for name, share in time.share().items()}, limits.name)
     )
 
 
 def step_row(code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: StepPlan, B: int, limits: GpuLimits) -> dict:
     """A row of a step kernel for a batch of `B` rows.
 
-    Its loop is over chunks of the summed axis. Its model is that of `HOST`, `START` and `TRIP`, with the bytes and the product
-    as in the persistent kernels' model, of which the slowest counts.
+    Its loop is over chunks of the summed axis. A step takes the launch, the trips to L2, and the slowest of bytes, product and
+    instructions. Bytes and product are as in the model of the persistent kernels. In eager mode it takes at least the time that
+    the launch costs the host.
     """
     rows = plan.BLOCK_H * (1 if backward else cell.gates)
     columns = H * (cell.gates if backward else 1)
@@ -184,13 +180,13 @@ def step_row(code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan
     trips = -(-chunks // (plan.num_stages - 1)) + 1
     sharing = -(-programs // limits.sms)  # programs that one SM runs, at once or in turn
     bound = {
-        "loads": max(programs * loads / (model.L2_BYTES * limits.sms), sharing * loads / model.PORT_BYTES),
+        "loads": max(programs * loads / (hardware.L2_BYTES * limits.sms), sharing * loads / hardware.PORT_BYTES),
         "product": sharing * _arithmetic(code) * chunks,
-        "issue": sharing * model.ISSUE * code["instructions"] * chunks,
+        "issue": sharing * hardware.ISSUE * code["instructions"] * chunks,
     }
     slowest = max(bound, key=lambda name: bound[name])
-    device = {"start": float(START), "trips": float(TRIP * trips), slowest: bound[slowest]}
-    host = HOST * GIGAHERTZ[limits.capability] * 1000 - sum(device.values())
+    device = {"start": float(hardware.LAUNCH), "trips": float(hardware.L2_TRIP * trips), slowest: bound[slowest]}
+    host = hardware.LAUNCH_HOST_US * hardware.GHZ[limits.name] * 1000 - sum(device.values())
     terms = device | ({"host": host} if host > 0 else {})
     return (
         _product(code, rows, plan.BLOCK_B, columns, itemsize, chunks)
@@ -203,5 +199,5 @@ def step_row(code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan
             "gather_bound": "",
             "product_bound": "",
         }
-        | _terms(terms, limits.capability)
+        | _terms(terms, limits.name)
     )

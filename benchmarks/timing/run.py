@@ -1,28 +1,26 @@
-"""One row after another: each (case, provider) is checked and measured in a process of its own making, which may die or hang
-without taking the run along.
-"""
+"""Cases and providers, one row after another. A child process, which may crash or hang, checks and measures each."""
 
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 import rnnfast
-from benchmarks import measure
-from benchmarks.cases import Case
-from benchmarks.measure import Call
-from benchmarks.problem import Problem, tf32
-from benchmarks.providers import BASE, Provider, Unavailable, all_providers, installed, named_provider
-from benchmarks.results import BadResults, key, load, new_row, save
-from benchmarks.worker import Died, Worker
+from benchmarks.timing import isolated, measure
+from benchmarks.timing.cases import Case
+from benchmarks.timing.measure import Call
+from benchmarks.timing.problem import Problem, tf32
+from benchmarks.timing.providers import BASE, Provider, Unavailable, all_providers, installed, named_provider
+from benchmarks.timing.results import SCHEMA, BadResults, key, load, new_row, save
 
 __all__ = ["environment", "measure_row", "problem_of", "row_of", "run", "words"]
 
@@ -31,10 +29,7 @@ CPU_WARM_UP = 0.05
 
 
 def environment(device: str) -> dict[str, str]:
-    """What a figure means nothing without: the machine, versions, commit."""
-    git = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    """The machine, the versions and the commit, without which a figure means nothing."""
     found = {
         "cpu": processor(),
         "system": f"{platform.system()} {platform.release()}",
@@ -42,21 +37,27 @@ def environment(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": installed("triton") or "not installed",
         "rnnfast": rnnfast.__version__,
-        "commit": git.stdout.strip() or os.environ.get("RNNFAST_COMMIT", "unknown"),
+        "commit": printed("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+        or os.environ.get("RNNFAST_COMMIT", "unknown"),
         "tf32": "as each case says",
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device == "cuda":
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        )
         found |= {
             "gpu": torch.cuda.get_device_name(),
-            "driver": driver.stdout.strip() or "unknown",
+            "driver": printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
             "cuda": torch.version.cuda or "unknown",
             "cudnn": str(torch.backends.cudnn.version()),
         }
     return found
+
+
+def printed(*command: str) -> str:
+    """What a program prints. Nothing if it does not exist or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def processor() -> str:
@@ -70,13 +71,13 @@ def processor() -> str:
 
 @lru_cache(maxsize=1)
 def problem_of(case: Case, device: str) -> tuple[Problem, Call]:
-    """A case's problem, and torch.nn's call; kept for the next provider of the same case."""
+    """The problem of a case, and torch.nn's call. The next provider of the same case uses them again."""
     problem = Problem(case, device)
     return problem, problem.call(named_provider(BASE).ready(problem))
 
 
 def row_of(case: Case, set_name: str, provider: Provider, settings: dict) -> dict:
-    """The row of `provider` for `case`: checked, then measured. Whatever a library raises becomes the row's status."""
+    """The row of `provider` for `case`: checked, then measured. Whatever a library raises becomes the status of the row."""
     if settings["device"] == "cuda":
         torch.cuda.empty_cache()
     try:
@@ -95,7 +96,8 @@ def row_of(case: Case, set_name: str, provider: Provider, settings: dict) -> dic
 
 
 def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]:
-    device = settings["device"]
+    """The status of `provider` on `case`, and the values of its row."""
+    device, seconds = settings["device"], settings["seconds"]
     problem, base = problem_of(case, device)
     _, _, oracle = problem.answers()
     ready = provider.ready(problem)
@@ -110,7 +112,6 @@ def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]
     took = measure.warm_up(watch, GPU_WARM_UP if device == "cuda" else CPU_WARM_UP)
     if provider.compiles:
         values["compile_s"] = max(0.0, first - took / 1e6)
-    seconds = settings["seconds"]
     if provider.name == BASE:
         (times,) = measure.alternate([watch], seconds)
     else:
@@ -118,10 +119,16 @@ def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]
         measure.warm_up(base_watch, 0)
         times, base_times = measure.alternate([watch, base_watch], 2 * seconds)
         values["ratio"] = {"to": BASE, **measure.ratio_of(times, base_times)}
-    values["timings"] = [timing("eager", "warm", times)]
+    values["timings"] = [{"how": "eager", "l2": "warm", **measure.percentiles(times), "n": len(times)}]
+
+    def add_time(how: str, l2: str, call: Call) -> None:
+        watch = measure.stopwatch(call, device, l2)
+        measure.warm_up(watch, 0)
+        (times,) = measure.alternate([watch], seconds)
+        values["timings"].append({"how": how, "l2": l2, **measure.percentiles(times), "n": len(times)})
+
     if device == "cuda":
-        (times,) = measure.alternate([measure.stopwatch(call, device, "cold")], seconds)
-        values["timings"].append(timing("eager", "cold", times))
+        add_time("eager", "cold", call)
         values["kernels"] = measure.kernel_names(call)
     values["peak_bytes"] = measure.peak_bytes(call, device) if provider.counts_memory else None
     if case.mode != "inference":
@@ -130,29 +137,22 @@ def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]
         try:
             graph = measure.captured(call)
             for l2 in ("warm", "cold"):
-                watch = measure.stopwatch(graph, device, l2)
-                measure.warm_up(watch, 0)
-                (times,) = measure.alternate([watch], seconds)
-                values["timings"].append(timing("cuda graph", l2, times))
+                add_time("cuda graph", l2, graph)
         except RuntimeError as failure:
             words = " ".join(str(failure).split())[:200]
             values["note"] = "; ".join(filter(None, (values["note"], f"no CUDA graph: {words}")))
     return "ok", values
 
 
-def timing(how: str, l2: str, times: list[float]) -> dict:
-    return {"how": how, "l2": l2, **measure.percentiles(times), "n": len(times)}
-
-
-def measure_row(case: Case, set_name: str, name: str, settings: dict) -> dict:
-    """`row_of` by names, as the worker calls it."""
+def measure_row(case: dict, set_name: str, name: str, settings: dict) -> Iterator[dict]:
+    """`row_of` from what JSON can hold, for the child process."""
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
-    return row_of(case, set_name, all_providers()[name], settings)
+    yield row_of(Case(**case), set_name, all_providers()[name], settings)
 
 
 def same_run(results: dict, now: dict, path: Path) -> None:
-    """Raises `BadResults` if `results`, from `path`, were measured otherwise than this run `now` would: they do not mix."""
+    """Refuse to mix runs: raises `BadResults` if `results`, from `path`, were measured otherwise than the run `now` would."""
     for part in ("environment", "settings"):
         for name in sorted(results[part].keys() | now[part].keys()):
             before, after = results[part].get(name), now[part].get(name)
@@ -160,17 +160,30 @@ def same_run(results: dict, now: dict, path: Path) -> None:
                 raise BadResults(f"{path} was measured with {name} {before!r}, and now it is {after!r}: name another file")
 
 
+def new_results(device: str, settings: dict, ceilings: dict | None = None) -> dict:
+    """Results without rows: environment, settings and ceilings of this run."""
+    settings = {"device": device, **settings}
+    return {"schema": SCHEMA, "environment": environment(device), "settings": settings, "ceilings": ceilings}
+
+
 def run(
-    work: list[tuple[str, Case, str]], now: dict, path: Path, limit: float, say: Callable[[str], None], worker: Worker
+    work: list[tuple[str, Case, str]],
+    now: dict,
+    path: Path,
+    limit: float,
+    say: Callable[[str], None],
+    until: float = math.inf,
+    env: dict[str, str] | None = None,
 ) -> tuple[dict, str]:
     """Measure what `path` does not hold yet, and save after each row.
 
     Args:
-        work: (set, case, provider) of every row wanted.
-        now: results without rows: environment, settings and ceilings of this run.
-        path: of the results; those that it holds are kept and not measured again.
+        work: (set, case, provider) of every wanted row.
+        now: `new_results` of this run.
+        path: the file of results. It keeps the rows that it holds; they are not measured again.
         limit: seconds for a row.
-        say: is given a line of progress after each row.
+        say: gets a line of progress after each row.
+        until, env: those of `isolated.rows`.
 
     Returns:
         The results, and why the run ended early, or "".
@@ -188,14 +201,14 @@ def run(
         say(f"{path} holds {len(done)} rows; {len(work)} to go")
     start = time.monotonic()
     told: set[tuple[str, str]] = set()
-    ended = ""
+    jobs = [[case.as_dict(), set_name, name, results["settings"]] for set_name, case, name in work]
     try:
         save(results, path)  # a path that cannot be written is told at once
-        for number, (set_name, case, name) in enumerate(work, 1):
-            try:
-                row = worker.do(case, set_name, name, results["settings"], limit=limit)
-            except Died as death:
-                row = new_row(case, set_name, name, "error", note=str(death))
+        found = isolated.rows("benchmarks.timing.run:measure_row", jobs, limit, until, env)
+        for number, (job, row) in enumerate(found, 1):
+            set_name, case, name = work[job]
+            if "error" in row and "status" not in row:  # the child crashed or hung
+                row = new_row(case, set_name, name, "error", note=row["error"])
             results["rows"].append(row)
             took = time.monotonic() - start
             left = clock(took / number * (len(work) - number))
@@ -204,12 +217,10 @@ def run(
             told.add((name, row["note"]))
             save(results, path)
     except KeyboardInterrupt:
-        ended = f"interrupted: {len(results['rows'])} rows are in {path}; the same command goes on from there"
+        return results, f"interrupted: {len(results['rows'])} rows are in {path}; the same command goes on from there"
     except OSError as error:
-        ended = f"cannot write {path}: {error.strerror or error}; it holds what was saved before"
-    finally:
-        worker.stop()
-    return results, ended
+        return results, f"cannot write {path}: {error.strerror or error}; it holds what was saved before"
+    return results, ""
 
 
 def clock(seconds: float) -> str:
@@ -217,7 +228,7 @@ def clock(seconds: float) -> str:
 
 
 def words(row: dict) -> str:
-    """A row in a line."""
+    """A row in one line."""
     text = f"{Case(**row['case']).id:45} {row['provider']:20} "
     if row["status"] == "wrong":
         return text + f"wrong: {row['error']['tensor']} has {row['error']['worst']:.3g} times the error allowed; not timed"

@@ -1,8 +1,7 @@
-"""Compiles the kernels for GPUs that are not there, through the very functions that launch them.
+"""Compiles the kernels for GPUs that are not there, through the functions that launch them.
 
-A stand-in takes the place of Triton's GPU driver: it names the target, accepts the finished machine code, and counts each
-launch without running it. So argument types, alignment specialisation, tile minimums and options are those of a real launch.
-`python -m benchmarks.static` makes a table of what comes out.
+A stand-in replaces Triton's GPU driver. It names the target, accepts the machine code, and counts each launch without running
+it. So argument types, alignment specialisation, tile minimums and options are those of a real launch.
 """
 
 from __future__ import annotations
@@ -19,12 +18,6 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 GPU_OF_ARCH = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200"}
-DTYPES = {  # of the tensors, and whether float32 products may be TF32
-    "float16": (torch.float16, False),
-    "bfloat16": (torch.bfloat16, False),
-    "float32": (torch.float32, False),
-    "tf32": (torch.float32, True),
-}
 
 
 def limits_of(arch: int):
@@ -34,7 +27,7 @@ def limits_of(arch: int):
 
 
 class Launch(NamedTuple):
-    """A launch that the stand-in took: the kernel's name, the grid, and the hash of what was compiled for it."""
+    """A launch that the stand-in took: name of the kernel, grid, and hash of the compiled code."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -42,11 +35,11 @@ class Launch(NamedTuple):
 
 
 class StandInDriver(DriverBase):
-    """What Triton asks of a GPU driver, answered without a GPU.
+    """Answers without a GPU what Triton asks of a GPU driver.
 
     Attributes:
         launches: in their order.
-        seconds: of a CPU that compiling took, by hash; None where Triton's cache on disk had it.
+        seconds: CPU seconds of compiling, by hash. None if Triton's cache on disk had the kernel.
     """
 
     def __init__(self, arch: int):
@@ -112,7 +105,7 @@ def kernels() -> list[triton.JITFunction]:
 
 @contextmanager
 def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
-    """Kernels launched inside compile for sm_`arch` and are counted, not run. Takes CPU tensors."""
+    """Inside, a launch compiles its kernel for sm_`arch` and is counted, not run. It takes CPU tensors."""
     from rnnfast import families
     from rnnfast.kernels import step
 
@@ -133,14 +126,14 @@ def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
 
 
 def compiled() -> dict[str, triton.compiler.CompiledKernel]:
-    """Every variant of every kernel compiled since `pretend_gpu` began, by hash."""
+    """Every variant of every kernel that was compiled since `pretend_gpu` began, by hash."""
     caches = [cache for kernel in kernels() for cache in kernel.device_caches.values()]
     return {built.hash: built for cache in caches for built in cache[0].values()}
 
 
 @contextmanager
 def settings(family: str, tf32: bool) -> Iterator[None]:
-    """RNNFAST_KERNELS=`family`, and float32 products in TF32 or not."""
+    """Set RNNFAST_KERNELS to `family`, and let float32 products use TF32 or not."""
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
     os.environ["RNNFAST_KERNELS"] = family
@@ -154,8 +147,10 @@ def settings(family: str, tf32: bool) -> Iterator[None]:
 def run_layer(
     driver: StandInDriver, cell: str, dtype: torch.dtype, hidden: int, T: int, B: int, marked: bool = False
 ) -> dict[str, list[Launch]]:
-    """The launches of "training" and "backward", a layer's two halves, and of "inference"; `marked`: with lengths, resets, and
-    gradients of the states that they begin from."""
+    """The launches of a layer: "training" (forward) and "backward", its two halves, and "inference".
+
+    `marked`: with lengths and resets, and gradients of the states from which they begin.
+    """
     from rnnfast import ops
     from rnnfast.reference import GATES
 

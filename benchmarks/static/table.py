@@ -1,40 +1,23 @@
-"""A table of every kernel without a GPU: compiled by the real launch code for absent GPUs, counted in machine code, predicted.
-
-    python -m benchmarks.static [--arch 80 90 100] [--json FILE] [--summary FILE] [--jobs N] [--fresh]
-                                [--family step] [--cells lstm gru] [--dtypes float16 tf32] [--hidden 128 768] [--batch 1 16]
-                                [--marked]
-    python -m benchmarks.static --show-terms LSTM 768 16
-
-For each shape the persistent kernels where they have a plan, else the step kernels and why. Without --cells, --dtypes, --hidden
-or --batch: the standard table, `STANDARD`. With --marked the kernels as they are compiled for lengths and resets. What the
-columns and the JSON's keys mean: docs/static.md.
-
-No GPU has measured any of it.
-"""
+"""The rows of the static table: which kernels are compiled, for which shapes, and how each becomes a row."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import multiprocessing
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 
-from benchmarks import static_text
-from benchmarks.offline import DTYPES, GPU_OF_ARCH, compiled, limits_of, pretend_gpu, run_layer, settings
+from benchmarks.static.offline import compiled, limits_of, pretend_gpu, run_layer, settings
+from benchmarks.timing.cases import DTYPES
 from rnnfast import families
 
+PHASES = {("forward", True): "training", ("forward", False): "inference", ("backward", True): "backward"}
 SCHEMA = 1
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 HIDDEN = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
@@ -83,7 +66,7 @@ def jobs_of(table, archs: list[int], marked: bool = False) -> list[Job]:
 
 def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
     """The rows of a job, and the seconds that compiling took, by kernel; what Triton's cache had is not among them."""
-    from benchmarks import counts
+    from benchmarks.static import counts
     from rnnfast.kernels import cells
 
     cell, limits = cells.CELLS[job.cell], limits_of(job.arch)
@@ -94,7 +77,7 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
         for B in job.batches:
             runs = [run_layer(driver, job.cell, element, job.hidden, T, B, job.marked) for T in STEPS]
             built = compiled()
-            for (direction, training), phase in static_text.PHASES.items():
+            for (direction, training), phase in PHASES.items():
                 backward = direction == "backward"
                 launches = [[each for each in run[phase] if each.kernel not in HELPERS] for run in runs]
                 variants = {each.compiled for run in launches for each in run}
@@ -160,12 +143,6 @@ def _counted(results: Iterable, total: int) -> Iterator:
         yield result
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
-    return int(text)
-
-
 def build(jobs: list[Job], workers: int) -> list[dict]:
     """The rows of all jobs, each with the seconds that its kernel took to compile, None where Triton's cache had it."""
     if workers == 1:
@@ -182,74 +159,9 @@ def build(jobs: list[Job], workers: int) -> list[dict]:
     rows: dict[tuple, dict] = {}  # by what identifies them: two jobs may both come to the step kernels
     for found, _ in results:
         for row in found:
-            phase = list(static_text.PHASES).index((row["direction"], row["training"]))
+            phase = list(PHASES).index((row["direction"], row["training"]))
             kind = CELLS.index(row["cell"]), list(DTYPES).index(row["dtype"])
             key = row["arch"], *kind, row["hidden"], row["batch"], phase, row["family"], row["marked"]
             if key not in rows or row["why_step"]:
                 rows[key] = row | {"compile_seconds": seconds.get(row["compiled"])}
     return [rows[key] for key in sorted(rows)]
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description="Compiles, counts and predicts.")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(GPU_OF_ARCH))
-    parser.add_argument("--family", choices=families.FAMILIES, help="step: the step kernels everywhere")
-    parser.add_argument("--cells", nargs="+", choices=CELLS)
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
-    parser.add_argument("--hidden", type=_positive, nargs="+")
-    parser.add_argument("--batch", type=_positive, nargs="+")
-    parser.add_argument("--marked", action="store_true", help="the kernels for lengths and resets")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
-    parser.add_argument("--summary", metavar="FILE", help="also put the table in short into this page, docs/static.md")
-    parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    parser.add_argument("--fresh", action="store_true", help="compile everything anew, to time it: Triton's cache is not used")
-    parser.add_argument(
-        "--show-terms", nargs=3, metavar=("CELL", "H", "B"), help="only the predicted step of one shape, by term"
-    )
-    args = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
-    chosen = args.cells, args.dtypes, args.hidden, args.batch
-    if args.show_terms:
-        cell, *sizes = args.show_terms
-        try:
-            chosen = (cell.lower(),), args.dtypes, *((_positive(size),) for size in sizes)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"argument --show-terms: {error}")
-        if cell.lower() not in CELLS:
-            parser.error(f"argument --show-terms: no cell {cell!r}: choose from {', '.join(CELLS)}")
-    if args.json:
-        try:
-            open(args.json, "a").close()  # now, and not after minutes of compiling
-        except OSError as error:
-            parser.error(f"argument --json: {error}")
-    heading = f"### Triton {triton.__version__}"
-    if args.summary:
-        try:
-            static_text.put(Path(args.summary).read_text(), heading, [])
-        except (OSError, ValueError) as error:
-            parser.error(f"argument --summary: {args.summary}: {error}")
-    table = STANDARD
-    if args.family or any(chosen):
-        defaults = ("lstm",), ("float16",), HIDDEN, BATCH
-        table = [(args.family or "persistent", *(axis or default for axis, default in zip(chosen, defaults, strict=True)))]
-    print(f"triton {triton.__version__}, torch {torch.__version__}. Counted and predicted: no GPU has measured any of this.\n")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.fresh:
-            os.environ["TRITON_CACHE_DIR"] = folder
-        rows = build(jobs_of(table, args.arch, args.marked), args.jobs)
-    lines = static_text.show_terms(rows) if args.show_terms else static_text.show(rows)
-    print("\n".join(lines))
-    if args.json:
-        report = {"schema": SCHEMA, "triton": triton.__version__, "torch": torch.__version__, "rows": rows}
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
-    if args.summary:
-        page = Path(args.summary)
-        command = " ".join(["python -m benchmarks.static", *(sys.argv[1:] if argv is None else argv)])
-        page.write_text(static_text.put(page.read_text(), heading, static_text.summary(rows, command)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,22 +1,22 @@
 """The file of results: one JSON document that the runner writes row by row and the report reads.
 
-    {"schema": 1,
+    {"schema": 2,
      "environment": {...},          gpu or cpu, driver, versions, commit, TF32 settings, time
      "settings": {...},             how it was measured
      "ceilings": null | {"l2_bytes_per_s", "hbm_bytes_per_s", "flops_per_s": {dtype: x}, "exchange_us"},
      "rows": [row, ...]}
 
-    row = {"case": {every field of `benchmarks.cases.Case`}, "set": str, "provider": str,
+    row = {"case": {every field of `benchmarks.timing.cases.Case`}, "set": str, "provider": str,
            "status": one of `STATUSES`, "note": str (error text, versions),
            "error": {"worst": error / allowed error, "tensor": name} | null,
            "timings": [{"how": "eager" | "cuda graph", "l2": "warm" | "cold", "p20", "p50", "p80", "n"}],
-                      microseconds a call, and the number of calls timed
+                      microseconds a call, and how many calls were timed
            "ratio": {"to": "torch.nn", "p20", "p50", "p80"} | null,
-                      of the time of a call to that of torch.nn right beside it; on a GPU eager with a warm L2
-           "peak_bytes": int | null,  above what was allocated before the call
+                      time of a call over that of torch.nn right beside it; on a GPU eager with a warm L2
+           "peak_bytes": int | null,  above those allocated before the call
            "saved_bytes": int | null, kept for backward besides input, parameters and output
            "compile_s": float | null, of the first call, where it compiles
-           "kernels": [names]}        of the GPU kernels of one call
+           "kernels": [names]}        the GPU kernels of one call
 
 Only a row whose status is "ok" has timings.
 """
@@ -27,11 +27,11 @@ import json
 import os
 from pathlib import Path
 
-from benchmarks.cases import Case
+from benchmarks.timing.cases import Case
 
 __all__ = ["SCHEMA", "STATUSES", "BadResults", "key", "load", "new_row", "save"]
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had TF32 as a field of the case
 STATUSES = ("ok", "wrong", "error", "out of memory", "unavailable")
 _EMPTY = {
     "note": "",
@@ -46,18 +46,18 @@ _EMPTY = {
 
 
 class BadResults(ValueError):
-    """A file that holds no results of this schema; the message is one line."""
+    """A file that holds no results of this schema. The message is one line."""
 
 
 def new_row(case: Case, set_name: str, provider: str, status: str, **values) -> dict:
-    """A row, with nothing where `values` say nothing."""
+    """A row with `values`, and nothing for what they do not say."""
     assert status in STATUSES and not values.keys() - _EMPTY.keys(), (status, values)
     row = {"case": case.as_dict(), "set": set_name, "provider": provider, "status": status}
     return row | {name: values.get(name, default) for name, default in _EMPTY.items()}
 
 
 def key(row: dict) -> tuple[Case, str]:
-    """What a row is the result of: case and provider."""
+    """The case and the provider of a row."""
     return Case(**row["case"]), row["provider"]
 
 
@@ -108,7 +108,7 @@ def _check(results: dict) -> None:
 
 
 def save(results: dict, path: str | os.PathLike) -> None:
-    """Write `results` to `path`, whole or not at all: what was in the file stays if the disk is full or the power goes."""
+    """Write `results` to `path`, whole or not at all. The old content stays if the disk is full or the power goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.new")

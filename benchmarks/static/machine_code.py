@@ -1,7 +1,7 @@
-"""The machine code of a compiled kernel, taken apart and counted. Text in, figures out: nothing here compiles or runs anything.
+"""The machine code of a compiled kernel, taken apart and counted. It takes text and returns figures; it compiles nothing.
 
 The loop over time steps of a persistent kernel, or over the summed axis of a step kernel, is the largest cycle of the control
-flow; a loop in it that loads strongly is a poll, whose loads come once before it and again in each retry.
+flow. A loop in it that loads strongly is a poll. The loads of a poll stand once before it and again in each retry.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import networkx as nx
 import triton
 
 BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -35,7 +37,7 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of a memory access, by one thread."""
+        """The bytes that one thread accesses."""
         if self.is_a("LDSM"):
             return 4 * int(self.opcode.split(".")[-1]) if self.opcode[-1] in "24" else 4
         width = re.search(r"\.(?:[US])?(8|16|64|128)\b", self.opcode)
@@ -43,12 +45,12 @@ class Instruction:
 
 
 class Products(NamedTuple):
-    """The matrix products in a loop, of all of a program's warps together.
+    """The matrix products in a loop, of all warps of a program together.
 
     Attributes:
-        instructions: of the tensor cores; of a warp (HMMA), of a warp group (HGMMA) or of the program (UTCHMMA).
-        multiplies: that they make; without any those of the plain FFMA and FFMA2, the cell's own few among them.
-        read_bytes: of the operands that HGMMA and UTCHMMA read from shared memory, 32 of each row of A and of B.
+        instructions: tensor core instructions, of a warp (HMMA), of a warp group (HGMMA) or of the program (UTCHMMA).
+        multiplies: their multiplies. Without tensor cores those of FFMA and FFMA2, which include the cell's own few.
+        read_bytes: bytes that HGMMA and UTCHMMA read from shared memory, 32 of each row of A and of B.
         deep: the most HMMA one after another on one accumulator.
     """
 
@@ -69,7 +71,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def resources(usage: str) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack a thread: where spills go."""
+    """Registers and bytes of stack of a thread. Spills go to the stack."""
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match, usage
     return int(match[1]), int(match[2])
@@ -78,8 +80,8 @@ def resources(usage: str) -> tuple[int, int]:
 class Code:
     """The instructions of a kernel, and where each can be followed by which.
 
-    BRA.DIV leaves for code that a warp takes whose threads have parted, BRA.CONV for that of one whose threads are together.
-    They always are when a poll ends, which the compiler cannot know: what it repeats for a parted warp is not followed.
+    BRA.DIV leaves for code of a warp whose threads have parted, BRA.CONV for code of a warp whose threads are together. They
+    always are together when a poll ends, which the compiler cannot know. So the code for a parted warp is not followed.
     """
 
     LABEL = r"\s*(\.L_x_\d+):"
@@ -94,72 +96,34 @@ class Code:
                 labels[label[1]] = len(self.instructions)
             elif code := re.match(self.LINE, line):
                 self.instructions.append(Instruction(code[1] or "", code[2], code[3]))
-        self.after: list[list[int]] = []
+        graph: nx.DiGraph = nx.DiGraph()
         for at, each in enumerate(self.instructions):
             target = re.search(self.TARGET, each.operands)
             # a call to a label of the kernel is a jump that may return
-            jump = [labels[target[1]]] if target and each.is_a("BRA", "CALL", "bra") else []
-            goes = each.is_a("EXIT", "RET", "ret") or (each.is_a("BRA", "bra") and re.match(self.TARGET, each.operands))
-            if each.opcode == "BRA.DIV":
-                jump = []
-            goes = goes or each.opcode == "BRA.CONV"
-            falls = not goes or bool(each.predicate)
-            followers = jump + ([at + 1] if falls else [])
-            self.after.append([follower for follower in followers if follower < len(self.instructions)])
-        reached, reach = set(), [0]
-        while reach:
-            at = reach.pop()
-            reached.add(at)
-            reach += [follower for follower in self.after[at] if follower not in reached]
-        self.after = [after if at in reached else [] for at, after in enumerate(self.after)]
+            jumps = target and each.is_a("BRA", "CALL", "bra") and each.opcode != "BRA.DIV"
+            leaves = each.is_a("EXIT", "RET", "ret") or (each.is_a("BRA", "bra") and re.match(self.TARGET, each.operands))
+            falls = bool(each.predicate) or not (leaves or each.opcode == "BRA.CONV")
+            followers = [labels[target[1]]] * bool(jumps) + [at + 1] * falls
+            graph.add_node(at)
+            graph.add_edges_from((at, follower) for follower in followers if follower < len(self.instructions))
+        self.graph = graph.subgraph({0, *nx.descendants(graph, 0)})  # what is reached
 
-    def cycles(self, within: list[int]) -> list[list[int]]:
+    def cycles(self, within: Iterable[int]) -> list[list[int]]:
         """The strongly connected parts of the control flow among the instructions `within`, in their order."""
-        allowed, before = set(within), {at: [] for at in within}
-        for at in within:
-            for follower in self.after[at]:
-                if follower in allowed:
-                    before[follower].append(at)
-        order: list[int] = []
-        seen: set[int] = set()
-        for root in within:  # Kosaraju: the order of leaving, then backwards from the last left
-            stack = [(root, iter(self.after[root]))] if root not in seen else []
-            seen.add(root)
-            while stack:
-                at, followers = stack[-1]
-                for follower in followers:
-                    if follower in allowed and follower not in seen:
-                        seen.add(follower)
-                        stack.append((follower, iter(self.after[follower])))
-                        break
-                else:
-                    order.append(at)
-                    stack.pop()
-        found, taken = [], set()
-        for root in reversed(order):
-            part, stack = [], [root] if root not in taken else []
-            taken.add(root)
-            while stack:
-                at = stack.pop()
-                part.append(at)
-                new = [leader for leader in before[at] if leader not in taken]
-                taken.update(new)
-                stack += new
-            if len(part) > 1 or (part and root in self.after[root]):
-                found.append(sorted(part))
-        return found
+        graph = self.graph.subgraph(within)
+        parts = map(sorted, nx.strongly_connected_components(graph))
+        return sorted(part for part in parts if len(part) > 1 or graph.has_edge(part[0], part[0]))
 
     def largest(self) -> list[int]:
-        """The largest loop, polls and all."""
-        return max(self.cycles(list(range(len(self.instructions)))), key=len, default=[])
+        """The largest loop with its polls."""
+        return max(self.cycles(self.graph), key=len, default=[])
 
     def loops(self) -> tuple[list[Instruction], list[list[Instruction]]]:
         """The largest loop without its polls, and each of its polls: the loops in it that load strongly."""
-        loop = self.largest()
-        inside, every = set(loop), range(len(self.instructions))
-        entries = {after for at in every if at not in inside for after in self.after[at] if after in inside}
+        inside = set(self.largest())
+        entries = {follower for at, follower in self.graph.edges if follower in inside and at not in inside}
         polls = []
-        for inner in self.cycles([at for at in loop if at not in entries]):
+        for inner in self.cycles(inside - entries):
             instructions = [self.instructions[at] for at in inner]
             if any(each.is_a("LDG") and each.strong for each in instructions):
                 polls.append(instructions)
@@ -197,15 +161,14 @@ class Code:
 
 
 class Ptx(Code):
-    """PTX, where each value has a register of its own: an address can be followed back to the argument that it came from."""
+    """PTX, where each value has a register of its own. So an address can be followed back to its argument."""
 
     LABEL = r"\s*(\$L__BB\w+):"
     LINE = r"\s+(?:@(!?%p\d+)\s+)?([a-z][\w.:]*)\s+(.*?)\s*;"
     TARGET = r"(\$L__BB\w+)"
 
     def loaded(self, argument: int) -> tuple[int, int]:
-        """Bytes that the loads in the largest loop bring to a thread, without those that poll: all, and those from where the
-        kernel's argument number `argument` points."""
+        """Bytes that the loads in the largest loop bring to a thread, without polls: in all, and of argument `argument`."""
         pointers: set[str] = set()
         known = None
         while known != len(pointers):  # a loop carries pointers back to its begin
@@ -234,7 +197,7 @@ class Ptx(Code):
 
 
 def loaded(instructions: list[Instruction], strong: bool) -> int:
-    """Bytes that the global loads among `instructions` bring to a thread: the strong ones, which poll, or the others."""
+    """Bytes that global loads bring to a thread: the strong ones, which poll, or the others."""
     loads = [each for each in instructions if each.is_a("LD", "LDG", "LDGSTS")]
     return sum(each.bytes for each in loads if each.strong == strong)
 

@@ -1,8 +1,8 @@
-"""Providers of other libraries, each used where it is installed.
+"""Providers of other libraries, used where the library is installed.
 
-The adapters of flashrnn and haste_pytorch were written from those libraries' sources and tried on a CPU against their own
-plain-PyTorch code paths ("vanilla"; the script path of haste_pytorch_cpu), which fixes layouts and gate orders; their GPU
-kernels have not been run from here.
+The adapters of flashrnn and haste_pytorch follow the sources of these libraries. They were tried on a CPU against their own
+PyTorch code ("vanilla"; the script path of haste_pytorch_cpu), which fixes layouts and gate orders. No adapter has run the
+GPU kernels yet.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
-from benchmarks.problem import Problem, Ready
-from benchmarks.providers import Provider, installed
+from benchmarks.timing.cases import Case
+from benchmarks.timing.problem import Problem, Ready
+from benchmarks.timing.providers import Provider, installed
 
 __all__ = ["FlashRNN", "Haste", "OnnxRuntime"]
 
 
 def blocks(tensor: Tensor, order: str, new: str) -> Tensor:
-    """The gates' blocks of rows of `tensor` in another order; both orders as one letter a gate."""
+    """The gates of `tensor`, which are blocks of its rows, in another order. An order has one letter a gate."""
     parts = dict(zip(order, tensor.chunk(len(order)), strict=True))
     return torch.cat([parts[gate] for gate in new])
 

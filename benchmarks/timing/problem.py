@@ -1,4 +1,4 @@
-"""A `Case` made of tensors: weights, input and upstream gradients; the right answers to it, and what a provider is to do."""
+"""A `Case` as tensors (weights, input, upstream gradients), the right answers, and what a provider has to do."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
-from benchmarks import measure
-from benchmarks.cases import Case
-from benchmarks.measure import Call
+from benchmarks.timing import measure
+from benchmarks.timing.cases import Case
+from benchmarks.timing.measure import Call
 from rnnfast import check
 
 __all__ = ["Problem", "Ready", "of_module", "tf32"]
 
 Sequence = Tensor | PackedSequence
-REFERENCE_STEPS = 4096  # time steps of all layers and directions that the reference is unrolled over
-REFERENCE_ELEMENTS = 2**26  # of all its outputs; it keeps a dozen float64 tensors of this size
+REFERENCE_STEPS = 4096  # the most time steps, of all layers and directions, over which the reference is unrolled
+REFERENCE_ELEMENTS = 2**26  # the most elements of all outputs. The reference keeps a dozen float64 tensors of this size
 
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 products may use TF32: those of cuDNN's and our layers, and PyTorch's matmuls."""
+    """Let float32 products use TF32, or not: those of cuDNN's and our layers, and PyTorch's matmuls."""
     places: list[Any] = [torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
     before = [place.fp32_precision for place in places]
     for place in places:
@@ -51,10 +51,10 @@ class Ready:
     """What a provider made of a `Problem`.
 
     Attributes:
-        forward: from the input (T, B, I) or packed to the output and the tuple of last states, shaped as torch.nn's.
-        parameters: all that it wants gradients of besides the input.
-        gradients: from the gradients of `parameters` to those of torch.nn's parameters, by their names.
-        note: what is to be said of it.
+        forward: takes the input, (T, B, I) or packed. Returns the output and the tuple of last states, shaped as torch.nn's.
+        parameters: the tensors besides the input that get gradients.
+        gradients: turns the gradients of `parameters` into those of torch.nn's parameters, by their names.
+        note: a remark for the row.
     """
 
     forward: Callable[[Sequence], tuple[Sequence, tuple[Tensor, ...]]]
@@ -69,7 +69,7 @@ def module_of(kind: type, case: Case, device: str, dtype: torch.dtype, **options
 
 
 def of_module(module: torch.nn.Module) -> Ready:
-    """`Ready` of a module that takes and gives what torch.nn's do, and has its parameters."""
+    """`Ready` of a module with the interface and the parameters of torch.nn's."""
 
     def forward(x: Sequence):
         y, last = module(x)
@@ -80,16 +80,16 @@ def of_module(module: torch.nn.Module) -> Ready:
 
 
 class Problem:
-    """A case on a device, with random weights as torch.nn initialises them, normal input and upstream gradients.
+    """A case on a device. Weights are random as torch.nn initialises them; input and upstream gradients are normal.
 
-    The answers are computed once: those of the float64 reference on the very same numbers, and torch.nn's own errors.
+    The answers are computed once: those of the float64 reference on the same numbers, and torch.nn's own errors.
     """
 
     def __init__(self, case: Case, device: str, seed: int = 0) -> None:
         self.case, self.device = case, device
         torch.manual_seed(seed)
-        plain = module_of(getattr(torch.nn, case.cell), case, device, torch.float32)
-        self.weights = {name: weight.detach().to(case.torch_dtype) for name, weight in plain.named_parameters()}
+        theirs = module_of(getattr(torch.nn, case.cell), case, device, torch.float32)
+        self.weights = {name: weight.detach().to(case.torch_dtype) for name, weight in theirs.named_parameters()}
         self.x = self._sequence(torch.randn(case.T, case.B, case.I, device=device, dtype=case.torch_dtype))
         states = (case.layers * case.directions, case.B, case.H)
         steps = (*data(self.x).shape[:-1], case.directions * case.H)
@@ -107,12 +107,12 @@ class Problem:
         return module
 
     def differentiable(self, x: Sequence) -> tuple[Sequence, Tensor]:
-        """A copy of the input for which a gradient can be asked, and the tensor that gets it."""
+        """A copy of the input that requires a gradient, and the tensor that gets the gradient."""
         leaf = data(x).clone().requires_grad_()
         return (x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf), leaf
 
     def call(self, ready: Ready) -> Call:
-        """What is timed of `ready` in the mode of this case."""
+        """The call of `ready` that the mode of this case times."""
         x, leaf = self.differentiable(self.x)
         inputs = [leaf, *ready.parameters]
 
@@ -135,7 +135,7 @@ class Problem:
         }[self.case.mode]
 
     def kept(self, ready: Ready) -> dict[str, int]:
-        """`benchmarks.measure.kept` of a forward call, whatever the mode of this case."""
+        """`benchmarks.timing.measure.kept` of a forward call, whatever the mode of this case."""
         x, leaf = self.differentiable(self.x)
 
         def forward() -> tuple[Tensor, ...]:
@@ -145,7 +145,7 @@ class Problem:
         return measure.kept(forward, [leaf], ready.parameters)
 
     def results(self, ready: Ready, in_float64: bool = False) -> dict[str, Tensor]:
-        """All outputs of `ready` and, unless the mode is inference, all gradients under the upstream ones."""
+        """All outputs of `ready`. Unless the mode is inference, also all gradients under the upstream ones."""
         names = ("output", "h_n", "c_n")
         x = in_double(self.x) if in_float64 else self.x
         if self.case.mode == "inference":
@@ -163,7 +163,7 @@ class Problem:
         }
 
     def answers(self) -> tuple[dict[str, Tensor], dict[str, float], str]:
-        """The right results, torch.nn's error of each, and what gave the right ones."""
+        """The right results, torch.nn's error of each, and a note on where the right results come from."""
         if self._answers is None:
             case = self.case
             steps = case.T * case.layers * case.directions
@@ -179,7 +179,7 @@ class Problem:
         return self._answers
 
     def check(self, ready: Ready) -> dict:
-        """The tensor nearest to its limit, or furthest beyond it: its error as a multiple of what `rnnfast.check` allows."""
+        """The largest error as a multiple of what `rnnfast.check` allows, and the tensor that has it."""
         right, theirs, _ = self.answers()
         found = self.results(ready)
         if missing := right.keys() - found.keys():
@@ -195,7 +195,7 @@ class Problem:
 
 
 def ratio(error: float, limit: float) -> float:
-    """error / limit; a NaN, or an error where none is allowed, is as wrong as can be."""
+    """error / limit. 1e30 for a NaN, and for an error where none is allowed."""
     if error <= limit:
         return error / limit if limit else 0.0
     return min(error / limit if limit else float("inf"), 1e30) if error == error else 1e30

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-PHASES = {("forward", True): "training", ("forward", False): "inference", ("backward", True): "backward"}
+from benchmarks.static.table import PHASES
 
 
 def _table(head: list[str], lines: Iterable[list[str]]) -> Iterator[str]:

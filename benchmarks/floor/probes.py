@@ -1,6 +1,7 @@
-"""Measures the ceilings of the current GPU, for the "ceilings" of a results file; see `benchmarks.ceilings`.
+"""Measures the ceilings of the current GPU (`benchmarks.floor.ceilings`) for a results file.
 
-No GPU has run this yet. The kernels compile for absent GPUs, and the ping-pong runs side by side on a CPU in the tests.
+No GPU has run this yet. The kernels compile for absent GPUs, and tests run the two programs of the ping-pong side by side on a
+CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benchmarks.timing.measure import Call, stopwatch
 from rnnfast.kernels.persistent.exchange import clear_kernel, poll, publish
 
 __all__ = ["measure", "ping_pong", "read_kernel"]
@@ -23,8 +25,8 @@ READ_BLOCK = 4096
 
 @triton.jit(do_not_specialize=["steps"])
 def ping_pong_kernel(exchange_ptr, out_ptr, steps, WORDS: tl.constexpr):
-    """Two programs hand a row of words to and fro, `steps` times, each time one more: the exchange of the persistent kernels
-    with nothing else around it."""
+    """Two programs hand a row of words to and fro, `steps` times, and add one each time. That is the exchange of the persistent
+    kernels with nothing else around it."""
     own = tl.program_id(0)
     words = exchange_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, WORDS)[None, :]
     mask = tl.full((1, WORDS), 1, tl.int1)
@@ -41,7 +43,7 @@ def ping_pong_kernel(exchange_ptr, out_ptr, steps, WORDS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks", "rounds"])
 def read_kernel(source_ptr, out_ptr, blocks, rounds, BLOCK: tl.constexpr):
-    """Each program reads `rounds` blocks of float32 past L1, one after another from a place of its own, and keeps their sum."""
+    """Each program reads `rounds` blocks of float32 past L1, from a place of its own on, and keeps their sum."""
     pid = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(rounds):
@@ -51,7 +53,7 @@ def read_kernel(source_ptr, out_ptr, blocks, rounds, BLOCK: tl.constexpr):
 
 
 def ping_pong(device: str, hops: int = HOPS) -> torch.Tensor:
-    """Run the ping-pong on a fresh exchange; returns what each program saw last: `hops`."""
+    """Run the ping-pong on a fresh exchange. Returns what each program saw last: `hops`."""
     exchange = torch.empty(hops, WORDS, device=device)
     out = torch.zeros(2, WORDS, device=device)
     clear_kernel[(-(-exchange.numel() // 1024),)](exchange, exchange.numel(), BLOCK=1024)
@@ -60,16 +62,9 @@ def ping_pong(device: str, hops: int = HOPS) -> torch.Tensor:
 
 
 def _seconds(function: Callable[[], object], repeats: int = 10) -> list[float]:
-    function()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return times
+    once = stopwatch(Call(lambda _: function()), "cuda")
+    once()
+    return [once() / 1e6 for _ in range(repeats)]
 
 
 def _flops(dtype: torch.dtype, size: int = 8192) -> float:
@@ -80,22 +75,20 @@ def _flops(dtype: torch.dtype, size: int = 8192) -> float:
 def measure() -> dict:
     """The ceilings of the current CUDA device, in the form of a results file.
 
-    HBM: a copy of 1 GiB, read and written. L2: every SM reads a quarter of L2 over and over, past L1. FLOPs: a product of
-    8192 x 8192 matrices. These three are the best of ten tries. Exchange: half a round trip of the ping-pong, the median of
-    ten; the difference of a long and a short run, so that launch and clearing drop out.
+    - HBM: a copy of 1 GiB, read and written.
+    - L2: every SM reads a quarter of L2 over and over, past L1.
+    - FLOPs: a product of 8192 x 8192 matrices.
+    - Exchange: half a round trip of the ping-pong. A long run minus a short one, so that launch and clearing drop out.
+
+    The first three are the best of ten tries, the last one is the median.
     """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     source, target = (torch.zeros(1 << 28, device="cuda") for _ in range(2))
     hbm = 2 * 4 * source.numel() / min(_seconds(lambda: target.copy_(source)))
     programs, rounds = 2 * properties.multi_processor_count, 512
     blocks = properties.L2_cache_size // 4 // (4 * READ_BLOCK)
-    l2 = (
-        4
-        * READ_BLOCK
-        * programs
-        * rounds
-        / min(_seconds(lambda: read_kernel[(programs,)](source, target, blocks, rounds, BLOCK=READ_BLOCK, num_warps=8)))
-    )
+    l2_seconds = _seconds(lambda: read_kernel[(programs,)](source, target, blocks, rounds, BLOCK=READ_BLOCK, num_warps=8))
+    l2 = 4 * READ_BLOCK * programs * rounds / min(l2_seconds)
     before = torch.backends.cuda.matmul.fp32_precision
     flops = {name: _flops(getattr(torch, name)) for name in ("float16", "bfloat16")}
     for name, precision in (("tf32", "tf32"), ("float32", "ieee")):
