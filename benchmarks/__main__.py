@@ -6,8 +6,6 @@ Each implementation is checked against float64 on the same input before it is ti
 measured: after Ctrl-C, the same command goes on. `python -m benchmarks.report out.json` makes a page of the file.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -9,16 +9,14 @@ Exit code 1 if a figure is worse than its baseline by more than its tolerance, 2
 commit that made it worse. --update writes the figures of now as the new baselines.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = Path(__file__).with_name("baselines")
@@ -28,38 +26,12 @@ MEASURED = ("kernels", "rnnfast")  # a commit that touches none of these changes
 SKIP = 125  # the exit code with which `git bisect run` passes over a commit
 Figures = dict[str, dict[str, float | str]]  # a figure by row and name
 
-JOBS = (  # family, arch, cell, dtype, hidden, batch
-    ("persistent", 90, "lstm", "float16", 768, 16),
-    ("persistent", 90, "gru", "float16", 768, 16),
-    ("persistent", 90, "lstm", "tf32", 512, 16),
-    ("persistent", 80, "lstm", "float16", 512, 16),
-    ("persistent", 100, "lstm", "float16", 768, 16),
-    ("step", 90, "lstm", "float16", 512, 16),
-    ("step", 90, "gru", "float16", 512, 16),
-    ("step", 80, "lstm", "float32", 512, 16),
-)
-
-# How much more than its baseline a figure may be, as a part of it. A count is the same in every run, so it may not grow at all.
-# A few instructions or registers more are no step back by themselves.
-TOLERANCES = {
-    "spills": 0.0,
-    "stack_bytes": 0.0,
-    "variants": 0.0,
-    "launches": 0.0,
-    "barriers": 0.0,
-    "round_trips": 0.0,
-    "redundancy": 0.0,
-    "gathered_bytes": 0.0,
-    "weights_reread_bytes": 0.0,
-    "instructions": 0.01,
-    "retry_instructions": 0.01,
-    "predicted_us": 0.01,
-    "registers": 0.05,
-}
+# JOBS: family, arch, cell, dtype, hidden, batch. TOLERANCES: how much more than its baseline a figure may be, as a part of it.
+# A count is the same in every run, so it may not grow. A few instructions or registers more are no step back by themselves.
+JOBS, TOLERANCES = json.loads((BASELINES / "gate.json").read_text()).values()
 
 
-@dataclass(frozen=True)
-class Worse:
+class Worse(NamedTuple):
     """A figure that differs from its baseline. `allowed`: its tolerance."""
 
     row: str
@@ -84,16 +56,13 @@ def compare(baseline: Figures, now: Figures, tolerances: dict[str, float]) -> tu
     worse, better = [], []
     for row, figures in baseline.items():
         for name, before in figures.items():
-            value = now.get(row, {}).get(name)
-            allowed = tolerances.get(name, 0.0)
+            value, allowed = now.get(row, {}).get(name), tolerances.get(name, 0.0)
             found = Worse(row, name, before, value, allowed)
             if value is None or isinstance(before, str) or isinstance(value, str):
-                if value != before:
-                    worse.append(found)
-            elif value > before * (1 + allowed):
-                worse.append(found)
-            elif value < before * (1 - allowed):
-                better.append(found)
+                worse += [found] * (value != before)
+            else:
+                worse += [found] * (value > before * (1 + allowed))
+                better += [found] * (value < before * (1 - allowed))
     return worse, better
 
 
@@ -124,9 +93,9 @@ def baseline_path(part: str) -> Path:
     return BASELINES / (f"triton-{triton.__version__}.json" if part == "counts" else "cpu.json")
 
 
-def git(*args: str | Path, tree: Path | None = None, check: bool = True) -> str:
-    """What git prints. Raises subprocess.CalledProcessError if `check`."""
-    return subprocess.run(["git", "-C", tree or ROOT, *args], capture_output=True, text=True, check=check).stdout.strip()
+def git(*args: str | Path, tree: Path | None = None) -> str:
+    """What git prints. Raises subprocess.CalledProcessError."""
+    return subprocess.run(["git", "-C", tree or ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def commits_since(base: str) -> list[str]:
@@ -140,7 +109,7 @@ def probe_command(part: str, wanted: Path) -> list[str]:
 
 
 def probe(part: str, wanted: Path) -> int:
-    """0 if the kernels and the library that are checked out have none of the bad figures in the file `wanted`, 1 if any.
+    """0 if the checked out kernels and library have none of the bad figures in the file `wanted`, 1 if any.
 
     `SKIP` if the benchmarks of now cannot count them.
     """
@@ -149,16 +118,15 @@ def probe(part: str, wanted: Path) -> int:
     if linked:
         link.symlink_to("../kernels")
     try:
-        now, tolerances = figures_of(part)
+        worse, _ = compare(json.loads(wanted.read_text()), *figures_of(part))
     except Exception as error:
         print(f"  {commit}: the benchmarks of now cannot count it ({type(error).__name__})", flush=True)
         return SKIP
     finally:
         if linked:
             link.unlink()
-    found = {(one.row, one.name) for one in compare(json.loads(wanted.read_text()), now, tolerances)[0]}
-    print(f"  {commit}: {f'{len(found)} worse' if found else 'as good as the baseline'}", flush=True)
-    return 1 if found else 0
+    print(f"  {commit}: {f'{len(worse)} worse' if worse else 'as good as the baseline'}", flush=True)
+    return 1 if worse else 0
 
 
 def bisect(part: str, worse: list[Worse], baseline: dict) -> str:
@@ -166,19 +134,18 @@ def bisect(part: str, worse: list[Worse], baseline: dict) -> str:
 
     The benchmarks of now count the kernels and the library of each commit.
     """
-    wanted: Figures = {}
+    wanted: Figures = {one.row: {} for one in worse}
     for one in worse:
-        wanted.setdefault(one.row, {})[one.name] = one.before
+        wanted[one.row][one.name] = one.before
     with tempfile.TemporaryDirectory() as folder:
         tree, file = Path(folder, "tree"), Path(folder, "wanted.json")
         file.write_text(json.dumps(wanted))
         git("worktree", "add", "--detach", tree, "HEAD")
-        os.symlink(ROOT / "benchmarks", Path(folder, "benchmarks"))
-        os.symlink(tree / "rnnfast", Path(folder, "rnnfast"))
-        command, options = probe_command(part, file), {"cwd": tree, "env": os.environ | {"PYTHONPATH": folder}}
         try:
-            head = subprocess.run(command, **options).returncode
-            if not commits_since(baseline["commit"]) or head == 0:
+            for name, place in (("benchmarks", ROOT / "benchmarks"), ("rnnfast", tree / "rnnfast")):
+                os.symlink(place, Path(folder, name))
+            command, options = probe_command(part, file), {"cwd": tree, "env": os.environ | {"PYTHONPATH": folder}}
+            if not commits_since(baseline["commit"]) or subprocess.run(command, **options).returncode == 0:
                 return "no commit: the changes that are not committed"
             git("bisect", "start", "HEAD", baseline["commit"], "--", *MEASURED, tree=tree)
             done = subprocess.run(["git", "bisect", "run", *command], **options, stdout=subprocess.PIPE, text=True)
@@ -186,7 +153,7 @@ def bisect(part: str, worse: list[Worse], baseline: dict) -> str:
             bad = git("log", "-1", "--oneline", "refs/bisect/bad", tree=tree)
             return bad if done.returncode == 0 else f"{bad}, or one before it that cannot be counted"
         finally:
-            git("bisect", "reset", tree=tree, check=False)
+            subprocess.run(["git", "-C", tree, "bisect", "reset"], capture_output=True)
             git("worktree", "remove", "--force", tree)
 
 
@@ -194,7 +161,7 @@ def check(part: str, find: bool) -> int:
     """Compare `part` with its baseline and print what is worse. Returns the exit code."""
     path = baseline_path(part)
     if not path.exists():
-        others = ", ".join(sorted(one.name for one in BASELINES.glob("*.json"))) or "none"
+        others = ", ".join(sorted(one.name for one in BASELINES.glob("*.json") if one.name != "gate.json")) or "none"
         print(f"{part}: no baseline {path.name}; there are: {others}. --update writes one", file=sys.stderr)
         return 2
     baseline = json.loads(path.read_text())

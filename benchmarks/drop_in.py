@@ -8,8 +8,6 @@ letter is a call that PyTorch's own layer runs; the warning that says why stands
 runs the kernels. Exit code 0 if every figure is at most 1 and no call falls back without a warning, else 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools

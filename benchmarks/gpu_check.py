@@ -15,20 +15,17 @@ benchmarks.report`) into DIR, with the GPU, the versions and the commit (of a co
 environment). Exit code 0 if everything ran and was right, 1 if not or if there is no GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json
 import os
-import queue
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,27 +40,8 @@ from benchmarks.timing.run import environment, new_results, run
 from rnnfast import gpu, tuner, tuning
 from rnnfast.tuning import Shape
 
-SAME_EVERYWHERE = (
-    "test_packaging",
-    "test_layering",
-    "test_static",
-    "test_char_lm",
-    "test_examples",
-    "test_tuner",
-    "test_gpu_check",
-    "test_bench_check",
-    "test_bench_providers",
-    "test_bench_results",
-    "test_bench_run",
-    "test_bench_isolated",
-    "test_report",
-    "test_roofline",
-    "test_docs",
-    "test_distributed",  # of these, three need packages of their own
-    "test_module_db",
-    "test_onnx",
-    "test_third_party",
-)
+SAME_EVERYWHERE = "packaging layering static char_lm examples tuner gpu_check bench_check bench_providers bench_results"
+SAME_EVERYWHERE += " bench_run bench_isolated report roofline docs distributed module_db onnx third_party"  # without a GPU too
 TEST_SECONDS = CHECK_SECONDS = 240  # side by side
 ENDS = {"time": 410, "stress": 460, "tune": 565}  # seconds from the start after which a part has no time left
 QUIET = 60  # seconds that one case may take, compilation included
@@ -72,11 +50,9 @@ PROVIDERS = ("torch.nn", "rnnfast-step", "rnnfast-persistent")
 PROCESSES = 8  # that check side by side
 AT_ONCE = 4  # cases of one child process: to start one takes as long as some of them
 SHAPES = ((512, 16, 768, "float16"), (512, 64, 512, "bfloat16"), (256, 32, 512, "float32"), (128, 128, 1024, "float16"))
+MODES = ("inference", "training")
 TIMED = [
-    Case(cell, T, B, H, H, dtype=dtype, mode=mode)
-    for cell in ("LSTM", "GRU")
-    for T, B, H, dtype in SHAPES
-    for mode in ("inference", "training")
+    Case(cell, T, B, H, H, dtype=dtype, mode=mode) for cell in ("LSTM", "GRU") for T, B, H, dtype in SHAPES for mode in MODES
 ]
 TUNED = [
     Shape(cell, dtype, "half", 256, B, H, H, 1, 1, training)
@@ -107,6 +83,11 @@ class Report:
             print(json.dumps({part: name} | row), flush=True)
             self.write()
 
+    def update(self, part: str, values: dict) -> None:
+        with self.lock:
+            self.found[part] |= values
+            self.write()
+
     def write(self) -> None:
         with self.lock:
             (self.folder / "gpu-check.json").write_text(json.dumps(self.found, indent=1))
@@ -116,20 +97,19 @@ class Report:
 def run_tests(folder: Path, seconds: float) -> dict[str, str | int]:
     """Run the tests that depend on the device. Returns their closing line and exit code."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25", "--tb=short"]
-    command += [f"--ignore=tests/{name}.py" for name in SAME_EVERYWHERE]
+    command += [f"--ignore=tests/test_{name}.py" for name in SAME_EVERYWHERE.split()]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with open(folder / "gpu-check-tests.txt", "w") as log:
+    log = folder / "gpu-check-tests.txt"
+    with open(log, "w") as out:
+        tests = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
-            tests = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
             code = tests.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(tests.pid, signal.SIGKILL)  # its workers too: they would run beside what is timed
-            with suppress(subprocess.TimeoutExpired):
-                tests.wait(10)
             code = -1
-    text = (folder / "gpu-check-tests.txt").read_text()
+    text = log.read_text()
     ends = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
     line = ends[-1].strip("= ") if ends and code != -1 else f"not finished in {seconds:.0f} s"
     return {"exit_code": code, "closing_line": line}
@@ -147,22 +127,15 @@ def run_jobs(function: str, numbers: list[int], until: float):
         yield numbers[at], row
 
 
-def check_all(report: Report, until: float) -> list[threading.Thread]:
-    """Check all `CHECKS` in `PROCESSES` threads, each with a child process at a time. Returns the threads."""
-    batches: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-    for first in range(0, len(CHECKS), AT_ONCE):
-        batches.put(list(range(first, min(first + AT_ONCE, len(CHECKS)))))
+def check_all(report: Report, until: float) -> list[Future]:
+    """Check all `CHECKS`, `PROCESSES` child processes side by side. Returns what is to be waited for."""
 
-    def work() -> None:
-        with suppress(queue.Empty):
-            while True:
-                for number, row in run_jobs("check", batches.get_nowait(), until):
-                    report.add("checks", check_name(*CHECKS[number]), {"number": number} | row)
+    def work(numbers: list[int]) -> None:
+        for number, row in run_jobs("check", numbers, until):
+            report.add("checks", check_name(*CHECKS[number]), {"number": number} | row)
 
-    threads = [threading.Thread(target=work) for _ in range(PROCESSES)]
-    for thread in threads:
-        thread.start()
-    return threads
+    pool, numbers = ThreadPoolExecutor(PROCESSES), list(range(len(CHECKS)))
+    return [pool.submit(work, numbers[first : first + AT_ONCE]) for first in range(0, len(CHECKS), AT_ONCE)]
 
 
 def time_all(report: Report, until: float) -> None:
@@ -170,24 +143,18 @@ def time_all(report: Report, until: float) -> None:
     path, providers = report.folder / "gpu-check-times.json", list(PROVIDERS)
     path.unlink(missing_ok=True)
     now = new_results("cuda", {"seconds": SECONDS, "threads": 0, "interpret": False})
-    shapes = dict.fromkeys(replace(case, mode="inference") for case in TIMED)
-    for shape in shapes:
-        cases = [case for case in TIMED if replace(case, mode="inference") == shape]
-        work = [("gpu-check", case, name) for case in cases for name in providers]
+    for shape in dict.fromkeys(replace(case, mode="inference") for case in TIMED):
+        work = [("gpu-check", replace(shape, mode=mode), name) for mode in MODES for name in providers]
         try:
             results, ended = run(work, now, path, QUIET, lambda line: print(line, flush=True), until, child_env())
         except BadResults as error:
             results, ended = {"rows": []}, str(error)
-        with report.lock:
-            rows = {f"{Case(**row['case']).id} {row['provider']}": [row] for row in results["rows"]}
-            report.found["benchmark"] |= rows
-            report.write()
+        report.update("benchmark", {f"{Case(**row['case']).id} {row['provider']}": [row] for row in results["rows"]})
         if ended:
             print(ended, flush=True)
             return
-        hung = any(row["note"].startswith("nothing for") and row["provider"] == PROVIDERS[-1] for row in results["rows"])
-        if hung and PROVIDERS[-1] in providers:
-            providers.remove(PROVIDERS[-1])
+        hung = {row["provider"] for row in results["rows"] if row["note"].startswith("nothing for")}
+        providers = [name for name in providers if name not in hung & {"rnnfast-persistent"}]
 
 
 def stress_all(report: Report, until: float) -> None:
@@ -228,16 +195,14 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     report = Report(args.out, environment("cuda"))
-    threads = check_all(report, start + CHECK_SECONDS)
+    checks = check_all(report, start + CHECK_SECONDS)
     try:
         tests = {"exit_code": 0, "closing_line": "skipped"} if args.skip_tests else run_tests(args.out, TEST_SECONDS)
         print(f"tests: {tests['closing_line']}", flush=True)
-        with report.lock:
-            report.found["tests"] = tests
-            report.write()
+        report.update("tests", tests)
     finally:
-        for thread in threads:
-            thread.join()
+        for one in checks:
+            one.result()
     time_all(report, start + ENDS["time"])
     stress_all(report, start + ENDS["stress"])
     tune_all(report, start + ENDS["tune"])

@@ -7,8 +7,6 @@ come from the shapes that its operators declare, on tensors without data (a test
 torch.nn's are those of its CPU layer. Only cuDNN knows what cuDNN keeps, its reserve space: on a GPU it is measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 
@@ -17,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnnfast
 from benchmarks.timing.cases import Case
-from benchmarks.timing.problem import Problem, of_module
+from benchmarks.timing.problem import Problem, Ready, of_module
 from benchmarks.timing.providers import named_provider
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -28,14 +26,7 @@ def kept_by_kernels(case: Case, recompute: bool = False) -> dict[str, int]:
     with FakeTensorMode():
         problem = Problem(case, "cpu")
         layer = problem.module(getattr(rnnfast, case.cell), recompute=recompute)
-        ready = of_module(layer)
-
-        def forward(x):
-            y, last = layer._run("triton", x, None)
-            return y, last if isinstance(last, tuple) else (last,)
-
-        ready.forward = forward
-        return problem.kept(ready)
+        return problem.kept(Ready(lambda x: layer._run("triton", x, None), list(layer.parameters())))
 
 
 def line(name: str, case: Case, kept: dict[str, int], base: int | None) -> str:

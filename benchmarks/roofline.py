@@ -5,20 +5,19 @@
 Without --case: the case that cuDNN is best at, and others with published times. `benchmarks.floor.work.Floor` says what counts.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import NamedTuple
+
+import jinja2
 
 from benchmarks.floor.ceilings import STATED, Ceilings, of_results
 from benchmarks.floor.published import PUBLISHED
 from benchmarks.floor.work import Floor, floor, work
 from benchmarks.timing import results
 from benchmarks.timing.cases import Case
-
-__all__ = ["line", "main", "predict"]
 
 PASSES = {"inference": [("forward", False)], "forward": [("forward", True)], "backward": [("backward", True)]}
 PASSES["training"] = PASSES["forward"] + PASSES["backward"]
@@ -56,8 +55,7 @@ def predict(case: Case, gpu: Ceilings) -> tuple[float, str]:
     return recurrence + others, ", ".join([*parts, f"other products {others:.2f}"])
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A case on a GPU: its floor and what else is known, in microseconds a time step."""
 
     case: Case
@@ -81,21 +79,6 @@ def line(case: Case, ceilings: Ceilings, measured: dict | None = None, compiled:
         except LookupError as error:
             how = str(error)
     return Line(case, ceilings.name, floor(case, ceilings), predicted, how, times)
-
-
-def show(lines: list[Line]) -> None:
-    for one in lines:
-        per_step = 1e6 / one.case.T
-        terms = ", ".join(f"{name} {seconds * per_step:.3g}" for name, seconds in asdict(one.floor).items())
-        print(f"{one.case.id} on {one.gpu}, us a step")
-        print(f"  floor      {one.floor.seconds * per_step:8.3g}   the largest of {terms}")
-        print(f"  no overlap {one.floor.no_overlap * per_step:8.3g}   their sum")
-        if one.predicted is not None:
-            print(f"  predicted  {one.predicted:8.3f}   not measured: {one.how}")
-        else:
-            print(f"  predicted         -   {one.how}")
-        for who, us in one.times.items():
-            print(f"  {'measured' if 'measured' in who else 'published':10} {us:8.3f}   {who}")
 
 
 def _case(name: str) -> Case:
@@ -129,11 +112,12 @@ def main(argv: list[str] | None = None) -> int:
         pairs += [(case, ceilings) for case in OTHERS]
     lines = [line(case, gpu, measured, not args.no_prediction) for case, gpu in pairs]
     if args.json:
-        rows = [asdict(one) | {"case": one.case.id, "sources": ceilings.source} for one in lines]
+        rows = [one._asdict() | {"case": one.case.id, "floor": asdict(one.floor), "sources": ceilings.source} for one in lines]
         print(json.dumps(rows, indent=1))
     else:
         print(f"ceilings of {ceilings.name}: {ceilings.source}")
-        show(lines)
+        templates = jinja2.Environment(loader=jinja2.PackageLoader("benchmarks.floor"))
+        print(templates.get_template("roofline.txt").render(lines=lines))
     return 0
 
 

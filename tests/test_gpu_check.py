@@ -121,8 +121,8 @@ def test_a_case_that_hangs_or_crashes(fault, message, report, child_jobs, monkey
     """It is reported, and the others are checked."""
     monkeypatch.setenv("FAULT", fault)
     monkeypatch.setattr(gpu_check, "CHECKS", jobs.CHECKS[:6])
-    for thread in gpu_check.check_all(report, time.monotonic() + 100):
-        thread.join()
+    for one in gpu_check.check_all(report, time.monotonic() + 100):
+        one.result()
     rows = [row for rows in report.found["checks"].values() for row in rows]
     assert sorted(row["number"] for row in rows) == list(range(6))
     assert [row["error"] for row in rows if "error" in row] == [message]
@@ -130,14 +130,18 @@ def test_a_case_that_hangs_or_crashes(fault, message, report, child_jobs, monkey
 
 def test_checks_that_cannot_begin(report, child_jobs, monkeypatch):
     monkeypatch.setattr(gpu_check, "CHECKS", jobs.CHECKS[:2])
-    for thread in gpu_check.check_all(report, time.monotonic() - 1):
-        thread.join()
+    for one in gpu_check.check_all(report, time.monotonic() - 1):
+        one.result()
     assert [row["error"] for rows in report.found["checks"].values() for row in rows] == ["not run: no time was left"] * 2
 
 
 def test_stress_that_fails(report, monkeypatch):
     """Each part of the report has its error, and what had been found before stays."""
-    found = [(0, {"launches": 500, "other bits": 0}), (0, {"error": "crashed", "hung": False}), (1, {"launches": 1, "other bits": 0})]
+    found = [
+        (0, {"launches": 500, "other bits": 0}),
+        (0, {"error": "crashed", "hung": False}),
+        (1, {"launches": 1, "other bits": 0}),
+    ]
     monkeypatch.setattr(gpu_check.isolated, "rows", lambda *args: found)
     gpu_check.stress_all(report, 0)
     kept = json.loads((report.folder / "gpu-check.json").read_text())["stress"]
@@ -282,7 +286,7 @@ def test_an_empty_report():
     found = whole() | {"checks": {}, "benchmark": {}, "stress": {}, "tuned": {}}
     found["tests"] = {"exit_code": None, "closing_line": "not run"}
     assert len(problems(found)) == 2 + sum(map(len, gpu_check.EXPECTED.values()))
-    assert table(found).count("not timed: not run") == len(ALL)
+    assert table(found).count("not timed: not run") == len(ALL) * 2 // 3  # not torch.nn's own
 
 
 @on_cpu

@@ -5,15 +5,11 @@ ever reaches, so that a floor made of them is a floor. `benchmarks.floor.probes`
 benchmark runs.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 
 from rnnfast.kernels.hardware import CLUSTER_HOP, GHZ, PORT_BYTES, REGISTER_BYTES
 from rnnfast.kernels.persistent.plan import GPUS
-
-__all__ = ["STATED", "Ceilings", "of_results", "stated"]
 
 HOP_SOURCE = f"SM to SM: {CLUSTER_HOP} clocks at least (arXiv 2402.13499, H100; through L2 it takes longer)"
 

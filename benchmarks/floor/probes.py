@@ -4,8 +4,6 @@ No GPU has run this yet. The kernels compile for absent GPUs, and tests run the 
 CPU.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 
@@ -15,8 +13,6 @@ import triton.language as tl
 
 from benchmarks.timing.measure import Call, stopwatch
 from rnnfast.kernels.persistent.exchange import clear_kernel, poll, publish
-
-__all__ = ["measure", "ping_pong", "read_kernel"]
 
 WORDS = 32  # of a message: one for each lane of a warp
 HOPS = 4096

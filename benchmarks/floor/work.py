@@ -1,39 +1,26 @@
 """The least time that a case can take on a GPU, whatever the program: `floor`, from the `work` that any program has to do."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from benchmarks.floor.ceilings import Ceilings
 from benchmarks.timing.cases import Case
 from rnnfast.reference import GATES, SAVED
 
-__all__ = ["Floor", "Work", "floor", "work"]
 
+class Work(NamedTuple):
+    """What any program has to do for one call of a case, whatever its algorithm."""
 
-@dataclass(frozen=True)
-class Work:
-    """What any program has to do for one call of a case, whatever its algorithm.
-
-    Attributes:
-        flops: FLOPs of the products: input side and recurrence, and in backward twice as many.
-        loop_flops: those of them that have to be done step by step: W_hh h, and in backward W_hh^T times the gate gradients.
-        bytes: moved between the program and the memory outside. x, y and all parameters count once; in backward dy, dx and the
-            gradients of the parameters too. Activations kept for backward do not count: they could be computed again.
-        saved: bytes that rnnfast keeps for backward. They are no part of any floor.
-        weight_bytes: W_hh of one layer and direction.
-        chain: steps that have to follow one another. A layer can start a step behind the one below it.
-        passes: 1, or 2 for forward and backward.
-    """
-
-    flops: float
-    loop_flops: float
+    flops: float  # of the products: input side and recurrence, and in backward twice as many
+    loop_flops: float  # of them, those to be done step by step: W_hh h, and in backward W_hh^T times the gate gradients
+    # moved between the program and the memory outside: x, y and all parameters once, in backward dy, dx and the gradients of
+    # the parameters too. Activations kept for backward do not count: they could be computed again
     bytes: float
-    saved: float
-    weight_bytes: int
-    chain: int
-    passes: int
+    saved: float  # bytes that rnnfast keeps for backward, no part of any floor
+    weight_bytes: int  # W_hh of one layer and direction
+    chain: int  # steps that have to follow one another: a layer can start a step behind the one below it
+    passes: int  # 1, or 2 for forward and backward
 
 
 def work(case: Case) -> Work:
@@ -66,29 +53,28 @@ class Floor:
     The terms can overlap (one batch tile waits while another computes), so the floor is their maximum. `no_overlap` is their
     sum, which a program that does one after another cannot beat.
 
-    Attributes:
-        compute: the FLOPs at the peak rate.
-        hbm: the bytes that cannot have stayed in L2.
-        l2: at each step, what the SMs have to get from one another and, of weights too large for all SMs together, from L2.
-        exchange: one hop from SM to SM for each step of the chain, where one SM cannot hold W_hh.
     """
 
-    compute: float
-    hbm: float
-    l2: float
-    exchange: float
+    compute: float  # the FLOPs at the peak rate
+    hbm: float  # the bytes that cannot have stayed in L2
+    l2: float  # at each step, what SMs have to get from one another and, of weights too large for all SMs, from L2
+    exchange: float  # a hop from SM to SM for each step of the chain, where one SM cannot hold W_hh
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return asdict(self)
 
     @property
     def seconds(self) -> float:
-        return max(asdict(self).values())
+        return max(self.terms.values())
 
     @property
     def no_overlap(self) -> float:
-        return sum(asdict(self).values())
+        return sum(self.terms.values())
 
     @property
     def bound_by(self) -> str:
-        return max(asdict(self), key=asdict(self).get)
+        return max(self.terms, key=self.terms.get)
 
 
 def _words_per_element(gates: int, sms: int) -> float:

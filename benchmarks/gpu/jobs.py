@@ -3,8 +3,6 @@
 `benchmarks.timing.isolated` runs these generators in a child process, which may hang or crash.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 
@@ -13,8 +11,6 @@ import torch
 import rnnfast
 from rnnfast import families
 from rnnfast.check import Case, compare, fault
-
-__all__ = ["CHECKS", "STRESS", "check", "check_name", "stress", "stress_name"]
 
 DEVICE = "cuda"
 OTHER = 2048  # size of the products that keep the GPU busy

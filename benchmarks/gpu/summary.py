@@ -1,11 +1,11 @@
 """The findings of `benchmarks.gpu_check` as Markdown, and everything in them that is not right."""
 
-from __future__ import annotations
+import jinja2
 
 from benchmarks.gpu.jobs import CHECKS
 from benchmarks.timing.cases import Case
 
-__all__ = ["problems", "table"]
+TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("benchmarks.gpu", "."))
 
 
 def why_not_timed(row: dict) -> str:
@@ -14,72 +14,43 @@ def why_not_timed(row: dict) -> str:
     return row["note"]
 
 
-def benchmark_lines(found: dict, expected: list[str]) -> list[str]:
-    """A line for each case and family of kernels, beside torch.nn."""
-    lines = ["| case | kernels | us/step | torch.nn | speed-up | MiB | torch.nn MiB | cuDNN's path |"]
-    lines += ["|---|---|--:|--:|--:|--:|--:|---|"]
-    for name in expected:
-        case, _, provider = name.partition(" ")
-        (row,), (base,) = (found["benchmark"].get(one, [None]) for one in (name, f"{case} torch.nn"))
-        if provider == "torch.nn" and row and row["status"] == "ok":
-            continue
-        if row is None or row["status"] != "ok":
-            lines.append(f"| {case}, not timed: {why_not_timed(row) if row else 'not run'} | {provider} | | | | | | |")
-            continue
-        steps, timed = Case(**row["case"]).T, [row, base if base and base["status"] == "ok" else None]
-        times = [f"{each['timings'][0]['p50'] / steps:.2f}" if each else "" for each in timed]
-        memory = [f"{each['peak_bytes'] / 2**20:.0f}" if each else "" for each in timed]
-        path = cudnn_path(base) if timed[1] else ""
-        speed_up = f"{1 / row['ratio']['p50']:.2f}"
-        lines.append(f"| {' | '.join([case, provider, *times, speed_up, *memory, path])} |")
-    return lines
-
-
-def cudnn_path(row: dict) -> str:
-    """Whether cuDNN kept the weights on chip, told from the names of its kernels."""
-    if not row["kernels"]:
-        return "not seen"
-    return "persistent" if any("persist" in name.lower() for name in row["kernels"]) else "standard"
+def cells_of(name: str, found: dict) -> list[str]:
+    """The line of the table for a case and provider: its times beside torch.nn's, or why there is none."""
+    case, _, provider = name.partition(" ")
+    row, base = (found["benchmark"].get(one, [None])[0] for one in (name, f"{case} torch.nn"))
+    if row is None or row["status"] != "ok":
+        return [f"{case}, not timed: {why_not_timed(row) if row else 'not run'}", provider, *[""] * 6]
+    steps, timed = Case(**row["case"]).T, [row, base if base and base["status"] == "ok" else None]
+    times = [f"{each['timings'][0]['p50'] / steps:.2f}" if each else "" for each in timed]
+    memory = [f"{each['peak_bytes'] / 2**20:.0f}" if each else "" for each in timed]
+    kernels = " ".join(base["kernels"]).lower() if base else ""  # their names say whether cuDNN kept the weights on chip
+    path = ("persistent" if "persist" in kernels else "standard") if kernels else "not seen"
+    speed_up = f"{1 / row['ratio']['p50']:.2f}" if row["ratio"] else ""
+    return [case, provider, *times, speed_up, *memory, path]
 
 
 def problems(found: dict, expected: dict[str, list[str]]) -> list[str]:
     """Everything that did not run or was wrong, in words. `expected`: the names of each part."""
     lines = [] if found["tests"]["exit_code"] == 0 else [f"tests: {found['tests']['closing_line']}"]
-    if not found["checks"]:
-        lines.append("checks: not run")
+    lines += [] if found["checks"] else ["checks: not run"]
     for part in ("checks", "benchmark", "stress", "tuned"):
         lines += [f"{part}: {name}: not run" for name in expected.get(part, ()) if name not in found[part]]
         for name, rows in found[part].items():
             if part == "benchmark":
-                lines += [f"{part}: {name}: {why_not_timed(row)}" for row in rows if row["status"] not in ("ok", "unavailable")]
-                continue
-            lines += [f"{part}: {name}: {row['error']}" for row in rows if "error" in row]
-            lines += [
-                f"{part}: {name}: {row['other bits']} calls gave other bits" for row in rows[-1:] if row.get("other bits")
-            ]
+                wrong = [why_not_timed(row) for row in rows if row["status"] not in ("ok", "unavailable")]
+            else:
+                wrong = [row["error"] for row in rows if "error" in row]
+                wrong += [f"{row['other bits']} calls gave other bits" for row in rows[-1:] if row.get("other bits")]
+            lines += [f"{part}: {name}: {words}" for words in wrong]
     return lines
 
 
 def table(found: dict, expected: dict[str, list[str]]) -> str:
     """The report as Markdown."""
     checked = [row for rows in found["checks"].values() for row in rows]
-    skipped = [row for row in checked if "skipped" in row]
-    right = len(checked) - len(skipped) - sum("error" in row for row in checked)
-    lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in found["environment"].items()), ""]
-    lines += [f"Tests: {found['tests']['closing_line']}", ""]
-    lines += [f"Persistent kernels against float64: {right} of {len(CHECKS)} cases right, {len(skipped)} have no plan.", ""]
-    lines += [f"- not right: {problem}" for problem in problems(found, expected)] + [""]
-    lines += ["One layer, one direction, input side included, eager, warm L2. Medians, in microseconds per time step.", ""]
-    lines += [*benchmark_lines(found, expected["benchmark"]), "", "## Launches in a row", ""]
-    for name, rows in found["stress"].items():
-        last = [row for row in rows if "launches" in row][-1:] or [{"launches": 0, "other bits": 0}]
-        lines.append(f"- {name}: {last[0]['launches']} launches, {last[0]['other bits']} calls with other bits than the first")
-    lines += ["", "## rnnfast tune", ""]
-    for name, rows in found["tuned"].items():
-        for row in rows:
-            result = row["error"] if "error" in row else f"{row['us/step']:.2f} us/step"
-            lines.append(f"- {name}: {result}: {row['candidate']}")
-    lines += ["", "## Kernels that ran", ""]
-    for name, rows in found["benchmark"].items():
-        lines += [f"- {name}: {', '.join(f'`{kernel}`' for kernel in row['kernels'])}" for row in rows if row["kernels"]]
-    return "\n".join(lines) + "\n"
+    skipped = sum("skipped" in row for row in checked)
+    right = len(checked) - skipped - sum("error" in row for row in checked)
+    ours = [name for name in expected["benchmark"] if not name.endswith(" torch.nn")]
+    values = {"right": right, "total": len(CHECKS), "skipped": skipped, "problems": problems(found, expected)}
+    times = [cells_of(name, found) for name in ours]
+    return TEMPLATES.get_template("summary.md").render(found=found, times=times, **values)

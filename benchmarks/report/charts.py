@@ -1,7 +1,5 @@
 """Layout of line charts on logarithmic axes. templates/chart.html draws them as SVG, in colours of the page's style sheet."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -76,12 +74,8 @@ def layout(
 ) -> dict:
     """Where everything stands: spreads over x, the terms of the floor, and the region below the largest of them.
 
-    Args:
-        title: the chart in words, for those who cannot see it.
-        x_label, y_label: of the axes, with the unit.
-        series: what was measured.
-        floors: points of each term by name, at every x.
-        unit: of the values, for the tooltips.
+    `title` says the chart in words, for those who cannot see it. `floors` has points of each term, at every x. `unit` is of the
+    values, for the tooltips.
     """
     xs = sorted({x for one in series for x, _ in one.points})
     ys = [y for one in series for _, spread in one.points for y in (spread.p20, spread.p80)]

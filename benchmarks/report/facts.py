@@ -1,10 +1,8 @@
 """What one or two results files say: speed-ups with their spread, losses, failures, changes. Nothing here knows of layout."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -26,18 +24,18 @@ class Spread(NamedTuple):
     p80: float
 
     @classmethod
-    def of(cls, found: dict) -> Spread:
+    def of(cls, found: dict) -> "Spread":
         return cls(found["p20"], found["p50"], found["p80"])
 
-    def over(self, other: Spread) -> Spread:
+    def over(self, other: "Spread") -> "Spread":
         """The quotient, with the widest spread that the two allow."""
         return Spread(self.p20 / other.p80, self.p50 / other.p50, self.p80 / other.p20)
 
-    def scaled(self, scale: float) -> Spread:
+    def scaled(self, scale: float) -> "Spread":
         return Spread(*(value * scale for value in self))
 
     @property
-    def inverse(self) -> Spread:
+    def inverse(self) -> "Spread":
         return Spread(1 / self.p80, 1 / self.p50, 1 / self.p20)
 
     @property
@@ -63,25 +61,16 @@ def ratio(number: float) -> str:
 
 
 class Entry:
-    """A row of the file: what one provider did with one case.
-
-    Attributes:
-        times: microseconds a call, by (how, L2).
-        speed_ups: torch.nn's time over the provider's, by (how, L2). Those of pairs measured side by side where the file has
-            them. Empty for torch.nn and for what was not timed.
-    """
+    """A row of the file: what one provider did with one case. `times` are microseconds a call, by (how, L2)."""
 
     def __init__(self, row: dict):
         self.case, self.provider = results.key(row)
-        self.status: str = row["status"]
-        self.note: str = row["note"]
-        self.error: dict | None = row["error"]
+        self.status, self.note, self.error = row["status"], row["note"], row["error"]
         self.times = {(timing["how"], timing["l2"]): Spread.of(timing) for timing in row["timings"]}
         self.ratio = Spread.of(row["ratio"]) if row["ratio"] else None
-        self.peak_bytes: int | None = row["peak_bytes"]
-        self.saved_bytes: int | None = row["saved_bytes"]
-        self.compile_s: float | None = row["compile_s"]
-        self.kernels: list[str] = row["kernels"]
+        self.peak_bytes, self.saved_bytes = row["peak_bytes"], row["saved_bytes"]
+        self.compile_s, self.kernels = row["compile_s"], row["kernels"]
+        # torch.nn's time over the provider's, of pairs measured side by side where the file has them; none for torch.nn
         self.speed_ups: dict[tuple[str, str], Spread] = {}
 
     @property
@@ -189,8 +178,7 @@ class Facts:
         return self.environment.get("gpu") or self.environment.get("cpu") or "unknown machine"
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A provider on a case, before and after: times or, if `relative`, times over torch.nn's."""
 
     case: Case
@@ -203,10 +191,6 @@ class Change:
     @property
     def change(self) -> Spread:
         return self.after.over(self.before)
-
-    @property
-    def verdict(self) -> str:
-        return self.change.inverse.verdict
 
 
 def changes(before: Facts, after: Facts) -> Iterator[Change]:

@@ -1,7 +1,5 @@
 """The report as one HTML page that needs nothing else, and as Markdown. Both are templates; the page has no script."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -16,9 +14,7 @@ from benchmarks.report.tables import Table, how_words
 LEVELS = (0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)  # speed-ups between the colours -4 to 4
 SCALE = ["below 0.5", *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(LEVELS)), "2 and more"]
 AXES = {"H": "hidden size H", "T": "time steps T", "B": "batch B"}
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("benchmarks.report"), autoescape=jinja2.select_autoescape(), undefined=jinja2.StrictUndefined
-)
+TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("benchmarks.report"), autoescape=jinja2.select_autoescape())
 TEMPLATES.filters["slug"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 TEMPLATES.globals["markers"] = charts.MARKERS
 
@@ -104,15 +100,13 @@ def _section(facts: Facts, heading: str, intro: str, axis: str, what: str = "tim
     return {"heading": heading, "intro": intro, "shown": shown, "rest": rest}
 
 
-def render(facts: Facts, title: str, lead: str, tables: dict[str, list[Table]]) -> tuple[str, str]:
+def render(facts: Facts, title: str, tables: dict[str, list[Table]]) -> tuple[str, str]:
     """The page and the Markdown. `tables`: those "first", before the charts, and those "last"."""
-    how = how_words(facts.hows[0] if facts.hows else MAIN)
-    intro = f"Markers are medians, {how}; whiskers reach from the 20th to the 80th percentile. "
-    if not facts.ceilings:
-        intro += "No floor: it is known for GPUs only."
-    else:
-        intro += "Shaded: below the floor, the largest of three terms (dashed): FLOPs, bytes and exchange. "
-        intro += f"Ceilings: {facts.ceilings.source}."
+    ours = [name for name in facts.providers if any(entry.ours for entry in facts.compared if entry.provider == name)]
+    verdicts = {name: [entry.main.verdict for entry in facts.compared if entry.provider == name] for name in ours}
+    macros = TEMPLATES.get_template("words.txt").module
+    intro = macros.intro(how_words(facts.hows[0] if facts.hows else MAIN), facts.ceilings)
+    lead = macros.lead(facts, verdicts)
     kept = "Kept for backward in training, the peak of a call in inference."
     found = [_section(facts, f"Time a step over {AXES[axis]}", intro, axis) for axis in "HTB"]
     found = [one for one in [*found, _section(facts, "Memory over time steps T", kept, "T", "memory")] if one["shown"]]

@@ -1,7 +1,5 @@
 """The tables of the report as rows of text. Templates lay them out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -77,21 +75,12 @@ def failure_table(facts: Facts) -> Table:
     for entry in facts.failures:
         found.setdefault((entry.provider, entry.status, entry.why), []).append(describe(entry.case))
     rows = [
-        (provider, status, str(len(cases)), cases[0] if len(cases) == 1 else f"{cases[0]}; and {len(cases) - 1} more", why)
+        (provider, status, str(len(cases)), cases[0] + f"; and {len(cases) - 1} more" * (len(cases) > 1), why)
         for (provider, status, why), cases in found.items()
     ]
-    return Table(
-        "Not timed",
-        "Wrong results get no time; a provider that failed, or is not installed, says why.",
-        ("provider", "status", "cases", "which", "why"),
-        rows,
-        ["" if row[1] == "unavailable" else "loss" for row in rows],
-        {2},
-    )
-
-
-def mib(count: int | None) -> str:
-    return "" if count is None else figure(count / 2**20)
+    kinds = ["" if row[1] == "unavailable" else "loss" for row in rows]
+    intro = "Wrong results get no time; a provider that failed, or is not installed, says why."
+    return Table("Not timed", intro, ("provider", "status", "cases", "which", "why"), rows, kinds, {2})
 
 
 def memory_table(facts: Facts) -> Table:
@@ -104,11 +93,13 @@ def memory_table(facts: Facts) -> Table:
         pairs = ((entry.saved_bytes, base.saved_bytes), (entry.peak_bytes, base.peak_bytes))
         ratios = [own / theirs if own is not None and theirs else None for own, theirs in pairs]
         cells = [
-            cell for (own, theirs), ratio in zip(pairs, ratios, strict=True)
-            for cell in (mib(own), mib(theirs), figure(ratio) if ratio is not None else "")
-        ]  # fmt: skip
+            "" if each is None else figure(each / unit)
+            for pair, ratio in zip(pairs, ratios, strict=True)
+            for each, unit in ((pair[0], 2**20), (pair[1], 2**20), (ratio, 1))
+        ]
         rows.append((describe(entry.case), entry.provider, *cells))
-        kinds.append("" if ratios[0] is None else "win" if ratios[0] < 1 else "loss" if ratios[0] > 1 else "even")
+        kept = ratios[0] or 1.0
+        kinds.append("" if ratios[0] is None else "win" if kept < 1 else "loss" if kept > 1 else "even")
     columns = ("case", "provider", "kept MiB", "torch.nn's", "ratio", "peak MiB", "torch.nn's", "ratio")
     intro = "Kept for backward, without input and parameters, and the peak of a call above what was allocated before it."
     return Table("Memory of each case", intro, columns, rows, kinds, range(2, 8), shown=0)
@@ -155,33 +146,27 @@ def environment_table(facts: Facts) -> Table:
 def change_tables(before: Facts, after: Facts) -> list[Table]:
     """The changes, the largest slow-down first, and what else differs between the two runs."""
     found = sorted(changes(before, after), key=lambda change: -change.change.p50)
+    kinds = [one.change.inverse.verdict for one in found]
     rows = []
-    for one in found:
+    for one, kind in zip(found, kinds, strict=True):
         unit, scale, digits = (f"of {BASE}'s", 1, ratio) if one.relative else ("µs a step", one.case.T, figure)
         sides = [side.scaled(1 / scale).words(digits) for side in (one.before, one.after)]
-        verdict = {"win": "faster", "loss": "slower", "even": "noise"}[one.verdict]
+        verdict = {"win": "faster", "loss": "slower", "even": "noise"}[kind]
         rows.append((describe(one.case), one.provider, how_words(one.how), verdict, f"{one.change.p50 - 1:+.1%}", unit, *sides))
-    kinds = [one.verdict for one in found]
-    counts = {kind: kinds.count(kind) for kind in ("loss", "even", "win")}
-    intro = (
-        f"{counts['loss']} slower, {counts['even']} within the spread of both runs (noise), {counts['win']} faster. "
-        "Change is that of the time; a change counts only where the spreads (20th to 80th percentile) do not meet."
+    intro = "{} slower, {} within the spread of both runs (noise), {} faster. ".format(
+        *map(kinds.count, ("loss", "even", "win"))
     )
+    intro += "Change is that of the time; a change counts only where the spreads (20th to 80th percentile) do not meet."
     columns = ("case", "provider", "how", "verdict", "change", "time", "before", "after")
     tables = [Table("Before and after", intro, columns, rows, kinds, {4, 6, 7})]
-    odd = [
-        (describe(case), provider, where)
-        for one, other, where in ((before, after, "before only"), (after, before, "after only"))
-        for (case, provider) in one.of
-        if (case, provider) not in other.of
-    ]
-    status = [
-        (describe(case), provider, f"{before.of[case, provider].status} before, {entry.status} after")
-        for (case, provider), entry in after.of.items()
-        if (case, provider) in before.of and before.of[case, provider].status != entry.status
-    ]
-    if odd or status:
-        rows = status + odd
+    rows = []
+    for case, provider in dict.fromkeys([*before.of, *after.of]):
+        old, new = (facts.of.get((case, provider)) for facts in (before, after))
+        if old is None or new is None:
+            rows.append((describe(case), provider, "before only" if old else "after only"))
+        elif old.status != new.status:
+            rows.append((describe(case), provider, f"{old.status} before, {new.status} after"))
+    if rows:
         kinds = ["loss" if row[2].startswith("ok") else "" for row in rows]
         tables.append(Table("In one file only, or of another status", "", ("case", "provider", "where"), rows, kinds))
     sides = [before.environment, after.environment]

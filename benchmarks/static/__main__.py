@@ -12,8 +12,6 @@ the columns and the JSON's keys mean.
 No GPU has measured any of it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -66,15 +64,14 @@ def main(argv: list[str] | None = None) -> int:
         if cell.lower() not in CELLS:
             parser.error(f"argument --show-terms: no cell {cell!r}: choose from {', '.join(CELLS)}")
     heading = f"### Triton {triton.__version__}"
-    try:  # now, and not after minutes of compiling
-        option = "--json"
-        if args.json:
-            open(args.json, "a").close()
-        option = "--summary"
-        if args.summary:
-            text.put(Path(args.summary).read_text(), heading, [])
-    except (OSError, ValueError) as error:
-        parser.error(f"argument {option}: {error}")
+    for file in filter(None, (args.json, args.summary)):  # now, and not after minutes of compiling
+        try:
+            if file == args.json:
+                open(file, "a").close()
+            else:
+                text.put(Path(file).read_text(), heading, [])
+        except (OSError, ValueError) as error:
+            parser.error(f"{file}: {error}")
     table = STANDARD
     if args.family or any(chosen):
         defaults = ("lstm",), ("float16",), HIDDEN, BATCH

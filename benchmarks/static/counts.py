@@ -3,8 +3,6 @@
 A row is a flat dict. docs/static.md says what each key means. `rnnfast.kernels.hardware` has the constants of the predictions.
 """
 
-from __future__ import annotations
-
 import math
 import re
 
@@ -40,34 +38,27 @@ def code_of(built: CompiledKernel) -> dict:
         for access, pattern in (("ld.volatile", r"ld\.volatile"), ("st.cg", r"st\.global\.cg"))
         for width in re.findall(rf"{pattern}[\w.]*\.([bsuf]\d+)", built.asm["ptx"])
     }
+    opcodes = {
+        "poll": sorted({each.opcode for poll in polls for each in poll if each.is_a("LDG") and each.strong}),
+        "publish": sorted({each.opcode for each in loop if each.is_a("STG") and each.strong}),
+    }
     return {
-        "compiled": built.hash[:12],
-        "registers": registers,
-        "stack_bytes": stack,
+        "compiled": built.hash[:12], "registers": registers, "stack_bytes": stack,
         "spills": tally(code.instructions, "LDL", "STL"),
-        "shared_bytes": built.metadata.shared,
-        "warps": built.metadata.num_warps,
-        "instructions": len(loop),
+        "shared_bytes": built.metadata.shared, "warps": built.metadata.num_warps, "instructions": len(loop),
         "instructions_beside_product": products[-1] - products[0] + 1 if products else 0,
-        "barriers": tally(loop, "BAR"),
-        "retry_instructions": sum(map(len, polls)),
+        "barriers": tally(loop, "BAR"), "retry_instructions": sum(map(len, polls)),
         "retry_barriers": sum(tally(poll, "BAR") for poll in polls),
         "unit": loop[products[0]].opcode.split(".")[0] if products else "FFMA",
-        "tensor_core_loop": product.instructions,
-        "tensor_core_deep": product.deep,
-        "multiplies_loop": product.multiplies,
-        "polled_bytes": sum(polled),
-        "largest_poll_bytes": max(polled, default=0),
-        "loaded_bytes": in_code * threads,
+        "tensor_core_loop": product.instructions, "tensor_core_deep": product.deep, "multiplies_loop": product.multiplies,
+        "polled_bytes": sum(polled), "largest_poll_bytes": max(polled, default=0), "loaded_bytes": in_code * threads,
         "weight_loaded_bytes": (weights + max(0, in_code - in_ptx)) * threads,  # and what the assembler added, if it did
         "shared_read_bytes": product.read_bytes + threads * sum(each.bytes for each in loop if each.is_a("LDS", "LDSM")),
-        "polls": len(polls),
-        "poll": ",".join(sorted({each.opcode for poll in polls for each in poll if each.is_a("LDG") and each.strong})),
-        "publish": ",".join(sorted({each.opcode for each in loop if each.is_a("STG") and each.strong})),
+        "polls": len(polls), **{name: ",".join(found) for name, found in opcodes.items()},
         "exchange": ", ".join(sorted(exchange)),
         "async_copies": tally(code.instructions, "LDGSTS") + built.asm["ttgir"].count("async_copy"),
         "cooperative": bool(built.metadata.launch_cooperative_grid),
-    }
+    }  # fmt: skip
 
 
 def resident(code: dict, limits: GpuLimits) -> int:
@@ -85,13 +76,9 @@ def _product(code: dict, rows: int, batch_rows: int, columns: int, itemsize: int
     """
     whole = (16, 8, 32 // itemsize) if code["tensor_core_loop"] else (1, 1, 1)
     least = math.prod(-(-size // unit) * unit for size, unit in zip((rows, batch_rows, columns), whole, strict=True))
-    done = code["multiplies_loop"] * repeats
-    instructions = code["tensor_core_loop"] * repeats
-    return {
-        "tensor_core": instructions,
-        "tensor_core_least": math.ceil(instructions * least / done),
-        "redundancy": round(done / least, 3),
-    }
+    done, instructions = code["multiplies_loop"] * repeats, code["tensor_core_loop"] * repeats
+    found = {"tensor_core": instructions, "tensor_core_least": math.ceil(instructions * least / done)}
+    return found | {"redundancy": round(done / least, 3)}
 
 
 def _terms(terms: dict[str, float], gpu: str) -> dict:
@@ -111,16 +98,9 @@ def _arithmetic(code: dict) -> float:
 
 
 def persistent_row(
-    code: dict,
-    cell: Cell,
-    H: int,
-    itemsize: int,
-    backward: bool,
-    plan: PersistentPlan,
-    programs: list[int],
-    limits: GpuLimits,
-    B: int,
-) -> dict:
+    code: dict, cell: Cell, H: int, itemsize: int, backward: bool,
+    plan: PersistentPlan, programs: list[int], limits: GpuLimits, B: int,
+) -> dict:  # fmt: skip
     """A row of a persistent kernel, of launches of `programs` one after another for a batch of `B` rows."""
     gate_rows = 1 << (cell.gates - 1).bit_length()
     rows = plan.BLOCK_H * (plan.PARTS if backward else gate_rows)
@@ -132,36 +112,26 @@ def persistent_row(
     partial_bytes = 0 if plan.SPLIT == 1 else 2 * plan.SPLIT * rows * plan.BLOCK_B * 4  # half written, half read
     operand_bytes = max(0, code["shared_read_bytes"] - partial_bytes / 2)
     arithmetic = _arithmetic(code)
+    clear = B * (blocks * plan.H_PAD * itemsize + sum_bytes)  # all of it before the first launch
+    counted = {
+        "gathered_bytes": code["largest_poll_bytes"], "weight_bytes": operand_bytes, "arithmetic": arithmetic,
+        "partial_bytes": partial_bytes, "barriers": code["barriers"], "second_bytes": second_bytes,
+        "instructions": code["instructions"] - code["instructions_beside_product"],
+    }  # fmt: skip
     times = [
-        model.step_time(
-            sms=limits.sms,
-            programs=count,
-            gathered_bytes=code["largest_poll_bytes"],
-            weight_bytes=operand_bytes,
-            arithmetic=arithmetic,
-            partial_bytes=partial_bytes,
-            barriers=code["barriers"],
-            instructions=code["instructions"] - code["instructions_beside_product"],
-            second_bytes=second_bytes,
-            # all of it before the first launch
-            cleared_bytes=0 if number else B * (blocks * plan.H_PAD * itemsize + sum_bytes),
-        )
+        model.step_time(sms=limits.sms, programs=count, **counted, cleared_bytes=0 if number else clear)
         for number, count in enumerate(programs)
     ]
     time = sum(times[1:], times[0])
-    return (
-        _product(code, needed_rows, plan.BLOCK_B, needed_columns, itemsize, 1)
-        | {
-            "programs": max(programs),
-            "weights_reread_bytes": code["weight_loaded_bytes"] * sum(programs),
-            "gathered_bytes": code["polled_bytes"] * sum(programs),
-            "gathered_sum_bytes": second_bytes * sum(programs),
-            "round_trips": code["polls"],
-            "gather_bound": "l2" if max(programs) * hardware.PORT_BYTES > limits.sms * hardware.L2_BYTES else "port",
-            "product_bound": "shared memory" if operand_bytes / hardware.SHARED_BYTES > arithmetic else "arithmetic",
-        }
-        | _terms({name: share * time.total for name, share in time.share().items()}, limits.name)
-    )
+    row = {
+        "programs": max(programs), "weights_reread_bytes": code["weight_loaded_bytes"] * sum(programs),
+        "gathered_bytes": code["polled_bytes"] * sum(programs), "gathered_sum_bytes": second_bytes * sum(programs),
+        "round_trips": code["polls"],
+        "gather_bound": "l2" if max(programs) * hardware.PORT_BYTES > limits.sms * hardware.L2_BYTES else "port",
+        "product_bound": "shared memory" if operand_bytes / hardware.SHARED_BYTES > arithmetic else "arithmetic",
+    }  # fmt: skip
+    product = _product(code, needed_rows, plan.BLOCK_B, needed_columns, itemsize, 1)
+    return product | row | _terms({name: share * time.total for name, share in time.share().items()}, limits.name)
 
 
 def step_row(code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: StepPlan, B: int, limits: GpuLimits) -> dict:
@@ -187,17 +157,10 @@ def step_row(code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan
     slowest = max(bound, key=lambda name: bound[name])
     device = {"start": float(hardware.LAUNCH), "trips": float(hardware.L2_TRIP * trips), slowest: bound[slowest]}
     host = hardware.LAUNCH_HOST_US * hardware.GHZ[limits.name] * 1000 - sum(device.values())
+    row = {
+        "programs": programs, "weights_reread_bytes": code["weight_loaded_bytes"] * chunks * programs,
+        "gathered_bytes": gathered * programs, "gathered_sum_bytes": 0, "round_trips": trips,
+        "gather_bound": "", "product_bound": "",
+    }  # fmt: skip
     terms = device | ({"host": host} if host > 0 else {})
-    return (
-        _product(code, rows, plan.BLOCK_B, columns, itemsize, chunks)
-        | {
-            "programs": programs,
-            "weights_reread_bytes": code["weight_loaded_bytes"] * chunks * programs,
-            "gathered_bytes": gathered * programs,
-            "gathered_sum_bytes": 0,
-            "round_trips": trips,
-            "gather_bound": "",
-            "product_bound": "",
-        }
-        | _terms(terms, limits.name)
-    )
+    return _product(code, rows, plan.BLOCK_B, columns, itemsize, chunks) | row | _terms(terms, limits.name)

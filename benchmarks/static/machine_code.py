@@ -4,8 +4,6 @@ The loop over time steps of a persistent kernel, or over the summed axis of a st
 flow. A loop in it that loads strongly is a poll. The loads of a poll stand once before it and again in each retry.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -45,19 +43,12 @@ class Instruction:
 
 
 class Products(NamedTuple):
-    """The matrix products in a loop, of all warps of a program together.
+    """The matrix products in a loop, of all warps of a program together."""
 
-    Attributes:
-        instructions: tensor core instructions, of a warp (HMMA), of a warp group (HGMMA) or of the program (UTCHMMA).
-        multiplies: their multiplies. Without tensor cores those of FFMA and FFMA2, which include the cell's own few.
-        read_bytes: bytes that HGMMA and UTCHMMA read from shared memory, 32 of each row of A and of B.
-        deep: the most HMMA one after another on one accumulator.
-    """
-
-    instructions: int
-    multiplies: int
-    read_bytes: int
-    deep: int
+    instructions: int  # of a warp (HMMA), of a warp group (HGMMA) or of the program (UTCHMMA)
+    multiplies: int  # without tensor cores those of FFMA and FFMA2, which include the cell's own few
+    read_bytes: int  # that HGMMA and UTCHMMA read from shared memory, 32 of each row of A and of B
+    deep: int  # the most HMMA one after another on one accumulator
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -103,7 +94,7 @@ class Code:
             jumps = target and each.is_a("BRA", "CALL", "bra") and each.opcode != "BRA.DIV"
             leaves = each.is_a("EXIT", "RET", "ret") or (each.is_a("BRA", "bra") and re.match(self.TARGET, each.operands))
             falls = bool(each.predicate) or not (leaves or each.opcode == "BRA.CONV")
-            followers = [labels[target[1]]] * bool(jumps) + [at + 1] * falls
+            followers = ([labels[target[1]]] if jumps else []) + [at + 1] * falls
             graph.add_node(at)
             graph.add_edges_from((at, follower) for follower in followers if follower < len(self.instructions))
         self.graph = graph.subgraph({0, *nx.descendants(graph, 0)})  # what is reached

@@ -4,18 +4,19 @@ A stand-in replaces Triton's GPU driver. It names the target, accepts the machin
 it. So argument types, alignment specialisation, tile minimums and options are those of a real launch.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+
+from benchmarks.timing.problem import tf32
 
 GPU_OF_ARCH = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200"}
 
@@ -35,37 +36,26 @@ class Launch(NamedTuple):
 
 
 class StandInDriver(DriverBase):
-    """Answers without a GPU what Triton asks of a GPU driver.
-
-    Attributes:
-        launches: in their order.
-        seconds: CPU seconds of compiling, by hash. None if Triton's cache on disk had the kernel.
-    """
+    """Answers without a GPU what Triton asks of a GPU driver."""
 
     def __init__(self, arch: int):
         self.arch = arch
         self.launches: list[Launch] = []
-        self.seconds: dict[str, float | None] = {}
+        self.seconds: dict[str, float | None] = {}  # of compiling, by hash; None if Triton's cache on disk had the kernel
         self.utils = self
 
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
+    is_active = classmethod(lambda cls: True)
+    map_python_to_cpp_type = staticmethod(lambda ty: ty)
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+    get_current_stream = staticmethod(lambda device: 0)
+    load_binary = staticmethod(lambda name, kernel, shared, device: (1, name, 0, 0, 1024))
+    unload_module = staticmethod(lambda module: None)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
     def get_current_device(self) -> int:
         self.began = sum(os.times()[:4])  # a launch asks this first, and then compiles
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_benchmarker(self):
@@ -74,12 +64,6 @@ class StandInDriver(DriverBase):
     def get_device_properties(self, device: int) -> dict[str, int]:
         limits = limits_of(self.arch)
         return {"max_shared_mem": limits.shared_bytes, "multiprocessor_count": limits.sms}
-
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, str, int, int, int]:
-        return 1, name, 0, 0, 1024
-
-    def unload_module(self, module: int) -> None:
-        pass
 
     def launcher_cls(self, src, metadata):
         def launch(grid_x, grid_y, grid_z, stream, function, kernel_metadata, launch_metadata, on_enter, on_exit, *args):
@@ -132,16 +116,10 @@ def compiled() -> dict[str, triton.compiler.CompiledKernel]:
 
 
 @contextmanager
-def settings(family: str, tf32: bool) -> Iterator[None]:
+def settings(family: str, allow_tf32: bool) -> Iterator[None]:
     """Set RNNFAST_KERNELS to `family`, and let float32 products use TF32 or not."""
-    before = torch.backends.cudnn.rnn.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
-    os.environ["RNNFAST_KERNELS"] = family
-    try:
+    with mock.patch.dict(os.environ, RNNFAST_KERNELS=family), tf32(allow_tf32):
         yield
-    finally:
-        torch.backends.cudnn.rnn.fp32_precision = before
-        del os.environ["RNNFAST_KERNELS"]
 
 
 def run_layer(
@@ -161,13 +139,19 @@ def run_layer(
     options = {}
     if marked:
         options = {"lengths": torch.full((B,), T), "resets": torch.zeros(T, B, dtype=torch.bool), "reset_to": states}
-    marks = [len(driver.launches)]
-    y, last = ops.layer(cell, x, states, *weights, **options)
-    marks.append(len(driver.launches))
-    sum(out.sum() for out in (y, *last)).backward()
-    marks.append(len(driver.launches))
-    with torch.no_grad():
-        ops.layer(cell, x, None, *weights, **options)
-    marks.append(len(driver.launches))
-    phases = ("training", "backward", "inference")
-    return {phase: driver.launches[slice(*marks[at : at + 2])] for at, phase in enumerate(phases)}
+    found, outputs = {}, []
+
+    def inference() -> None:
+        with torch.no_grad():
+            ops.layer(cell, x, None, *weights, **options)
+
+    phases = {
+        "training": lambda: outputs.extend(ops.layer(cell, x, states, *weights, **options)),
+        "backward": lambda: sum(out.sum() for out in (outputs[0], *outputs[1])).backward(),
+        "inference": inference,
+    }
+    for phase, call in phases.items():
+        before = len(driver.launches)
+        call()
+        found[phase] = driver.launches[before:]
+    return found

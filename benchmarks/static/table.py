@@ -1,7 +1,5 @@
 """The rows of the static table: which kernels are compiled, for which shapes, and how each becomes a row."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import multiprocessing
@@ -28,7 +26,7 @@ STEPS = (3, 1)  # numbers of time steps: neither may make a kernel of its own
 
 
 class Job(NamedTuple):
-    """The shapes that one process compiles one after another: kernels that several batch sizes share are compiled once.
+    """The shapes that one process compiles, one after another. A kernel that several batch sizes share is compiled once.
 
     `family` is the one asked for: "persistent" runs the step kernels where it has no plan. `marked`: for lengths and resets.
     """
@@ -54,7 +52,7 @@ STANDARD = (  # family, cells, dtypes, hidden sizes, batch sizes
 
 
 def jobs_of(table, archs: list[int], marked: bool = False) -> list[Job]:
-    """The jobs of a table like `STANDARD`, the longest first, as far as one can know."""
+    """The jobs of a table like `STANDARD`, the longest first by a guess."""
     jobs = [
         Job(family, arch, *case, batches, marked)
         for arch in archs
@@ -65,7 +63,7 @@ def jobs_of(table, archs: list[int], marked: bool = False) -> list[Job]:
 
 
 def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
-    """The rows of a job, and the seconds that compiling took, by kernel; what Triton's cache had is not among them."""
+    """The rows of a job, and the seconds of compiling by kernel, without the kernels in Triton's cache."""
     from benchmarks.static import counts
     from rnnfast.kernels import cells
 
@@ -89,7 +87,6 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                 choice = families.choose(job.family, *sizes, limits, job.marked)
                 if first.kernel.startswith("persistent_") != (choice.persistent is not None):
                     raise RuntimeError(f"{job}: {first.kernel} was launched, where the plan is {choice}")
-                repeats = 1 if choice.persistent else STEPS[0]  # of a launch, for so many steps
                 about = (code, cell, job.hidden, element.itemsize, backward)
                 if choice.persistent is None:
                     plan, made = choice.step, counts.step_row(*about, choice.step, B, limits)
@@ -97,35 +94,18 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                 else:
                     plan, words = choice.persistent, choice.persistent.words(B)
                     made = counts.persistent_row(*about, plan, [math.prod(each.grid) for each in launches[0]], limits, B)
-                rows.append(
-                    {
-                        "arch": job.arch,
-                        "gpu": limits.name,
-                        "sms": limits.sms,
-                        "cell": job.cell,
-                        "dtype": job.dtype,
-                        "hidden": job.hidden,
-                        "batch": B,
-                        "direction": direction,
-                        "training": training,
-                        "marked": job.marked,
-                        "family": "step" if choice.persistent is None else "persistent",
-                        "why_step": choice.reason,
-                        "kernel": first.kernel,
-                        "variants": len(variants),
-                        "launches": len(launches[0]) / repeats,
-                        "plan": words,
-                        "block_b": plan.BLOCK_B,
-                        "block_h": plan.BLOCK_H,
-                        "block_k": plan.BLOCK_K,
-                        "split": getattr(plan, "SPLIT", 1),
-                        "parts": getattr(plan, "PARTS", 1),
-                        "in_registers": getattr(plan, "IN_REGISTERS", 0),
-                        "resident_programs": counts.resident(code, limits),
-                    }
-                    | code
-                    | made
-                )
+                row = {
+                    "arch": job.arch, "gpu": limits.name, "sms": limits.sms,
+                    "cell": job.cell, "dtype": job.dtype, "hidden": job.hidden, "batch": B,
+                    "direction": direction, "training": training, "marked": job.marked,
+                    "family": "persistent" if choice.persistent else "step", "why_step": choice.reason,
+                    "kernel": first.kernel, "variants": len(variants), "plan": words,
+                    "launches": len(launches[0]) / (1 if choice.persistent else STEPS[0]),  # a launch, or a step
+                    "block_b": plan.BLOCK_B, "block_h": plan.BLOCK_H, "block_k": plan.BLOCK_K,
+                    "split": getattr(plan, "SPLIT", 1), "parts": getattr(plan, "PARTS", 1),
+                    "in_registers": getattr(plan, "IN_REGISTERS", 0), "resident_programs": counts.resident(code, limits),
+                }  # fmt: skip
+                rows.append(row | code | made)
     seconds = {name[:12]: took for name, took in driver.seconds.items() if took is not None}
     return rows, seconds
 
@@ -136,7 +116,7 @@ def _begin() -> None:
 
 
 def _counted(results: Iterable, total: int) -> Iterator:
-    """`results` as they come, and on a terminal how many there are of how many."""
+    """`results` as they come. On a terminal it shows how many have come."""
     for done, result in enumerate(results, 1):
         if sys.stderr.isatty():
             print(f"\r{done} of {total} jobs", end="\n" if done == total else "", file=sys.stderr, flush=True)
@@ -144,7 +124,7 @@ def _counted(results: Iterable, total: int) -> Iterator:
 
 
 def build(jobs: list[Job], workers: int) -> list[dict]:
-    """The rows of all jobs, each with the seconds that its kernel took to compile, None where Triton's cache had it."""
+    """The rows of all jobs, each with the seconds that its kernel took to compile: None if Triton's cache had it."""
     if workers == 1:
         _begin()
         results = list(_counted(map(rows_of, jobs), len(jobs)))

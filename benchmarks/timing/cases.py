@@ -1,19 +1,16 @@
 """What is measured. A `Case` is one layer or stack on one input in one mode; a named set is a list of cases.
 
-A case is the same on every machine. Only the set "quick" is another list on a CPU: its shapes are smaller there.
+A case is the same on every machine. sets.txt has the sets. Only "quick" is another list on a CPU: its shapes are smaller there.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import fnmatch
 import itertools
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-
-__all__ = ["DTYPES", "MODES", "REAL", "SETS", "Case", "Unknown", "chosen", "named_set"]
 
 CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}  # to the names that rnnfast.reference and the kernels have
 DTYPES = {  # of the tensors, and whether float32 products may use TF32
@@ -73,14 +70,14 @@ class Case:
         return "-".join([*parts, self.dtype, self.mode, *["packed"] * self.packed])
 
     @classmethod
-    def parse(cls, name: str) -> Case:
-        """The case with the id `name`. Raises ValueError for a name that is no id."""
-        pattern = r"(\w+)-T(\d+)-B(\d+)-I(\d+)-H(\d+)(?:-L(\d+))?(-bi)?-(\w+)-(\w+?)(-packed)?"
+    def parse(cls, name: str) -> "Case":
+        """The case with the id `name`; without I, I is H. Raises ValueError for a name that is no id."""
+        pattern = r"(\w+)-T(\d+)-B(\d+)(?:-I(\d+))?-H(\d+)(?:-L(\d+))?(-bi)?-(\w+)-(\w+?)(-packed)?"
         match = re.fullmatch(pattern, name)
         if not match:
             raise ValueError(f"{name!r} is no case; one looks like LSTM-T1024-B16-I768-H768-L2-bi-float16-training-packed")
-        cell, *sizes, layers, bi, dtype, mode, packed = match.groups()
-        return cls(cell, *map(int, sizes), int(layers or 1), 2 if bi else 1, dtype, mode, bool(packed))
+        cell, T, B, I, H, layers, bi, dtype, mode, packed = match.groups()
+        return cls(cell, int(T), int(B), int(I or H), int(H), int(layers or 1), 2 if bi else 1, dtype, mode, bool(packed))
 
     @property
     def cell_name(self) -> str:
@@ -105,104 +102,33 @@ class Case:
         return dataclasses.asdict(self)
 
 
-def _both(*cases: Case) -> list[Case]:
-    """Each case in inference and in training."""
-    return [dataclasses.replace(case, mode=mode) for case in cases for mode in ("inference", "training")]
+def _cases(pattern: str) -> list[Case]:
+    """The cases that `pattern`, a line of sets.txt, stands for."""
+    if braces := re.search(r"\{(.*?)\}", pattern):
+        parts = braces[1].split(",")
+        return [case for part in parts for case in _cases(pattern.replace(braces[0], part, 1))]
+    return [Case.parse(pattern)]
 
 
-def _cudnn_best() -> list[Case]:
-    """Cases of cuDNN's static persistent path: float16 LSTM, one layer and direction, H a multiple of 128 up to 1024."""
-    return _both(*(Case("LSTM", 1024, B, H, H) for H in range(256, 1025, 128) for B in (8, 16, 32, 64, 128)))
+def _read_sets() -> dict[str, list[Case]]:
+    sets: dict[str, list[Case]] = {}
+    for line in Path(__file__).with_name("sets.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            found = sets.setdefault(line.strip("[]"), [])
+        elif line and not line.startswith("#"):
+            found += _cases(line.partition("  #")[0])
+    return sets
 
 
-def _cudnn_standard() -> list[Case]:
-    """Cases that this path does not take, one reason after another."""
-    half = [Case("GRU", 512, B, H, H) for H in (256, 512, 768, 1024) for B in (16, 64)]
-    bfloat16 = [Case(cell, 512, 32, H, H, dtype="bfloat16") for cell in ("LSTM", "GRU") for H in (512, 1024)]
-    tf32 = [Case(cell, 512, 32, H, H, dtype="tf32") for cell in ("LSTM", "GRU") for H in (256, 512)]
-    ieee = [Case("LSTM", 512, 32, 512, 512, dtype="float32")]
-    stacks = [Case("LSTM", 512, 32, 512, 512, layers=layers) for layers in (2, 4)]
-    directions = [Case(cell, 512, 32, 512, 512, directions=2) for cell in ("LSTM", "GRU")]
-    packed = [Case(cell, 512, 32, 512, 512, packed=True) for cell in ("LSTM", "GRU")]
-    odd = [Case("LSTM", 333, 5, 39, 200), Case("LSTM", 512, 30, 500, 500), Case("GRU", 512, 7, 129, 257)]
-    return _both(*half, *bfloat16, *tf32, *ieee, *stacks, *directions, *packed, *odd)
-
-
-def _small() -> list[Case]:
-    shapes = itertools.product(("LSTM", "GRU"), (16, 32, 64, 128), (1, 16, 128), ("float16", "float32"))
-    return _both(*(Case(cell, 256, B, H, H, dtype=dtype) for cell, H, B, dtype in shapes))
-
-
-def _large() -> list[Case]:
-    shapes = itertools.product(("LSTM", "GRU"), (1536, 2048, 3072, 4096), (16, 64))
-    return _both(*(Case(cell, 256, B, H, H) for cell, H, B in shapes))
-
-
-def _long() -> list[Case]:
-    shapes = itertools.product(("LSTM", "GRU"), (10**4, 10**5, 10**6), (1, 8))
-    return _both(*(Case(cell, T, B, 128, 128) for cell, T, B in shapes))
-
-
-# (name, source, case): recurrent layers of published models. T and B come from the source, or are usual for its kind of data.
-# Layers of a stack that differ in size are cases of their own.
-REAL: tuple[tuple[str, str, Case], ...] = (
-    ("PTB large LSTM", "Zaremba, Sutskever and Vinyals 2014", Case("LSTM", 35, 20, 1500, 1500, layers=2)),
-    ("AWD-LSTM, first layer", "Merity, Keskar and Socher 2017", Case("LSTM", 70, 80, 400, 1150)),
-    ("AWD-LSTM, second layer", "Merity, Keskar and Socher 2017", Case("LSTM", 70, 80, 1150, 1150)),
-    ("char-rnn", "Karpathy 2015, its README's example", Case("LSTM", 50, 50, 512, 512, layers=2)),
-    ("GNMT encoder, upper layers", "Wu et al. 2016", Case("LSTM", 50, 128, 1024, 1024, layers=7)),
-    ("DeepSpeech 0.9 LSTM", "Mozilla DeepSpeech, n_hidden 2048", Case("LSTM", 500, 24, 2048, 2048)),
-    ("RNN-T encoder, first layers", "MLPerf RNN-T, 240 -> 1024", Case("LSTM", 400, 32, 240, 1024, layers=2)),
-    ("Tacotron 2 encoder", "Shen et al. 2018", Case("LSTM", 150, 64, 512, 256, directions=2)),
-    ("CRNN", "Shi, Bai and Yao 2015", Case("LSTM", 26, 64, 512, 256, layers=2, directions=2)),
-    ("Open-Unmix", "Stoter et al. 2019", Case("LSTM", 255, 16, 512, 256, layers=3, directions=2, dtype="tf32")),
-    ("InferSent", "Conneau et al. 2017", Case("LSTM", 40, 64, 300, 2048, directions=2)),
-    ("R2D2", "Kapturowski et al. 2019, replayed 80 steps", Case("LSTM", 80, 64, 512, 512, dtype="tf32")),
-    ("medaka", "Oxford Nanopore medaka, chunks of 10000", Case("GRU", 10000, 100, 10, 128, layers=2, directions=2)),
-    ("WaveRNN", "Kalchbrenner et al. 2018, 896 units, windows of 960", Case("GRU", 960, 32, 128, 896)),
-)
-
-
-def _real() -> list[Case]:
-    return _both(*(case for _, _, case in REAL))
-
-
-def _quick() -> list[Case]:
-    return [
-        *_both(Case("LSTM", 1024, 16, 768, 768), Case("GRU", 512, 16, 768, 768), Case("LSTM", 512, 64, 512, 512)),
-        *_both(Case("LSTM", 512, 32, 512, 512, dtype="bfloat16"), Case("GRU", 512, 32, 512, 512, dtype="tf32")),
-        Case("LSTM", 512, 32, 512, 512, layers=2, directions=2),
-        Case("GRU", 333, 5, 39, 200),
-    ]
-
-
-def _quick_cpu() -> list[Case]:
-    f32 = {"dtype": "float32"}
-    return [
-        *_both(Case("LSTM", 1, 1, 8, 8, **f32), Case("GRU", 16, 1, 64, 64, **f32)),
-        *_both(Case("LSTM", 32, 8, 128, 128, **f32), Case("GRU", 32, 8, 128, 128, **f32)),
-        Case("LSTM", 64, 16, 256, 256, **f32),
-        Case("RNN", 32, 5, 39, 50, layers=2, directions=2, **f32),
-        Case("LSTM", 32, 8, 64, 64, packed=True, **f32),
-    ]
-
-
-SETS = {
-    "cudnn-best": _cudnn_best,
-    "cudnn-standard": _cudnn_standard,
-    "small": _small,
-    "large": _large,
-    "long": _long,
-    "real": _real,
-    "quick": _quick,
-}
+_READ = _read_sets()
+SETS = [name for name in _READ if name != "quick cpu"]
 
 
 def named_set(name: str, device: str) -> list[Case]:
     """The cases of the set `name` on "cuda" or "cpu". Raises `Unknown`."""
     if name not in SETS:
         raise Unknown("set", name, SETS)
-    return _quick_cpu() if name == "quick" and device == "cpu" else SETS[name]()
+    return _READ["quick cpu" if name == "quick" and device == "cpu" else name]
 
 
 def chosen(sets: list[str], device: str, only: list[str] | None = None) -> list[tuple[str, Case]]:

@@ -3,8 +3,6 @@
 python -m benchmarks.timing.isolated MODULE:FUNCTION JOBS.json      (the child; `rows` starts it)
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import math
@@ -22,14 +20,8 @@ def rows(
     """(number of the job, row) for each dict that ``function(*job)`` yields, as they come.
 
     A job at which the child crashes or hangs yields {"error": how, "hung": bool} and is not tried again. If the child fails
-    before its first job, every job that is left does, because the next child would fail too.
-
-    Args:
-        function: "module:name" of a generator function.
-        jobs: the arguments of each job, as JSON can hold them.
-        quiet: seconds without a row after which the child hangs.
-        until: the time on `time.monotonic`'s clock at which all has to be over.
-        env: environment of the child.
+    before its first job, every job that is left does, because the next child would fail too. A child hangs if it prints no row
+    for `quiet` seconds. All is over at `until`, on `time.monotonic`'s clock. `function` is "module:name" of a generator.
     """
     from rnnfast import supervise  # not in the child, which loads what its function needs
 

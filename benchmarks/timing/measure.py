@@ -6,8 +6,6 @@ can be captured, a CUDA graph. On a CPU, a clock stands around one call. Calls o
 a change of clocks or load meets both. The ratio is that of neighbours.
 """
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time
@@ -18,19 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-
-__all__ = [
-    "Call",
-    "alternate",
-    "captured",
-    "kept",
-    "kernel_names",
-    "peak_bytes",
-    "percentiles",
-    "ratio_of",
-    "stopwatch",
-    "warm_up",
-]
 
 FLUSH_BYTES = 256 * 2**20
 _flush: dict[str, Tensor] = {}
@@ -170,12 +155,7 @@ def kernel_names(call: Call) -> list[str]:
 def kept(forward: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], parameters: list[Tensor]) -> dict[str, int]:
     """Bytes that autograd keeps alive for the backward of `forward`. Each storage counts once.
 
-    Args:
-        forward: returns differentiable outputs.
-        inputs, parameters: what `forward` is given. They live anyway.
-
-    Returns:
-        The bytes kept of "inputs", "parameters", "outputs", and of "activations", which is all else.
+    By what they belong to: "inputs", "parameters", "outputs" (all of which live anyway), and "activations", which is all else.
     """
     storages: dict[int, Tensor] = {}
 

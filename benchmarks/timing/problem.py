@@ -1,7 +1,5 @@
 """A `Case` as tensors (weights, input, upstream gradients), the right answers, and what a provider has to do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +14,6 @@ from benchmarks.timing import measure
 from benchmarks.timing.cases import Case
 from benchmarks.timing.measure import Call
 from rnnfast import check
-
-__all__ = ["Problem", "Ready", "of_module", "tf32"]
 
 Sequence = Tensor | PackedSequence
 REFERENCE_STEPS = 4096  # the most time steps, of all layers and directions, over which the reference is unrolled
@@ -48,19 +44,17 @@ def in_double(sequence: Sequence) -> Sequence:
 
 @dataclass
 class Ready:
-    """What a provider made of a `Problem`.
+    """What a provider made of a `Problem`."""
 
-    Attributes:
-        forward: takes the input, (T, B, I) or packed. Returns the output and the tuple of last states, shaped as torch.nn's.
-        parameters: the tensors besides the input that get gradients.
-        gradients: turns the gradients of `parameters` into those of torch.nn's parameters, by their names.
-        note: a remark for the row.
-    """
+    # takes the input, (T, B, I) or packed; returns the output and the last state or states, as torch.nn's modules do
+    forward: Callable[[Sequence], tuple[Sequence, Tensor | tuple[Tensor, ...]]]
+    parameters: list[Tensor] = field(default_factory=list)  # the tensors besides the input that get gradients
+    gradients: Callable[[list[Tensor]], list[Tensor]] | None = None  # from theirs to those of torch.nn's parameters, if others
+    note: str = ""  # a remark for the row
 
-    forward: Callable[[Sequence], tuple[Sequence, tuple[Tensor, ...]]]
-    parameters: list[Tensor] = field(default_factory=list)
-    gradients: Callable[[list[Tensor]], dict[str, Tensor]] = lambda gradients: {}
-    note: str = ""
+    def outputs(self, x: Sequence) -> tuple[Tensor, ...]:
+        y, last = self.forward(x)
+        return data(y), *(last if isinstance(last, tuple) else (last,))
 
 
 def module_of(kind: type, case: Case, device: str, dtype: torch.dtype, **options) -> torch.nn.Module:
@@ -70,13 +64,7 @@ def module_of(kind: type, case: Case, device: str, dtype: torch.dtype, **options
 
 def of_module(module: torch.nn.Module) -> Ready:
     """`Ready` of a module with the interface and the parameters of torch.nn's."""
-
-    def forward(x: Sequence):
-        y, last = module(x)
-        return y, last if isinstance(last, tuple) else (last,)
-
-    names = [name for name, _ in module.named_parameters()]
-    return Ready(forward, list(module.parameters()), lambda gradients: dict(zip(names, gradients, strict=True)))
+    return Ready(module, list(module.parameters()))
 
 
 class Problem:
@@ -120,47 +108,35 @@ class Problem:
             with torch.no_grad():
                 return ready.forward(self.x)
 
-        def forward(_=None):
-            y, last = ready.forward(x)
-            return data(y), *last
-
         def backward(outputs):
             return torch.autograd.grad(outputs, inputs, self.upstream)
 
         return {
             "inference": Call(inference),
-            "forward": Call(forward),
-            "backward": Call(backward, before=forward),
-            "training": Call(lambda _: backward(forward())),
+            "forward": Call(lambda _: ready.outputs(x)),
+            "backward": Call(backward, before=lambda: ready.outputs(x)),
+            "training": Call(lambda _: backward(ready.outputs(x))),
         }[self.case.mode]
 
     def kept(self, ready: Ready) -> dict[str, int]:
         """`benchmarks.timing.measure.kept` of a forward call, whatever the mode of this case."""
         x, leaf = self.differentiable(self.x)
-
-        def forward() -> tuple[Tensor, ...]:
-            y, last = ready.forward(x)
-            return data(y), *last
-
-        return measure.kept(forward, [leaf], ready.parameters)
+        return measure.kept(lambda: ready.outputs(x), [leaf], ready.parameters)
 
     def results(self, ready: Ready, in_float64: bool = False) -> dict[str, Tensor]:
         """All outputs of `ready`. Unless the mode is inference, also all gradients under the upstream ones."""
-        names = ("output", "h_n", "c_n")
-        x = in_double(self.x) if in_float64 else self.x
+        names, x = ("output", "h_n", "c_n"), in_double(self.x) if in_float64 else self.x
         if self.case.mode == "inference":
             with torch.no_grad():
-                y, last = ready.forward(x)
-            return dict(zip(names, (data(y), *last), strict=False))
+                return dict(zip(names, ready.outputs(x), strict=False))
         x, leaf = self.differentiable(x)
-        y, last = ready.forward(x)
-        outputs = dict(zip(names, (data(y), *last), strict=False))
-        upstream = [gradient.to(data(y).dtype) for gradient in self.upstream]
-        of_x, *of_parameters = torch.autograd.grad(list(outputs.values()), [leaf, *ready.parameters], upstream)
-        gradients = {"input": of_x, **ready.gradients(of_parameters)}
-        return {name: value.detach() for name, value in outputs.items()} | {
-            f"grad of {name}": gradient for name, gradient in gradients.items()
-        }
+        outputs = ready.outputs(x)
+        upstream = [gradient.to(outputs[0].dtype) for gradient in self.upstream]
+        of_x, *of_parameters = torch.autograd.grad(outputs, [leaf, *ready.parameters], upstream)
+        of_weights = ready.gradients(of_parameters) if ready.gradients else of_parameters
+        gradients = {"input": of_x, **dict(zip(self.weights, of_weights, strict=False))}
+        found = dict(zip(names, (output.detach() for output in outputs), strict=False))
+        return found | {f"grad of {name}": gradient for name, gradient in gradients.items()}
 
     def answers(self) -> tuple[dict[str, Tensor], dict[str, float], str]:
         """The right results, torch.nn's error of each, and a note on where the right results come from."""
@@ -168,10 +144,8 @@ class Problem:
             case = self.case
             steps = case.T * case.layers * case.directions
             unrolled = not case.packed and steps <= REFERENCE_STEPS and steps * case.B * case.H <= REFERENCE_ELEMENTS
-            if unrolled:
-                exact = self.module(getattr(rnnfast, case.cell), torch.float64, backend="reference")
-            else:
-                exact = self.module(getattr(torch.nn, case.cell), torch.float64)
+            library, options = (rnnfast, {"backend": "reference"}) if unrolled else (torch.nn, {})
+            exact = self.module(getattr(library, case.cell), torch.float64, **options)
             right = self.results(of_module(exact), in_float64=True)
             theirs = self.results(of_module(self.module(getattr(torch.nn, case.cell))))
             errors = {name: check.error(theirs[name], value) for name, value in right.items()}

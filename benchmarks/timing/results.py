@@ -21,28 +21,17 @@
 Only a row whose status is "ok" has timings.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
 
 from benchmarks.timing.cases import Case
 
-__all__ = ["SCHEMA", "STATUSES", "BadResults", "key", "load", "new_row", "save"]
-
 SCHEMA = 2  # 1 had TF32 as a field of the case
 STATUSES = ("ok", "wrong", "error", "out of memory", "unavailable")
-_EMPTY = {
-    "note": "",
-    "error": None,
-    "timings": [],
-    "ratio": None,
-    "peak_bytes": None,
-    "saved_bytes": None,
-    "compile_s": None,
-    "kernels": [],
-}
+_EMPTY = {"note": "", "error": None, "timings": [], "ratio": None, "peak_bytes": None, "saved_bytes": None}
+_EMPTY |= {"compile_s": None, "kernels": []}
+_TIMING = ("how", "l2", "p20", "p50", "p80", "n")
 
 
 class BadResults(ValueError):
@@ -91,20 +80,16 @@ def load(path: str | os.PathLike) -> dict:
 
 
 def _check(results: dict) -> None:
-    for name, kind in (("environment", dict), ("settings", dict), ("rows", list)):
+    for name, kind in (("environment", dict), ("settings", dict), ("rows", list), ("ceilings", dict | None)):
         if not isinstance(results[name], kind):
-            raise TypeError(f"{name} should be a {kind.__name__}")
-    if not isinstance(results["ceilings"], dict | None):
-        raise TypeError("ceilings should be a dict or null")
+            raise TypeError(f"{name} should be a {getattr(kind, '__name__', 'dict or null')}")
     for row in results["rows"]:
         key(row)
         if row["status"] not in STATUSES:
             raise ValueError(f"a row has status {row['status']!r}")
-        for name in ("set", *_EMPTY):
-            row[name]
-        for timing in row["timings"]:
-            for name in ("how", "l2", "p20", "p50", "p80", "n"):
-                timing[name]
+        for where, names in ((row, ("set", *_EMPTY)), *((timing, _TIMING) for timing in row["timings"])):
+            for name in names:
+                where[name]
 
 
 def save(results: dict, path: str | os.PathLike) -> None:

@@ -1,14 +1,14 @@
 """Cases and providers, one row after another. A child process, which may crash or hang, checks and measures each."""
 
-from __future__ import annotations
-
 import datetime
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,8 +21,6 @@ from benchmarks.timing.measure import Call
 from benchmarks.timing.problem import Problem, tf32
 from benchmarks.timing.providers import BASE, Provider, Unavailable, all_providers, installed, named_provider
 from benchmarks.timing.results import SCHEMA, BadResults, key, load, new_row, save
-
-__all__ = ["environment", "measure_row", "problem_of", "row_of", "run", "words"]
 
 GPU_WARM_UP = 0.2  # seconds, for clocks to rise
 CPU_WARM_UP = 0.05
@@ -61,12 +59,10 @@ def printed(*command: str) -> str:
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    with suppress(OSError):
+        if named := re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return named[1].strip()
+    return platform.processor() or platform.machine()
 
 
 @lru_cache(maxsize=1)
@@ -119,13 +115,12 @@ def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]
         measure.warm_up(base_watch, 0)
         times, base_times = measure.alternate([watch, base_watch], 2 * seconds)
         values["ratio"] = {"to": BASE, **measure.ratio_of(times, base_times)}
-    values["timings"] = [{"how": "eager", "l2": "warm", **measure.percentiles(times), "n": len(times)}]
+    values["timings"] = [timing("eager", "warm", times)]
 
     def add_time(how: str, l2: str, call: Call) -> None:
         watch = measure.stopwatch(call, device, l2)
         measure.warm_up(watch, 0)
-        (times,) = measure.alternate([watch], seconds)
-        values["timings"].append({"how": how, "l2": l2, **measure.percentiles(times), "n": len(times)})
+        values["timings"].append(timing(how, l2, *measure.alternate([watch], seconds)))
 
     if device == "cuda":
         add_time("eager", "cold", call)
@@ -142,6 +137,10 @@ def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]
             words = " ".join(str(failure).split())[:200]
             values["note"] = "; ".join(filter(None, (values["note"], f"no CUDA graph: {words}")))
     return "ok", values
+
+
+def timing(how: str, l2: str, times: list[float]) -> dict:
+    return {"how": how, "l2": l2, **measure.percentiles(times), "n": len(times)}
 
 
 def measure_row(case: dict, set_name: str, name: str, settings: dict) -> Iterator[dict]:
@@ -175,18 +174,14 @@ def run(
     until: float = math.inf,
     env: dict[str, str] | None = None,
 ) -> tuple[dict, str]:
-    """Measure what `path` does not hold yet, and save after each row.
+    """Measure what `path` does not hold yet, and save after each row. Returns the results, and why the run ended early, or "".
 
     Args:
         work: (set, case, provider) of every wanted row.
         now: `new_results` of this run.
-        path: the file of results. It keeps the rows that it holds; they are not measured again.
         limit: seconds for a row.
         say: gets a line of progress after each row.
         until, env: those of `isolated.rows`.
-
-    Returns:
-        The results, and why the run ended early, or "".
 
     Raises:
         BadResults: `path` holds something else, or results that were measured otherwise.

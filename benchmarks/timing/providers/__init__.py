@@ -3,13 +3,12 @@
 `benchmarks.timing.providers.peers` has those of other libraries.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ import rnnfast
 from benchmarks.timing.cases import Case, Unknown
 from benchmarks.timing.problem import Problem, Ready, of_module
 from rnnfast import backends, reference
-
-__all__ = ["BASE", "Provider", "Unavailable", "all_providers", "installed", "named_provider"]
 
 BASE = "torch.nn"  # every other provider is compared with it
 UNROLLED_STEPS = 8  # Inductor takes minutes for 32 steps of a small LSTM in training
@@ -63,20 +60,6 @@ class TorchNN(Provider):
         return of_module(problem.module(getattr(torch.nn, problem.case.cell)))
 
 
-@contextmanager
-def environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 class RnnFast(Provider):
     """rnnfast's layer on `backend` (None: its own choice), on the Triton backend with the kernels of `family`."""
 
@@ -87,7 +70,8 @@ class RnnFast(Provider):
 
     def settings(self) -> contextlib.AbstractContextManager:
         # strict: a launch that the driver refuses is an error. Otherwise another backend would be timed
-        return environment(RNNFAST_KERNELS=self.family, RNNFAST_STRICT="1") if self.family else contextlib.nullcontext()
+        chosen = {"RNNFAST_KERNELS": self.family, "RNNFAST_STRICT": "1"} if self.family else {}
+        return mock.patch.dict(os.environ, chosen)
 
     def obstacle(self, case: Case, device: str) -> str | None:
         if self.backend != "triton":
@@ -132,7 +116,7 @@ class Loop(Provider):
 
     def ready(self, problem: Problem) -> Ready:
         case, step = problem.case, reference.STEPS[problem.case.cell_name]
-        names, parameters = list(problem.weights), [w.clone().requires_grad_() for w in problem.weights.values()]
+        parameters = [weight.clone().requires_grad_() for weight in problem.weights.values()]
         if self.compiles:
             torch.compiler.reset()
             step = torch.compile(step)
@@ -153,7 +137,7 @@ class Loop(Provider):
                 x = outputs[0] if case.directions == 1 else torch.cat(outputs, dim=-1)
             return x, tuple(torch.stack(states) for states in zip(*last_states, strict=True))
 
-        return Ready(forward, parameters, lambda gradients: dict(zip(names, gradients, strict=True)))
+        return Ready(forward, parameters)
 
 
 class CompiledNN(Provider):
@@ -179,14 +163,7 @@ class CompiledNN(Provider):
     def ready(self, problem: Problem) -> Ready:
         torch.compiler.reset()
         module = problem.module(getattr(torch.nn, problem.case.cell))
-        ready, compiled = of_module(module), torch.compile(module)
-
-        def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            y, last = compiled(x)
-            return y, last if isinstance(last, tuple) else (last,)
-
-        ready.forward = forward
-        return ready
+        return Ready(torch.compile(module), list(module.parameters()))
 
 
 def installed(distribution: str) -> str | None:
@@ -200,19 +177,11 @@ def installed(distribution: str) -> str | None:
 def all_providers() -> dict[str, Provider]:
     from benchmarks.timing.providers import peers
 
-    providers: list[Provider] = [
-        TorchNN(BASE),
-        RnnFast("rnnfast", None),
-        RnnFast("rnnfast-persistent", "triton", "persistent"),
-        RnnFast("rnnfast-step", "triton", "step"),
-        RnnFast("rnnfast-torch", "torch"),
-        CompiledNN("torch.compile-nn"),
-        Loop("torch.compile-loop", compiled=True),
-        Loop("loop", compiled=False),
-        peers.FlashRNN("flashrnn"),
-        peers.Haste("haste"),
-        peers.OnnxRuntime("onnxruntime"),
-    ]
+    ours = [RnnFast("rnnfast", None), RnnFast("rnnfast-persistent", "triton", "persistent")]
+    ours += [RnnFast("rnnfast-step", "triton", "step"), RnnFast("rnnfast-torch", "torch")]
+    loops = [CompiledNN("torch.compile-nn"), Loop("torch.compile-loop", compiled=True), Loop("loop", compiled=False)]
+    others = [peers.FlashRNN("flashrnn"), peers.Haste("haste"), peers.OnnxRuntime("onnxruntime")]
+    providers: list[Provider] = [TorchNN(BASE), *ours, *loops, *others]
     return {provider.name: provider for provider in providers}
 
 

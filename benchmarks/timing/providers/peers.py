@@ -5,8 +5,8 @@ PyTorch code ("vanilla"; the script path of haste_pytorch_cpu), which fixes layo
 GPU kernels yet.
 """
 
-from __future__ import annotations
-
+import io
+import warnings
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor
 from benchmarks.timing.cases import Case
 from benchmarks.timing.problem import Problem, Ready
 from benchmarks.timing.providers import Provider, installed
-
-__all__ = ["FlashRNN", "Haste", "OnnxRuntime"]
 
 
 def blocks(tensor: Tensor, order: str, new: str) -> Tensor:
@@ -63,13 +61,11 @@ class FlashRNN(Provider):
             R = blocks(w_hh, "rzn", "nrz")
             r_z = (b_ih + b_hh)[: 2 * H]
             b = torch.cat([b_hh[2 * H :], r_z, b_ih[2 * H :]])
-        parameters = [w_ih, R.view(-1, 1, H, H), b.view(-1, 1, H)]
-        parameters = [tensor.clone().requires_grad_() for tensor in parameters]
-        dtype = {name: case.dtype for name in ("dtype", "dtype_w", "dtype_r", "dtype_b")}
-        sizes: dict[str, Any] = {"head_dim": H, "num_heads": 1, "batch_size": case.B}
-        function = case.cell.lower()
-        shapes = {"input_shape": "TBGHD", "output_shape": "STBHD"}
-        config = FlashRNNConfig(backend=self.backend, function=function, **shapes, **sizes, **dtype)
+        tensors = (w_ih, R.view(-1, 1, H, H), b.view(-1, 1, H))
+        parameters = [tensor.clone().requires_grad_() for tensor in tensors]
+        options: dict[str, Any] = dict.fromkeys(("dtype", "dtype_w", "dtype_r", "dtype_b"), case.dtype)
+        options |= {"head_dim": H, "num_heads": 1, "batch_size": case.B, "input_shape": "TBGHD", "output_shape": "STBHD"}
+        config = FlashRNNConfig(backend=self.backend, function=case.cell.lower(), **options)
         note = f"flashrnn {installed('flashrnn')}, {config.backend}"
 
         def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -78,14 +74,12 @@ class FlashRNN(Provider):
             states, last = flashrnn(inputs, R, b, config=config)
             return states[0].view(case.T, case.B, H), tuple(last.reshape(-1, 1, case.B, H))
 
-        def gradients(found: list[Tensor]) -> dict[str, Tensor]:
+        def gradients(found: list[Tensor]) -> list[Tensor]:
             of_w_ih, of_R, of_b = found[0], found[1].reshape(-1, H), found[2].reshape(-1)
             if case.cell == "LSTM":
-                sides = (of_R, of_b, of_b)
-            else:
-                g, r_z, n = of_b[:H], of_b[H : 3 * H], of_b[3 * H :]
-                sides = (blocks(of_R, "nrz", "rzn"), torch.cat([r_z, n]), torch.cat([r_z, g]))
-            return dict(zip(problem.weights, (of_w_ih, *sides), strict=True))
+                return [of_w_ih, of_R, of_b, of_b]
+            g, r_z, n = of_b[:H], of_b[H : 3 * H], of_b[3 * H :]
+            return [of_w_ih, blocks(of_R, "nrz", "rzn"), torch.cat([r_z, n]), torch.cat([r_z, g])]
 
         return Ready(forward, parameters, gradients, note)
 
@@ -117,21 +111,17 @@ class Haste(Provider):
             for name, value in values.items():
                 getattr(layer, name).copy_(value)
 
-        def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            y, last = layer(x)
-            return y, last if isinstance(last, tuple) else (last,)
-
-        def gradients(found: list[Tensor]) -> dict[str, Tensor]:
+        def gradients(found: list[Tensor]) -> list[Tensor]:
             of_w_ih, of_w_hh, *of_biases = found
             tensors = [of_w_ih.t(), of_w_hh.t(), *(of_biases * 2 if case.cell == "LSTM" else of_biases)]
-            return dict(zip(problem.weights, (blocks(tensor, theirs, ours) for tensor in tensors), strict=True))
+            return [blocks(tensor, theirs, ours) for tensor in tensors]
 
         parameters = [getattr(layer, name) for name in values]
-        return Ready(forward, parameters, gradients, f"haste_pytorch {installed('haste_pytorch')}")
+        return Ready(layer, parameters, gradients, f"haste_pytorch {installed('haste_pytorch')}")
 
 
 class OnnxRuntime(Provider):
-    """ONNX Runtime's recurrent operators, in inference on a CPU. Gates i, o, f, g for the LSTM, z, r, n for the GRU."""
+    """ONNX Runtime's recurrent operators, in inference on a CPU."""
 
     counts_memory = False
 
@@ -152,45 +142,14 @@ class OnnxRuntime(Provider):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        model = onnx_model(problem).SerializeToString()
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        module, model = problem.module(getattr(torch.nn, problem.case.cell)).eval(), io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it recommends dynamo=True, which unrolls an RNN over time
+            torch.onnx.export(module, (problem.x,), model, input_names=["x"], dynamo=False)
+        session = onnxruntime.InferenceSession(model.getvalue(), options, providers=["CPUExecutionProvider"])
 
         def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             y, *last = (torch.from_numpy(array) for array in session.run(None, {"x": x.numpy()}))
             return y, tuple(last)
 
         return Ready(forward, note=f"onnxruntime {installed('onnxruntime')}")
-
-
-def onnx_model(problem: Problem):
-    """The stack of `problem` as an ONNX model from x to y, h_n and, for an LSTM, c_n."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    case, D = problem.case, problem.case.directions
-    ours, theirs = {"LSTM": ("ifgo", "iofg"), "GRU": ("rzn", "zrn"), "RNN": ("n", "n")}[case.cell]
-    last = ("h_n", "c_n") if case.cell == "LSTM" else ("h_n",)
-    nodes, constants = [], [numpy_helper.from_array(torch.tensor([case.T, case.B, D * case.H]).numpy(), "joined")]
-    values = [blocks(weight, ours, theirs) for weight in problem.weights.values()]
-    for layer in range(case.layers):
-        of_layer = [values[4 * (D * layer + direction) :][:4] for direction in range(D)]
-        packed = {
-            "W": torch.stack([w_ih for w_ih, *_ in of_layer]),
-            "R": torch.stack([w_hh for _, w_hh, *_ in of_layer]),
-            "B": torch.stack([torch.cat(biases) for _, _, *biases in of_layer]),
-        }
-        constants += [numpy_helper.from_array(value.numpy(), f"{name}{layer}") for name, value in packed.items()]
-        inputs = [f"y{layer - 1}" if layer else "x", *(f"{name}{layer}" for name in packed)]
-        outputs = [f"apart{layer}", *(f"{name}{layer}" for name in last)]
-        more = {"linear_before_reset": 1} if case.cell == "GRU" else {}
-        direction = "bidirectional" if D == 2 else "forward"
-        nodes.append(helper.make_node(case.cell, inputs, outputs, hidden_size=case.H, direction=direction, **more))
-        nodes.append(helper.make_node("Transpose", [f"apart{layer}"], [f"beside{layer}"], perm=[0, 2, 1, 3]))
-        nodes.append(helper.make_node("Reshape", [f"beside{layer}", "joined"], [f"y{layer}"]))
-    for name in last:
-        nodes.append(helper.make_node("Concat", [f"{name}{layer}" for layer in range(case.layers)], [name], axis=0))
-    nodes.append(helper.make_node("Identity", [f"y{case.layers - 1}"], ["y"]))
-    shapes = {"x": [case.T, case.B, case.I], "y": [case.T, case.B, D * case.H]}
-    shapes |= {name: [case.layers * D, case.B, case.H] for name in last}
-    infos = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
-    graph = helper.make_graph(nodes, "stack", [infos["x"]], [infos[name] for name in ("y", *last)], constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
