@@ -21,7 +21,7 @@ from benchmarks.timing.results import BadResults
 from benchmarks.timing.run import new_results, run
 
 
-def parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--set", nargs="+", default=["quick"], metavar="NAME", help=f"sets of cases: {', '.join(SETS)}")
     parser.add_argument("--only-case", nargs="+", metavar="PATTERN", help="of these sets, what matches, e.g. 'LSTM-*-training'")
@@ -33,11 +33,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a row is given up; default %(default)s")
     parser.add_argument("--interpret", action="store_true", help="on a CPU, also run the kernels in Triton's interpreter: slow")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parser.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if device == "cuda" and not torch.cuda.is_available():

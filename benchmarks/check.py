@@ -98,6 +98,10 @@ def git(*args: str | Path, tree: Path | None = None) -> str:
     return subprocess.run(["git", "-C", tree or ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
 
 
+def is_dirty() -> bool:
+    return bool(git("status", "--porcelain", "--", *MEASURED))
+
+
 def commits_since(base: str) -> list[str]:
     """The commits after `base` that could have changed a figure, as "hash subject", the oldest first."""
     return git("log", "--oneline", "--reverse", f"{base}..HEAD", "--", *MEASURED).splitlines()
@@ -179,7 +183,7 @@ def check(part: str, find: bool) -> int:
         return 0
     print(f"commits since the baseline ({baseline['commit']}) that touch {' or '.join(MEASURED)}:")
     try:
-        lines = [*commits_since(baseline["commit"]), *["(changes that are not committed)"] * dirty()]
+        lines = [*commits_since(baseline["commit"]), *["(changes that are not committed)"] * is_dirty()]
         print("\n".join(f"  {line}" for line in lines) or "  none")
         if find:
             print("looking for the first bad one:", flush=True)
@@ -189,13 +193,9 @@ def check(part: str, find: bool) -> int:
     return 1
 
 
-def dirty() -> bool:
-    return bool(git("status", "--porcelain", "--", *MEASURED))
-
-
 def update(part: str) -> None:
     path, commit = baseline_path(part), git("rev-parse", "--short=10", "HEAD")
-    found = {"schema": SCHEMA, "commit": commit, "dirty": dirty(), "figures": figures_of(part)[0]}
+    found = {"schema": SCHEMA, "commit": commit, "dirty": is_dirty(), "figures": figures_of(part)[0]}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{part}: written {path.relative_to(ROOT)}" + (", with changes that are not committed" if found["dirty"] else ""))

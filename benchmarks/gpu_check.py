@@ -35,7 +35,6 @@ from benchmarks.gpu import summary
 from benchmarks.gpu.jobs import CHECKS, STRESS, check_name, stress_name
 from benchmarks.timing import isolated
 from benchmarks.timing.cases import Case
-from benchmarks.timing.results import BadResults
 from benchmarks.timing.run import environment, new_results, run
 from rnnfast import gpu, tuner, tuning
 from rnnfast.tuning import Shape
@@ -145,10 +144,7 @@ def time_all(report: Report, until: float) -> None:
     now = new_results("cuda", {"seconds": SECONDS, "threads": 0, "interpret": False})
     for shape in dict.fromkeys(replace(case, mode="inference") for case in TIMED):
         work = [("gpu-check", replace(shape, mode=mode), name) for mode in MODES for name in providers]
-        try:
-            results, ended = run(work, now, path, QUIET, lambda line: print(line, flush=True), until, child_env())
-        except BadResults as error:
-            results, ended = {"rows": []}, str(error)
+        results, ended = run(work, now, path, QUIET, lambda line: print(line, flush=True), until, child_env())
         report.update("benchmark", {f"{Case(**row['case']).id} {row['provider']}": [row] for row in results["rows"]})
         if ended:
             print(ended, flush=True)

@@ -35,7 +35,7 @@ MEMORY_BYTES = 14  # memory, a share of one SM. H100: 3.35 TB/s over 132 SMs at 
 SHARED_BYTES = 128  # shared memory of an SM (CUDA programming guide)
 
 # Arithmetic in clocks
-ISSUE = 2  # an instruction of one warp among few. A result takes 4 to 6 clocks, and half of them are not waited for; an estimate
+ISSUE = 2  # an instruction of one warp among few: its result takes 4 to 6 clocks, half of which nothing waits for; an estimate
 WGMMA = 18  # an HGMMA: 64 rows of 128 bytes from shared memory over 4 tensor cores are 16 clocks, and 2 between two
 HMMA_LATENCY = 33  # HMMA.16816 that waits for the one before. A100, as published (arXiv 2206.02874)
 HMMA_ISSUE = 8  # HMMA.16816 that waits for its turn. A100: 8; H100: 6 or 7 (arXiv 2402.13499)

@@ -28,10 +28,6 @@ class Ceilings:
     exchange_us: float
     source: str
 
-    @property
-    def chip_bytes(self) -> int:
-        return self.sms * self.sm_bytes
-
 
 def _stated(name, sms, shared, l2_size, clock, hbm, half, tf32, single, source, extra=0) -> Ceilings:
     """From a data sheet: `clock` in GHz, `hbm` in GB/s, the FLOPs in TFLOP/s, dense and with sums in float32."""

@@ -92,8 +92,8 @@ def floor(case: Case, gpu: Ceilings, cold: bool = False) -> Floor:
     sms = math.ceil(todo.weight_bytes / gpu.sm_bytes)
     steps = case.T * todo.passes * case.layers * case.directions
     exchanged = _words_per_element(GATES[case.cell_name], min(sms, gpu.sms)) * sum(case.lengths) * case.H * itemsize
-    reread = max(0, todo.weight_bytes - gpu.chip_bytes) * steps
-    from_hbm = max(0, todo.weight_bytes - gpu.chip_bytes - gpu.l2_size) * steps
+    beyond_chip = todo.weight_bytes - gpu.sms * gpu.sm_bytes
+    reread, from_hbm = max(0, beyond_chip) * steps, max(0, beyond_chip - gpu.l2_size) * steps
     outside = todo.bytes if cold else max(0, todo.bytes - gpu.l2_size)
     return Floor(
         compute=todo.flops / gpu.flops_per_s[case.dtype],

@@ -65,6 +65,7 @@ class Entry:
 
     def __init__(self, row: dict):
         self.case, self.provider = results.key(row)
+        self.ours = self.provider.startswith(OURS)
         self.status, self.note, self.error = row["status"], row["note"], row["error"]
         self.times = {(timing["how"], timing["l2"]): Spread.of(timing) for timing in row["timings"]}
         self.ratio = Spread.of(row["ratio"]) if row["ratio"] else None
@@ -72,10 +73,6 @@ class Entry:
         self.compile_s, self.kernels = row["compile_s"], row["kernels"]
         # torch.nn's time over the provider's, of pairs measured side by side where the file has them; none for torch.nn
         self.speed_ups: dict[tuple[str, str], Spread] = {}
-
-    @property
-    def ours(self) -> bool:
-        return self.provider.startswith(OURS)
 
     @property
     def time(self) -> Spread | None:
@@ -128,6 +125,8 @@ class Facts:
         self.environment: dict = loaded["environment"]
         self.settings: dict = loaded["settings"]
         self.entries = [Entry(row) for row in loaded["rows"]]
+        self.failures = [entry for entry in self.entries if entry.status != "ok"]
+        self.title: str = self.environment.get("gpu") or self.environment.get("cpu") or "unknown machine"
         self.ceilings: Ceilings | None = of_results(loaded)
         self.of: dict[tuple[Case, str], Entry] = {(entry.case, entry.provider): entry for entry in self.entries}
         for entry in self.entries:
@@ -157,10 +156,6 @@ class Facts:
         """The entries that can be compared with torch.nn, the worst first."""
         return sorted((entry for entry in self.entries if entry.speed_ups), key=lambda entry: entry.worst.p50)
 
-    @property
-    def failures(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.status != "ok"]
-
     def floor(self, case: Case) -> Floor | None:
         return floor(case, self.ceilings) if self.ceilings else None
 
@@ -173,32 +168,15 @@ class Facts:
             found.setdefault((alike, square), []).append(case)
         return [Group(describe(cases[0], free), cases) for cases in found.values() if len(cases) > 1]
 
-    @property
-    def title(self) -> str:
-        return self.environment.get("gpu") or self.environment.get("cpu") or "unknown machine"
 
+def changes(before: Facts, after: Facts) -> Iterator[tuple]:
+    """(change, case, provider, how, (before, after), relative) for each time in both files.
 
-class Change(NamedTuple):
-    """A provider on a case, before and after: times or, if `relative`, times over torch.nn's."""
-
-    case: Case
-    provider: str
-    how: tuple[str, str]
-    before: Spread
-    after: Spread
-    relative: bool
-
-    @property
-    def change(self) -> Spread:
-        return self.after.over(self.before)
-
-
-def changes(before: Facts, after: Facts) -> Iterator[Change]:
-    """A change for each time in both files. Where both have the ratio to torch.nn, it counts: the machine's load drops out."""
+    If both have the ratio to torch.nn, the change is `relative`, that of the ratio: the load of the machine drops out.
+    """
     for pair in (pair for pair in before.of if pair in after.of):
         old, new = before.of[pair], after.of[pair]
         for how in (how for how in old.times if how in new.times):
-            if how == MAIN and old.ratio and new.ratio and pair[1] != BASE:
-                yield Change(*pair, how, old.ratio, new.ratio, True)
-            else:
-                yield Change(*pair, how, old.times[how], new.times[how], False)
+            relative = bool(how == MAIN and old.ratio and new.ratio and pair[1] != BASE)
+            spreads = (old.ratio, new.ratio) if relative else (old.times[how], new.times[how])
+            yield spreads[1].over(spreads[0]), *pair, how, spreads, relative

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jinja2
 
@@ -46,12 +46,6 @@ def _heat_maps(facts: Facts) -> Iterator[tuple[str, list[dict]]]:
             yield group.label, maps
 
 
-def _points(facts: Facts, group: Group, provider: str, axis: str, value: Callable[[Entry], Spread | None]) -> list:
-    """(x, spread) of each case of `group` for which the provider has a value."""
-    entries = [entry for case in group.cases if (entry := facts.of.get((case, provider))) and entry.status == "ok"]
-    return [(getattr(entry.case, axis), spread) for entry in entries if (spread := value(entry))]
-
-
 def _chart(facts: Facts, group: Group, axis: str, what: str) -> str | None:
     """Time a step, or memory, of every provider with figures in `group`, over `axis`. None if no provider has any.
 
@@ -65,8 +59,11 @@ def _chart(facts: Facts, group: Group, axis: str, what: str) -> str | None:
         amount = entry.saved_bytes if kept else entry.peak_bytes
         return Spread(*[amount / 2**20] * 3) if amount else None
 
-    found = [(name, _points(facts, group, name, axis, value)) for name in facts.providers]
-    series = [Series(name, points, facts.providers.index(name) % 8) for name, points in found if points]
+    series = []
+    for number, name in enumerate(facts.providers):
+        entries = [entry for case in group.cases if (entry := facts.of.get((case, name))) and entry.status == "ok"]
+        if points := [(getattr(entry.case, axis), spread) for entry in entries if (spread := value(entry))]:
+            series.append(Series(name, points, number % 8))
     if not series:
         return None
     floors: dict[str, list[tuple[float, float]]] = {}

@@ -2,28 +2,21 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from benchmarks.report.facts import BASE, Entry, Facts, changes, describe, figure, ratio
+from benchmarks.report.facts import BASE, Entry, Facts, Spread, changes, describe, figure, ratio
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a heading.
-
-    Attributes:
-        kinds: "win", "loss", "even" or "" for each row. Without any: "" for all.
-        numbers: the columns that are set to the right.
-        shown: how many rows the page shows before it folds the rest away.
-    """
+class Table(NamedTuple):
+    """Rows of text under a heading."""
 
     heading: str
     intro: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
-    kinds: list[str]
-    numbers: Iterable[int] = ()
-    shown: int = 20
+    kinds: list[str]  # "win", "loss", "even" or "" for each row; none: "" for all
+    numbers: Iterable[int] = ()  # the columns that are set to the right
+    shown: int = 20  # the rows that the page shows before it folds the rest away
 
     @property
     def rows_with_kinds(self) -> list[tuple[tuple[str, ...], str]]:
@@ -98,8 +91,7 @@ def memory_table(facts: Facts) -> Table:
             for each, unit in ((pair[0], 2**20), (pair[1], 2**20), (ratio, 1))
         ]
         rows.append((describe(entry.case), entry.provider, *cells))
-        kept = ratios[0] or 1.0
-        kinds.append("" if ratios[0] is None else "win" if kept < 1 else "loss" if kept > 1 else "even")
+        kinds.append("" if ratios[0] is None else Spread(*[1 / max(ratios[0], 1e-9)] * 3).verdict)
     columns = ("case", "provider", "kept MiB", "torch.nn's", "ratio", "peak MiB", "torch.nn's", "ratio")
     intro = "Kept for backward, without input and parameters, and the peak of a call above what was allocated before it."
     return Table("Memory of each case", intro, columns, rows, kinds, range(2, 8), shown=0)
@@ -145,17 +137,15 @@ def environment_table(facts: Facts) -> Table:
 
 def change_tables(before: Facts, after: Facts) -> list[Table]:
     """The changes, the largest slow-down first, and what else differs between the two runs."""
-    found = sorted(changes(before, after), key=lambda change: -change.change.p50)
-    kinds = [one.change.inverse.verdict for one in found]
-    rows = []
-    for one, kind in zip(found, kinds, strict=True):
-        unit, scale, digits = (f"of {BASE}'s", 1, ratio) if one.relative else ("µs a step", one.case.T, figure)
-        sides = [side.scaled(1 / scale).words(digits) for side in (one.before, one.after)]
+    found = sorted(changes(before, after), key=lambda one: -one[0].p50)
+    kinds, rows = [change.inverse.verdict for change, *_ in found], []
+    for kind, (change, case, provider, how, sides, relative) in zip(kinds, found, strict=True):
+        unit, scale, digits = (f"of {BASE}'s", 1, ratio) if relative else ("µs a step", case.T, figure)
+        words = [side.scaled(1 / scale).words(digits) for side in sides]
         verdict = {"win": "faster", "loss": "slower", "even": "noise"}[kind]
-        rows.append((describe(one.case), one.provider, how_words(one.how), verdict, f"{one.change.p50 - 1:+.1%}", unit, *sides))
-    intro = "{} slower, {} within the spread of both runs (noise), {} faster. ".format(
-        *map(kinds.count, ("loss", "even", "win"))
-    )
+        rows.append((describe(case), provider, how_words(how), verdict, f"{change.p50 - 1:+.1%}", unit, *words))
+    counts = map(kinds.count, ("loss", "even", "win"))
+    intro = "{} slower, {} within the spread of both runs (noise), {} faster. ".format(*counts)
     intro += "Change is that of the time; a change counts only where the spreads (20th to 80th percentile) do not meet."
     columns = ("case", "provider", "how", "verdict", "change", "time", "before", "after")
     tables = [Table("Before and after", intro, columns, rows, kinds, {4, 6, 7})]

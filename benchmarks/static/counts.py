@@ -21,8 +21,7 @@ UNITS = ("HMMA", "HGMMA", "UTCHMMA")
 
 def code_of(built: CompiledKernel) -> dict:
     """What the machine code says. Bytes are those that one program with a full tile asks for."""
-    usage, text = machine_code.disassemble(built.asm["cubin"])
-    registers, stack = machine_code.resources(usage)
+    registers, stack, text = machine_code.disassemble(built.asm["cubin"])
     code = machine_code.Code(text)
     loop, polls = code.loops()
     threads = 32 * built.metadata.num_warps

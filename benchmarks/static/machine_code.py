@@ -51,21 +51,16 @@ class Products(NamedTuple):
     deep: int  # the most HMMA one after another on one accumulator
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, as the tools in Triton's wheel print them."""
+def disassemble(cubin: bytes) -> tuple[int, int, str]:
+    """Registers and bytes of stack of a thread (spills go there), and the machine code, by the tools in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         commands = ([f"{BIN}/cuobjdump", "--dump-resource-usage", file.name], [f"{BIN}/nvdisasm", "-c", "-ndf", file.name])
         usage, code = (subprocess.run(each, capture_output=True, text=True, check=True).stdout for each in commands)
-    return usage, code
-
-
-def resources(usage: str) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread. Spills go to the stack."""
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match, usage
-    return int(match[1]), int(match[2])
+    return int(match[1]), int(match[2]), code
 
 
 class Code:

@@ -17,13 +17,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from benchmarks.timing.problem import tf32
+from rnnfast import families, ops
+from rnnfast.kernels import dropout, gates, persistent, step
+from rnnfast.kernels.persistent.plan import GPUS
+from rnnfast.reference import GATES
 
 GPU_OF_ARCH = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200"}
 
 
 def limits_of(arch: int):
-    from rnnfast.kernels.persistent.plan import GPUS
-
     return GPUS[GPU_OF_ARCH[arch]]
 
 
@@ -80,8 +82,6 @@ class StandInDriver(DriverBase):
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that a layer can launch."""
-    from rnnfast.kernels import dropout, gates, persistent, step
-
     modules = (step, persistent, gates, dropout)
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
     return [kernel for kernel in found if isinstance(kernel, triton.JITFunction)]
@@ -90,9 +90,6 @@ def kernels() -> list[triton.JITFunction]:
 @contextmanager
 def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     """Inside, a launch compiles its kernel for sm_`arch` and is counted, not run. It takes CPU tensors."""
-    from rnnfast import families
-    from rnnfast.kernels import step
-
     if step.mode() != "compiled":
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
     driver = StandInDriver(arch)
@@ -129,9 +126,6 @@ def run_layer(
 
     `marked`: with lengths and resets, and gradients of the states from which they begin.
     """
-    from rnnfast import ops
-    from rnnfast.reference import GATES
-
     rows = GATES[cell] * hidden
     weights = [torch.zeros(*shape, dtype=dtype) for shape in ((rows, 8), (rows, hidden), (rows,), (rows,))]
     x = torch.zeros(T, B, 8, dtype=dtype, requires_grad=True)
@@ -139,19 +133,12 @@ def run_layer(
     options = {}
     if marked:
         options = {"lengths": torch.full((B,), T), "resets": torch.zeros(T, B, dtype=torch.bool), "reset_to": states}
-    found, outputs = {}, []
-
-    def inference() -> None:
-        with torch.no_grad():
-            ops.layer(cell, x, None, *weights, **options)
-
-    phases = {
-        "training": lambda: outputs.extend(ops.layer(cell, x, states, *weights, **options)),
-        "backward": lambda: sum(out.sum() for out in (outputs[0], *outputs[1])).backward(),
-        "inference": inference,
-    }
-    for phase, call in phases.items():
-        before = len(driver.launches)
-        call()
-        found[phase] = driver.launches[before:]
-    return found
+    marks = [len(driver.launches)]
+    y, last = ops.layer(cell, x, states, *weights, **options)
+    marks.append(len(driver.launches))
+    sum(out.sum() for out in (y, *last)).backward()
+    marks.append(len(driver.launches))
+    with torch.no_grad():
+        ops.layer(cell, x, None, *weights, **options)
+    marks.append(len(driver.launches))
+    return {phase: driver.launches[slice(*marks[at:][:2])] for at, phase in enumerate(("training", "backward", "inference"))}

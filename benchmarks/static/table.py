@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.static import counts
 from benchmarks.static.offline import compiled, limits_of, pretend_gpu, run_layer, settings
 from benchmarks.timing.cases import DTYPES
 from rnnfast import families
+from rnnfast.kernels import cells
 
 PHASES = {("forward", True): "training", ("forward", False): "inference", ("backward", True): "backward"}
 SCHEMA = 1
@@ -64,9 +66,6 @@ def jobs_of(table, archs: list[int], marked: bool = False) -> list[Job]:
 
 def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
     """The rows of a job, and the seconds of compiling by kernel, without the kernels in Triton's cache."""
-    from benchmarks.static import counts
-    from rnnfast.kernels import cells
-
     cell, limits = cells.CELLS[job.cell], limits_of(job.arch)
     element, tf32 = DTYPES[job.dtype]
     precision = "tf32" if tf32 else "ieee"

@@ -78,15 +78,13 @@ class Problem:
         torch.manual_seed(seed)
         theirs = module_of(getattr(torch.nn, case.cell), case, device, torch.float32)
         self.weights = {name: weight.detach().to(case.torch_dtype) for name, weight in theirs.named_parameters()}
-        self.x = self._sequence(torch.randn(case.T, case.B, case.I, device=device, dtype=case.torch_dtype))
+        x = torch.randn(case.T, case.B, case.I, device=device, dtype=case.torch_dtype)
+        self.x: Sequence = pack_padded_sequence(x, torch.tensor(case.lengths)) if case.packed else x
         states = (case.layers * case.directions, case.B, case.H)
         steps = (*data(self.x).shape[:-1], case.directions * case.H)
         shapes = [steps] + [states] * (2 if case.cell == "LSTM" else 1)
         self.upstream = [torch.randn(shape, device=device, dtype=case.torch_dtype) for shape in shapes]
         self._answers: tuple[dict[str, Tensor], dict[str, float], str] | None = None
-
-    def _sequence(self, x: Tensor) -> Sequence:
-        return pack_padded_sequence(x, torch.tensor(self.case.lengths)) if self.case.packed else x
 
     def module(self, kind: type, dtype: torch.dtype | None = None, **options) -> torch.nn.Module:
         """A module with the weights of this problem."""

@@ -24,6 +24,7 @@ from benchmarks.timing.results import SCHEMA, BadResults, key, load, new_row, sa
 
 GPU_WARM_UP = 0.2  # seconds, for clocks to rise
 CPU_WARM_UP = 0.05
+Work, Say = list[tuple[str, Case, str]], Callable[[str], None]
 
 
 def environment(device: str) -> dict[str, str]:
@@ -159,20 +160,13 @@ def same_run(results: dict, now: dict, path: Path) -> None:
                 raise BadResults(f"{path} was measured with {name} {before!r}, and now it is {after!r}: name another file")
 
 
-def new_results(device: str, settings: dict, ceilings: dict | None = None) -> dict:
-    """Results without rows: environment, settings and ceilings of this run."""
-    settings = {"device": device, **settings}
-    return {"schema": SCHEMA, "environment": environment(device), "settings": settings, "ceilings": ceilings}
+def new_results(device: str, settings: dict) -> dict:
+    """Results without rows: environment and settings of this run, no ceilings."""
+    return {"schema": SCHEMA, "environment": environment(device), "settings": {"device": device, **settings}, "ceilings": None}
 
 
 def run(
-    work: list[tuple[str, Case, str]],
-    now: dict,
-    path: Path,
-    limit: float,
-    say: Callable[[str], None],
-    until: float = math.inf,
-    env: dict[str, str] | None = None,
+    work: Work, now: dict, path: Path, limit: float, say: Say, until: float = math.inf, env: dict[str, str] | None = None
 ) -> tuple[dict, str]:
     """Measure what `path` does not hold yet, and save after each row. Returns the results, and why the run ended early, or "".
 
