@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from triton import knobs
 
-from benchmarks.offline import pretend_gpu
+from benchmarks.static.offline import pretend_gpu
 from tests.ptx.decode import Code, decode
 from tests.ptx.machine import Machine, Region
 from tests.ptx.memory import Space
