@@ -4,8 +4,8 @@
 
 An entry is one call, forward and backward, that asks for the kernels by name. A figure is the largest error of its outputs and
 gradients against torch.nn in float64, as a part of what `rnnfast.numerics` allows: up to 1 is right. A letter is a call that
-PyTorch's own layer runs; the warning that says why stands below the table. On a CPU, Triton's interpreter runs the kernels. Exit
-code 0 if every figure is at most 1 and no call falls back without a warning, else 1.
+PyTorch's own layer runs; the warning that says why stands below the table. On a CPU, Triton's interpreter runs the kernels. The
+exit code is 0 if every figure is at most 1 and no call falls back without a warning, else 1.
 """
 
 import argparse
