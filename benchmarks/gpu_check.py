@@ -40,8 +40,7 @@ from rnnfast.choice import gpu, tuning_file
 from rnnfast.choice.tuning_file import Shape
 from rnnfast.commands import tune
 
-SAME_EVERYWHERE = "packaging layering static char_lm examples tuner gpu_check bench_check bench_providers bench_results"
-SAME_EVERYWHERE += " bench_run bench_isolated report roofline docs distributed module_db onnx third_party"  # without a GPU too
+MARK = "pytest.mark.same_everywhere"  # of a test file that says nothing of a GPU, and may need what the machine lacks
 TEST_SECONDS = CHECK_SECONDS = 240  # side by side
 ENDS = {"time": 410, "stress": 460, "tune": 565}  # seconds from the start after which a part has no time left
 QUIET = 60  # seconds that one case may take, compilation included
@@ -97,7 +96,7 @@ class Report:
 def run_tests(folder: Path, seconds: float) -> dict[str, str | int]:
     """Run the tests that depend on the device. Returns their closing line and exit code."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25", "--tb=short"]
-    command += [f"--ignore=tests/test_{name}.py" for name in SAME_EVERYWHERE.split()]
+    command += [f"--ignore={path}" for path in sorted(Path("tests").rglob("test_*.py")) if MARK in path.read_text()]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -13,6 +13,8 @@ import pytest
 
 from benchmarks import check
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).parents[1]
 BASE = {"a row": {"family": "persistent", "barriers": 10, "spills": 0, "instructions": 1000}}
 

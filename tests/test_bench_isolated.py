@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.timing import isolated
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -21,6 +21,7 @@ SMALL = Case("LSTM", 3, 2, 3, 4, dtype="float32")
 
 pytestmark = [
     pytest.mark.numerical,
+    pytest.mark.same_everywhere,
     pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),  # PyTorch's own
 ]
 

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.timing import cases, results
 from benchmarks.timing.cases import Case, Unknown, chosen, named_set
 
+pytestmark = pytest.mark.same_everywhere
+
 CASE = Case("LSTM", 5, 3, 4, 6, dtype="float32")
 
 

@@ -9,6 +9,8 @@ from benchmarks.timing import run
 from benchmarks.timing.cases import Case
 from benchmarks.timing.results import BadResults, load, new_row
 
+pytestmark = pytest.mark.same_everywhere
+
 CASE = Case("LSTM", 1, 1, 8, 8, dtype="float32", mode="inference")
 WORK = [("quick", CASE, name) for name in ("torch.nn", "rnnfast", "loop")]
 NOW = {"schema": 2, "environment": {"cpu": "x", "time": "now"}, "settings": {"device": "cpu"}, "ceilings": None}

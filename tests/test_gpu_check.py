@@ -20,6 +20,8 @@ from rnnfast.commands import tune
 from rnnfast.kernels import persistent
 from rnnfast.kernels.persistent.plan import GPUS
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).parents[1]
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check itself runs it there")
 

@@ -17,6 +17,8 @@ import pytest
 from tests.ptx.cases import QUICK, SWEEP
 from tests.ptx.mistakes import MISTAKES
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -18,6 +18,8 @@ from benchmarks.timing import results
 from benchmarks.timing.cases import Case
 from benchmarks.timing.results import new_row
 
+pytestmark = pytest.mark.same_everywhere
+
 VOID = {"meta", "br", "link", "img", "input"}
 
 

@@ -23,6 +23,8 @@ from benchmarks.timing import cases, results
 from benchmarks.timing.cases import Case
 from rnnfast.kernels.persistent.plan import GPUS
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).parents[1]
 SMALL = Case("LSTM", 2, 3, 5, 4, dtype="float32", mode="forward")
 

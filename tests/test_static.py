@@ -22,6 +22,8 @@ from benchmarks.static import text as texts
 from benchmarks.timing.cases import DTYPES
 from rnnfast.reference import GATES
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).parents[1]
 BUILD = """
 import json, sys

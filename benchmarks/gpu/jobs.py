@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 import rnnfast
-from rnnfast.check import Case, compare, fault
+from rnnfast.check import Case, Problem, compare, fault
 from rnnfast.choice import kernel_plan
 
 DEVICE = "cuda"
@@ -47,13 +47,6 @@ def stress_name(case: Case, beside: bool) -> str:
     return f"{case}{' beside other work' if beside else ''}"
 
 
-def layer_of(case: Case) -> torch.nn.Module:
-    """The layer of a case on the device, on our kernels."""
-    options = {"nonlinearity": case.nonlinearity} if case.cell == "RNN" else {}
-    options |= {"num_layers": case.layers, "bidirectional": case.bidirectional, "backend": "triton"}
-    return getattr(rnnfast, case.cell)(case.I, case.H, **options, device=DEVICE, dtype=case.dtype)
-
-
 def missing(case: Case) -> list[str]:
     """The directions without a persistent plan, and why. RNNFAST_KERNELS asks for the persistent kernels."""
     os.environ["RNNFAST_KERNELS"] = "persistent"
@@ -79,8 +72,8 @@ def check(number: int) -> Iterator[dict]:
         if wrong := fault(compare(case, DEVICE, tf32=tf32, training=training)):
             yield {"error": f"{'training' if training else 'inference'}, {wrong}"}
             return
-    layer = layer_of(case)
-    x = torch.randn(case.T, case.B, case.I, device=DEVICE, dtype=case.dtype)
+    problem = Problem(case, DEVICE)
+    layer, x = problem.module(rnnfast, backend="triton"), problem.x
     first, second = (bits(layer, x) for _ in range(2))
     if not torch.equal(first, second):
         yield {"error": f"{int((first != second).sum())} of {first.numel()} numbers differ from run to run"}
@@ -105,8 +98,8 @@ def stress(number: int) -> Iterator[dict]:
     if without := missing(case):
         yield {"skipped": "; ".join(without)}
         return
-    layer = layer_of(case)
-    x = torch.randn(case.T, case.B, case.I, device=DEVICE, dtype=case.dtype)
+    problem = Problem(case, DEVICE)
+    layer, x = problem.module(rnnfast, backend="triton"), problem.x
     first, wrong = bits(layer, x), torch.zeros((), dtype=torch.int64, device=DEVICE)
     other = torch.randn(OTHER, OTHER, device=DEVICE, dtype=torch.float16)
     torch.cuda.synchronize()

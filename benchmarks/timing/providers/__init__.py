@@ -7,7 +7,6 @@ import contextlib
 import importlib.metadata
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest import mock
 
 import torch
@@ -154,7 +153,7 @@ class CompiledNN(Provider):
             return f"it would unroll {steps} time steps, and more than {UNROLLED_STEPS} compile for minutes"
         return None
 
-    @contextmanager
+    @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
         import torch._dynamo
 
