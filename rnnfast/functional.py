@@ -189,7 +189,7 @@ def _torch_is_fastest(cell: str, tensors: tuple[Tensor | None, ...]) -> bool:
     """As for a module of one layer and direction."""
     x, w_hh = tensors[0], tensors[-3]
     assert x is not None and w_hh is not None
-    if torch.compiler.is_compiling() or torch_private.inside() or not kernel_plan.measured(x.device):
+    if torch.compiler.is_compiling() or torch_private.inside() or not kernel_plan.measured(x):
         return False
     T, B, I = x.shape
     return kernel_plan.torch_wins(kernel_plan.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors), x.device)

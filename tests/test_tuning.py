@@ -16,6 +16,7 @@ from rnnfast.choice.tuning_file import Entry, Shape, Unusable
 from rnnfast.kernels import persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plans
 from rnnfast.kernels.step.plan import step_plan
+from rnnfast.nn import base
 
 H100 = GPUS["H100"]
 SHAPE = Shape("lstm", "float16", "half", 256, 16, 768, 768, 1, 1, training=False)
@@ -303,6 +304,7 @@ def ran(monkeypatch):
         return torchs(self, *args)
 
     monkeypatch.setattr(torch.nn.LSTM, "forward", own)
+    monkeypatch.setitem(base._FORWARDS, torch.nn.LSTM, own)  # else it would count as replaced, and run for that
     with kernel_plan.pretend_gpu(H100):
         yield calls
 

@@ -191,7 +191,8 @@ def persistent_forward_kernel(
 
     mask_first = mask
     if HAS_MARKS:
-        mask_first = mask & (step < steps)  # where no row of the tile runs, t_x is past the last step
+        # where no row of the tile runs, t_x is past the last step
+        mask_first = mask & (slots < tl.where(step < steps, B, 0))[:, None]
     x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask_first, H, G)
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = zero_sums(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)

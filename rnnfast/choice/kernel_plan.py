@@ -162,10 +162,10 @@ def _hindrance(family: str, device: torch.device) -> str:
     return UNCOOPERATIVE if FAMILIES[family].waits and not cooperative(device) else ""
 
 
-def measured(device: torch.device) -> bool:
-    """Whether `torch_wins` can be true of any call on `device`."""
-    gpu = limits(device)
-    return gpu is not None and asked() == "auto" and bool(tuned.table(gpu).entries)
+def measured(x: torch.Tensor) -> bool:
+    """Whether `torch_wins` can be true of any call with an input like `x`."""
+    gpu = limits(x.device)
+    return gpu is not None and x.dtype in tuning_file.DTYPES and asked() == "auto" and bool(tuned.table(gpu).entries)
 
 
 def torch_wins(shape: tuning_file.Shape, device: torch.device) -> bool:

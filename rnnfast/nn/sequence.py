@@ -174,7 +174,7 @@ def _torch_is_fastest(layer: torch.nn.RNNBase, cell: str, input: Any, hx: Any) -
     """As `rnnfast tune` measured it. Not in compiled code, where PyTorch unrolls its layer, nor inside a transform."""
     if torch.compiler.is_compiling() or torch_private.inside() or not isinstance(input, Tensor) or layer.proj_size:
         return False
-    return kernel_plan.measured(input.device) and kernel_plan.torch_wins(shape(layer, cell, input, hx), input.device)
+    return kernel_plan.measured(input) and kernel_plan.torch_wins(shape(layer, cell, input, hx), input.device)
 
 
 def shape(layer: torch.nn.RNNBase, cell: str, input: Tensor, hx: Any) -> tuning_file.Shape:
