@@ -1,4 +1,4 @@
-"""The providers on small cases, on a CPU: right, or refused a time; what is kept for backward; pytest-benchmark."""
+"""The providers on small cases, on a CPU: right, or refused a time; what is kept for backward."""
 
 import json
 import sys
