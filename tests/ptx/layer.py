@@ -10,9 +10,9 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 import rnnfast
-from benchmarks.offline import DTYPES, settings
 from rnnfast import ops
 from rnnfast.check import allowed, error
+from tests.ptx.gpu import DTYPES, settings
 
 
 class Layer(NamedTuple):
@@ -20,7 +20,7 @@ class Layer(NamedTuple):
 
     family: str  # "step" or "persistent"
     cell: str  # "lstm", "gru", "rnn_tanh" or "rnn_relu"
-    dtype: str  # of `benchmarks.offline.DTYPES`
+    dtype: str  # of `DTYPES`
     H: int = 32
     B: int = 3
     T: int = 3
