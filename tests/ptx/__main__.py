@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             noticed, _ = mistakes.noticed(mistake)
             by, _, rest = noticed.partition(": ")
             faults[mistake.name] = "" if by in mistake.by else f"noticed by {by or 'nothing'}, not {mistake.by}: {rest}"
-            say(mistake.name, mistake.kernel, by or "NOTHING", rest)
+            say(mistake.name, mistake.kernel, by or "NOTHING", re.split("[:;]", rest)[0])
     if args.barriers:
         say(f"kernel (Triton {triton.__version__})", "barriers", "noticed when left out")
         say("---", "---:", "---:")

@@ -10,10 +10,9 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 import rnnfast
-from benchmarks.static.offline import settings
-from benchmarks.timing.cases import DTYPES
 from rnnfast import ops
 from rnnfast.numerics import Contract, Verdict
+from tests.ptx.gpu import DTYPES, settings
 
 
 class Layer(NamedTuple):
@@ -21,7 +20,7 @@ class Layer(NamedTuple):
 
     family: str  # "step" or "persistent"
     cell: str  # "lstm", "gru", "rnn_tanh" or "rnn_relu"
-    dtype: str  # of `benchmarks.timing.cases.DTYPES`
+    dtype: str  # of `DTYPES`
     H: int = 32
     B: int = 3
     T: int = 3

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rnnfast.numerics import words, worst
+from tests.ptx.gpu import simulated_gpu
 from tests.ptx.layer import Layer, run
 from tests.ptx.memory import Fault
 
@@ -124,8 +125,6 @@ MISTAKES = (
 
 def outcome(layer: Layer, kernel: str, change: Callable[[str], str], seed: int) -> str:
     """What notices a changed kernel, and in which words; empty if nothing does."""
-    from tests.ptx.gpu import simulated_gpu
-
     with simulated_gpu(seed, {kernel: change}) as simulation:
         try:
             results = run(layer, backward="backward" in kernel)
