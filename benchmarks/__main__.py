@@ -2,11 +2,9 @@
 
     python -m benchmarks --set quick --json out.json
 
-Each implementation is checked against float64 on the very input before it is timed. Rows are saved as they are measured: after
-Ctrl-C, the same command goes on. `python -m benchmarks.report out.json` makes a page of the file.
+Each implementation is checked against float64 on the same input before it is timed. Each row is saved as soon as it is
+measured: after Ctrl-C, the same command goes on. `python -m benchmarks.report out.json` makes a page of the file.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -17,18 +15,17 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its
 
 import torch
 
-from benchmarks.cases import SETS, Unknown, chosen
-from benchmarks.providers import BASE, all_providers, named_provider
-from benchmarks.results import SCHEMA, BadResults
-from benchmarks.run import environment, measure_row, run
-from benchmarks.worker import Worker
+from benchmarks.timing.cases import SETS, Unknown, chosen
+from benchmarks.timing.providers import BASE, all_providers, named_provider
+from benchmarks.timing.results import BadResults
+from benchmarks.timing.run import new_results, run
 
 
-def parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--set", nargs="+", default=["quick"], metavar="NAME", help=f"of {', '.join(SETS)}")
+    parser.add_argument("--set", nargs="+", default=["quick"], metavar="NAME", help=f"sets of cases: {', '.join(SETS)}")
     parser.add_argument("--only-case", nargs="+", metavar="PATTERN", help="of these sets, what matches, e.g. 'LSTM-*-training'")
-    parser.add_argument("--provider", nargs="+", metavar="NAME", help=f"of {', '.join(all_providers())}; all if not given")
+    parser.add_argument("--provider", nargs="+", metavar="NAME", help=f"{', '.join(all_providers())}; all if not given")
     parser.add_argument("--json", type=Path, default=Path("out/benchmarks.json"), help="results; default %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing for a provider; default %(default)s")
@@ -36,11 +33,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a row is given up; default %(default)s")
     parser.add_argument("--interpret", action="store_true", help="on a CPU, also run the kernels in Triton's interpreter: slow")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parser.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if device == "cuda" and not torch.cuda.is_available():
@@ -62,20 +55,15 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     providers = sorted(dict.fromkeys(providers), key=lambda name: name != BASE)  # the base first: a run cut short still has it
     work = [(name, case, provider) for name, case in cases for provider in providers]
-    settings = {
-        "device": device,
-        "seconds": args.seconds,
-        "threads": args.threads or (torch.get_num_threads() if device == "cpu" else 0),
-        "interpret": args.interpret,
-    }
-    now = {"schema": SCHEMA, "environment": environment(device), "settings": settings, "ceilings": None}
+    threads = args.threads or (torch.get_num_threads() if device == "cpu" else 0)
+    now = new_results(device, {"seconds": args.seconds, "threads": threads, "interpret": args.interpret})
     try:
         if device == "cuda" and not args.json.exists():
-            from benchmarks import probes
+            from benchmarks.floor import probes
 
             now["ceilings"] = probes.measure()
             torch.cuda.empty_cache()
-        results, ended = run(work, now, args.json, args.limit, lambda line: print(line, flush=True), Worker(measure_row))
+        results, ended = run(work, now, args.json, args.limit, lambda line: print(line, flush=True))
     except (BadResults, OSError) as error:
         print(error, file=sys.stderr)
         return 2

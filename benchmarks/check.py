@@ -1,66 +1,38 @@
-"""The regression gate: what can be known without a GPU, against committed baselines.
+"""The regression gate: compares what can be known without a GPU with committed baselines.
 
     make bench-check                (or python -m benchmarks.check [--parts counts cpu] [--bisect] [--update])
 
-"counts": the machine code of a few kernels for absent GPUs (`benchmarks.static`), a baseline for each version of Triton.
-"cpu": what rnnfast costs beside torch.nn on CPU tensors (`benchmarks.cpu_overhead`). Exit code 1 if a figure is worse than its
-baseline by more than its tolerance, 2 if there is no baseline. --bisect finds the commit that made it so; --update writes the
-figures of now as the new baselines.
-"""
+"counts": the machine code of a few kernels for absent GPUs (`benchmarks.static`), with a baseline for each version of Triton.
+"cpu": what rnnfast costs beside torch.nn on CPU tensors (`benchmarks.cpu_overhead`).
 
-from __future__ import annotations
+Exit code 1 if a figure is worse than its baseline by more than its tolerance, 2 if there is no baseline. --bisect finds the
+commit that made it worse. --update writes the figures of now as the new baselines.
+"""
 
 import argparse
 import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = Path(__file__).with_name("baselines")
 SCHEMA = 1
 PARTS = ("counts", "cpu")
-MEASURED = ("kernels", "rnnfast")  # what a commit has to touch to change a figure
-Figures = dict[str, dict[str, float | str]]  # by what they are of, by name
+MEASURED = ("kernels", "rnnfast")  # a commit that touches none of these changes no figure
+SKIP = 125  # the exit code with which `git bisect run` passes over a commit
+Figures = dict[str, dict[str, float | str]]  # a figure by row and name
 
-JOBS = (  # family, arch, cell, dtype, hidden, batch
-    ("persistent", 90, "lstm", "float16", 768, 16),
-    ("persistent", 90, "gru", "float16", 768, 16),
-    ("persistent", 90, "lstm", "tf32", 512, 16),
-    ("persistent", 80, "lstm", "float16", 512, 16),
-    ("persistent", 100, "lstm", "float16", 768, 16),
-    ("step", 90, "lstm", "float16", 512, 16),
-    ("step", 90, "gru", "float16", 512, 16),
-    ("step", 80, "lstm", "float32", 512, 16),
-)
-
-# How much more than its baseline a figure may be, as a part of it. A count is the same in every run, so it may not grow at all;
-# a few instructions or registers more are no step back by themselves.
-TOLERANCES = {
-    "spills": 0.0,
-    "stack_bytes": 0.0,
-    "variants": 0.0,
-    "launches": 0.0,
-    "barriers": 0.0,
-    "round_trips": 0.0,
-    "redundancy": 0.0,
-    "gathered_bytes": 0.0,
-    "weights_reread_bytes": 0.0,
-    "instructions": 0.01,
-    "retry_instructions": 0.01,
-    "predicted_us": 0.01,
-    "registers": 0.05,
-}
+# JOBS: family, arch, cell, dtype, hidden, batch. TOLERANCES: how much more than its baseline a figure may be, as a part of it.
+# A count is the same in every run, so it may not grow. A few instructions or registers more are no step back by themselves.
+JOBS, TOLERANCES = json.loads((BASELINES / "gate.json").read_text()).values()
 
 
-@dataclass(frozen=True)
-class Worse:
-    """A figure that is worse than its baseline. `allowed`: the tolerance."""
+class Worse(NamedTuple):
+    """A figure that differs from its baseline. `allowed`: its tolerance."""
 
     row: str
     name: str
@@ -80,51 +52,39 @@ class Worse:
 
 
 def compare(baseline: Figures, now: Figures, tolerances: dict[str, float]) -> tuple[list[Worse], list[Worse]]:
-    """What got worse, and what got better. More is worse; a word is worse if it is another."""
+    """The figures that got worse, and those that got better. More is worse. Another word is worse."""
     worse, better = [], []
     for row, figures in baseline.items():
         for name, before in figures.items():
-            value = now.get(row, {}).get(name)
-            allowed = tolerances.get(name, 0.0)
+            value, allowed = now.get(row, {}).get(name), tolerances.get(name, 0.0)
             found = Worse(row, name, before, value, allowed)
             if value is None or isinstance(before, str) or isinstance(value, str):
-                if value != before:
-                    worse.append(found)
-            elif value > before * (1 + allowed):
-                worse.append(found)
-            elif value < before * (1 - allowed):
-                better.append(found)
+                worse += [found] * (value != before)
+            else:
+                worse += [found] * (value > before * (1 + allowed))
+                better += [found] * (value < before * (1 - allowed))
     return worse, better
 
 
-def counts() -> Figures:
-    """Of `JOBS`: a row for each kernel; `family` is a word, since falling back to the step kernels is a step back."""
-    from benchmarks import static
+def figures_of(part: str) -> tuple[Figures, dict[str, float]]:
+    """The figures of now, and their tolerances.
 
-    jobs = [static.Job(*rest, (batch,)) for *rest, batch in JOBS]
+    "counts" has a row for each kernel of `JOBS`. There `family` is a word: to fall back to the step kernels is a step back.
+    """
+    if part == "cpu":
+        from benchmarks import cpu_overhead
+
+        return cpu_overhead.figures(), cpu_overhead.TOLERANCES
+    from benchmarks.static import table
+
     found: Figures = {}
-    for job in jobs:  # one at a time: two jobs may come to the same row, asked for by another family
-        for row in static.build([job], 1):
-            phase = "backward" if row["direction"] == "backward" else "training" if row["training"] else "inference"
+    for *rest, batch in JOBS:  # one at a time: two jobs may come to the same row, asked for by another family
+        job = table.Job(*rest, (batch,))
+        for row in table.build([job], 1):
+            phase = table.PHASES[row["direction"], row["training"]]
             name = f"sm_{row['arch']} {row['cell']} {row['dtype']} H={row['hidden']} B={row['batch']} {job.family} {phase}"
             found[name] = {"family": row["family"]} | {figure: row[figure] for figure in TOLERANCES}
-    return found
-
-
-def figures_of(part: str) -> Figures:
-    if part == "counts":
-        return counts()
-    from benchmarks import cpu_overhead
-
-    return cpu_overhead.figures()
-
-
-def tolerances_of(part: str) -> dict[str, float]:
-    if part == "counts":
-        return TOLERANCES
-    from benchmarks import cpu_overhead
-
-    return cpu_overhead.TOLERANCES
+    return found, TOLERANCES
 
 
 def baseline_path(part: str) -> Path:
@@ -133,79 +93,80 @@ def baseline_path(part: str) -> Path:
     return BASELINES / (f"triton-{triton.__version__}.json" if part == "counts" else "cpu.json")
 
 
-def git(*args: str) -> str:
+def git(*args: str | Path, tree: Path | None = None) -> str:
     """What git prints. Raises subprocess.CalledProcessError."""
-    return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(["git", "-C", tree or ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def is_dirty() -> bool:
+    return bool(git("status", "--porcelain", "--", *MEASURED))
 
 
 def commits_since(base: str) -> list[str]:
-    """Those after `base` that could have changed a figure, "hash subject", the oldest first; and what is not committed."""
-    lines = git("log", "--oneline", "--reverse", f"{base}..HEAD", "--", *MEASURED).splitlines()
-    if git("status", "--porcelain", "--", *MEASURED):
-        lines.append("(changes that are not committed)")
-    return lines
+    """The commits after `base` that could have changed a figure, as "hash subject", the oldest first."""
+    return git("log", "--oneline", "--reverse", f"{base}..HEAD", "--", *MEASURED).splitlines()
 
 
-def figures_at(commit: str, part: str) -> Figures | None:
-    """The figures of the kernels and the library at `commit`, by the benchmarks of now; None if they do not go together."""
-    with tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder, "archive.tar")
-        git("archive", f"--output={archive}", commit, "rnnfast", "kernels")
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder)
-        link = Path(folder, "rnnfast", "kernels")
-        if not link.is_symlink():  # an older commit
-            link.symlink_to("../kernels")
-        os.symlink(ROOT / "benchmarks", Path(folder, "benchmarks"))
-        command = [sys.executable, "-m", "benchmarks.check", "--parts", part, "--print"]
-        env = os.environ | {"PYTHONPATH": folder}
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    return json.loads(done.stdout)[part] if done.returncode == 0 else None
+def probe_command(part: str, wanted: Path) -> list[str]:
+    """The command by which `git bisect run` tells good from bad."""
+    return [sys.executable, "-m", "benchmarks.check", "--parts", part, "--probe", str(wanted)]
 
 
-def first_bad(commits: list[str], bad: Callable[[str], bool]) -> str:
-    """The first of `commits` that is bad, where all after it are bad too and the last one is, in few tries."""
-    low, high = 0, len(commits) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if bad(commits[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return commits[low]
+def probe(part: str, wanted: Path) -> int:
+    """0 if the checked out kernels and library have none of the bad figures in the file `wanted`, 1 if any.
+
+    `SKIP` if the benchmarks of now cannot count them.
+    """
+    commit = git("log", "-1", "--oneline", tree=Path.cwd())
+    try:
+        worse, _ = compare(json.loads(wanted.read_text()), *figures_of(part))
+    except Exception as error:
+        print(f"  {commit}: the benchmarks of now cannot count it ({type(error).__name__})", flush=True)
+        return SKIP
+    print(f"  {commit}: {f'{len(worse)} worse' if worse else 'as good as the baseline'}", flush=True)
+    return 1 if worse else 0
 
 
 def bisect(part: str, worse: list[Worse], baseline: dict) -> str:
-    """Which commit first had any of the figures `worse`, in words."""
-    commits = [line for line in commits_since(baseline["commit"]) if not line.startswith("(")]
-    wanted = {(one.row, one.name) for one in worse}
+    """The first commit with any of the figures `worse`, in words. `git bisect run` finds it in a working tree of its own.
 
-    def bad(line: str) -> bool:
-        now = figures_at(line.split()[0], part)
-        if now is None:
-            print(f"  {line}: cannot be counted with the benchmarks of now; taken as bad", flush=True)
-            return True
-        found = {(one.row, one.name) for one in compare(baseline["figures"], now, tolerances_of(part))[0]} & wanted
-        print(f"  {line}: {f'{len(found)} worse' if found else 'as good as the baseline'}", flush=True)
-        return bool(found)
-
-    if not commits or not bad(commits[-1]):
-        return "no commit: the changes that are not committed"
-    return first_bad(commits, bad)
+    The benchmarks of now count the kernels and the library of each commit.
+    """
+    wanted: Figures = {one.row: {} for one in worse}
+    for one in worse:
+        wanted[one.row][one.name] = one.before
+    with tempfile.TemporaryDirectory() as folder:
+        tree, file = Path(folder, "tree"), Path(folder, "wanted.json")
+        file.write_text(json.dumps(wanted))
+        git("worktree", "add", "--detach", tree, "HEAD")
+        try:
+            for name, place in (("benchmarks", ROOT / "benchmarks"), ("rnnfast", tree / "rnnfast")):
+                os.symlink(place, Path(folder, name))
+            command, options = probe_command(part, file), {"cwd": tree, "env": os.environ | {"PYTHONPATH": folder}}
+            if not commits_since(baseline["commit"]) or subprocess.run(command, **options).returncode == 0:
+                return "no commit: the changes that are not committed"
+            git("bisect", "start", "HEAD", baseline["commit"], "--", *MEASURED, tree=tree)
+            done = subprocess.run(["git", "bisect", "run", *command], **options, stdout=subprocess.PIPE, text=True)
+            print("\n".join(line for line in done.stdout.splitlines() if line.startswith("  ")))
+            bad = git("log", "-1", "--oneline", "refs/bisect/bad", tree=tree)
+            return bad if done.returncode == 0 else f"{bad}, or one before it that cannot be counted"
+        finally:
+            subprocess.run(["git", "-C", tree, "bisect", "reset"], capture_output=True)
+            git("worktree", "remove", "--force", tree)
 
 
 def check(part: str, find: bool) -> int:
-    """Compare `part` with its baseline and say what is worse; the exit code."""
+    """Compare `part` with its baseline and print what is worse. Returns the exit code."""
     path = baseline_path(part)
     if not path.exists():
-        others = ", ".join(sorted(one.name for one in BASELINES.glob("*.json"))) or "none"
+        others = ", ".join(sorted(one.name for one in BASELINES.glob("*.json") if one.name != "gate.json")) or "none"
         print(f"{part}: no baseline {path.name}; there are: {others}. --update writes one", file=sys.stderr)
         return 2
     baseline = json.loads(path.read_text())
     if baseline.get("schema") != SCHEMA:
         print(f"{part}: {path.name} has schema version {baseline.get('schema')!r}, not {SCHEMA}", file=sys.stderr)
         return 2
-    worse, better = compare(baseline["figures"], figures_of(part), tolerances_of(part))
+    worse, better = compare(baseline["figures"], *figures_of(part))
     total = sum(map(len, baseline["figures"].values()))
     print(f"{part}: {len(worse)} of {total} figures worse than {path.name}, {len(better)} better")
     for one in worse:
@@ -216,7 +177,8 @@ def check(part: str, find: bool) -> int:
         return 0
     print(f"commits since the baseline ({baseline['commit']}) that touch {' or '.join(MEASURED)}:")
     try:
-        print("\n".join(f"  {line}" for line in commits_since(baseline["commit"])) or "  none")
+        lines = [*commits_since(baseline["commit"]), *["(changes that are not committed)"] * is_dirty()]
+        print("\n".join(f"  {line}" for line in lines) or "  none")
         if find:
             print("looking for the first bad one:", flush=True)
             print(f"first bad: {bisect(part, worse, baseline)}")
@@ -226,12 +188,11 @@ def check(part: str, find: bool) -> int:
 
 
 def update(part: str) -> None:
-    path = baseline_path(part)
-    dirty = bool(git("status", "--porcelain", "--", *MEASURED))
-    found = {"schema": SCHEMA, "commit": git("rev-parse", "--short=10", "HEAD"), "dirty": dirty, "figures": figures_of(part)}
+    path, commit = baseline_path(part), git("rev-parse", "--short=10", "HEAD")
+    found = {"schema": SCHEMA, "commit": commit, "dirty": is_dirty(), "figures": figures_of(part)[0]}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{part}: written {path.relative_to(ROOT)}" + (", with changes that are not committed" if dirty else ""))
+    print(f"{part}: written {path.relative_to(ROOT)}" + (", with changes that are not committed" if found["dirty"] else ""))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -241,11 +202,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--bisect", action="store_true", help="find the first commit that made a figure worse")
     parser.add_argument("--update", action="store_true", help="write new baselines")
-    parser.add_argument("--print", action="store_true", help="only print the figures, as JSON")
+    parser.add_argument("--probe", type=Path, metavar="FILE", help="exit code 1 if a figure is worse than in this file")
     args = parser.parse_args(argv)
-    if args.print:
-        print(json.dumps({part: figures_of(part) for part in args.parts}))
-        return 0
+    if args.probe:
+        return max(probe(part, args.probe) for part in args.parts)
     if args.update:
         for part in args.parts:
             update(part)

@@ -1,29 +1,26 @@
-"""What rnnfast's layers cost on CPU tensors above torch.nn's own, which they hand the call to.
+"""What rnnfast's layers cost on CPU tensors above torch.nn's own layers, to which they hand the call.
 
     python -m benchmarks.cpu_overhead [--seconds 3] [--json FILE]
 
-First the cost of rnnfast's ``forward`` itself, the same at any size: calls with torch.nn's ``forward`` replaced by one that
-does nothing. Then whole calls, which alternate with torch.nn's: the ratio of the fastest, and the median of the ratios of
-neighbours, noise of the machine included. Exit code 1 if the cost is above 2% of the fastest call of torch.nn or above 10 us.
+First the cost of rnnfast's ``forward`` itself, which is the same at any size: calls in which torch.nn's ``forward`` does
+nothing. Then whole calls, which alternate with torch.nn's: the ratio of the fastest, and the median of the ratios of neighbours
+(it includes the noise of the machine). Exit code 1 if the cost is above 2% of torch.nn's fastest call or above 10 us.
 """
 
-from __future__ import annotations
-
 import argparse
+import itertools
 import json
-import statistics
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 import rnnfast
-from benchmarks import measure
-from benchmarks.cases import Case
-from benchmarks.problem import Problem, of_module
+from benchmarks.timing import measure
+from benchmarks.timing.cases import Case
+from benchmarks.timing.problem import Problem, of_module
 from rnnfast.choice.obstacles import tensor_obstacles
-
-__all__ = ["TOLERANCES", "compare", "figures", "main", "own_cost"]
 
 CELLS = ("LSTM", "GRU", "RNN")
 SIZES = ((1, 1, 8), (1, 1, 128), (16, 4, 32), (32, 8, 128), (64, 16, 256), (128, 32, 512))  # (T, B, H)
@@ -32,46 +29,37 @@ TOLERANCES = {"call_ratio": 0.3}  # of `figures`, between runs and machines
 
 
 def compare(case: Case, seconds: float) -> dict:
-    """rnnfast's default against torch.nn, both on the same weights and input."""
+    """A row: rnnfast's default beside torch.nn on the same weights and input."""
     problem = Problem(case, "cpu")
-    kinds = (getattr(rnnfast, case.cell), getattr(torch.nn, case.cell))
-    watches = [measure.stopwatch(problem.call(of_module(problem.module(kind))), "cpu") for kind in kinds]
+    modules = [problem.module(getattr(library, case.cell)) for library in (rnnfast, torch.nn)]
+    watches = [measure.stopwatch(problem.call(of_module(module)), "cpu") for module in modules]
     for watch in watches:
         measure.warm_up(watch, 0.05)
     ours, theirs = measure.alternate(watches, seconds, least=20, most=10**6)
-    return {
-        "case": case.as_dict(),
-        "calls": len(ours),
-        "min_ratio": min(ours) / min(theirs),
-        "min_extra_us": min(ours) - min(theirs),
-        "median_ratio": statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True)),
-        "torch_nn_us": min(theirs),
-    }
+    row = {"case": case.as_dict(), "calls": len(ours), "torch_nn_us": min(theirs)}
+    row |= {"min_ratio": min(ours) / min(theirs), "min_extra_us": min(ours) - min(theirs)}
+    return row | {"median_ratio": measure.ratio_of(ours, theirs)["p50"]}
 
 
 def own_cost(cell: str, calls: int = 1000, rounds: int = 20) -> tuple[float, float]:
-    """Microseconds of a call of rnnfast's layer and of torch.nn's, the fastest of `rounds`, where torch.nn's ``forward`` does
-    nothing: the difference is what rnnfast's adds to any call."""
-    plain, layer = getattr(torch.nn, cell)(8, 8), getattr(rnnfast, cell)(8, 8)
+    """Microseconds of a call of rnnfast's layer and of torch.nn's, the fastest of `rounds`, while torch.nn's ``forward`` does
+    nothing. The difference is what rnnfast's ``forward`` adds to any call."""
+    theirs, layer = getattr(torch.nn, cell)(8, 8), getattr(rnnfast, cell)(8, 8)
     x = torch.zeros(1, 1, 8)
-    layer(x)  # what is to be known of Triton and the device is found by the first call
+    layer(x)  # the first call looks for Triton and a device
 
     def repeated(module: torch.nn.Module) -> measure.Call:
         return measure.Call(lambda _: [module(x) for _ in range(calls)])
 
-    kind = type(plain)
-    forward = kind.forward
-    kind.forward = lambda self, input, hx=None: None
-    try:
-        watches = [measure.stopwatch(repeated(module), "cpu") for module in (layer, plain)]
-        ours, theirs = measure.alternate(watches, 0, least=rounds, most=rounds)
-    finally:
-        kind.forward = forward
-    return min(ours) / calls, min(theirs) / calls
+    with mock.patch.object(type(theirs), "forward", lambda self, input, hx=None: None):
+        watches = [measure.stopwatch(repeated(module), "cpu") for module in (layer, theirs)]
+        times = measure.alternate(watches, 0, least=rounds, most=rounds)
+    own, base = (min(one) / calls for one in times)
+    return own, base
 
 
 def figures() -> dict[str, dict[str, float]]:
-    """For the regression gate: how many times as long a call is where torch.nn's ``forward`` does nothing."""
+    """For the regression gate: a call's time over torch.nn's while torch.nn's ``forward`` does nothing."""
     return {cell: {"call_ratio": ours / theirs} for cell in CELLS for ours, theirs in [own_cost(cell)]}
 
 
@@ -93,13 +81,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{cell}: rnnfast's forward itself adds {added[cell]:.2f} us to a call")
     print(f"\n{'case':45} {'calls':>7} {'torch.nn us':>12} {'extra us':>9} {'ratio':>7} {'median ratio':>13}")
     rows = []
-    for cell in args.cells:
-        for T, B, H in SIZES:
-            for mode in ("inference", "training"):
-                row = compare(Case(cell, T, B, H, H, dtype="float32", mode=mode), args.seconds)
-                rows.append(row)
-                figures = f"{row['min_extra_us']:9.2f} {row['min_ratio']:7.3f} {row['median_ratio']:13.3f}"
-                print(f"{Case(**row['case']).id:45} {row['calls']:7} {row['torch_nn_us']:12.1f} {figures}", flush=True)
+    for cell, (T, B, H), mode in itertools.product(args.cells, SIZES, ("inference", "training")):
+        row = compare(Case(cell, T, B, H, H, dtype="float32", mode=mode), args.seconds)
+        rows.append(row)
+        figures = f"{row['min_extra_us']:9.2f} {row['min_ratio']:7.3f} {row['median_ratio']:13.3f}"
+        print(f"{Case(**row['case']).id:45} {row['calls']:7} {row['torch_nn_us']:12.1f} {figures}", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"added_us": added, "rows": rows}, indent=1) + "\n")
     slow = 0

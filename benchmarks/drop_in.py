@@ -1,14 +1,12 @@
-"""Every constructor option and call form of torch.nn.LSTM, GRU and RNN, on the Triton kernels and on torch.nn: a table.
+"""A table of every constructor option and call form of torch.nn.LSTM, GRU and RNN, on the Triton kernels and on torch.nn.
 
     python -m benchmarks.drop_in [--device cpu|cuda]
 
-Each entry is one call, forward and backward, with the kernels asked for by name. A figure is the largest error of its outputs
-and gradients against torch.nn in float64, in parts of what the contract allows (rnnfast/numerics.py): up to 1 is right.
-A letter is a call that PyTorch's own layer runs, with the warning that says why, below the table. On a CPU the kernels run in
-Triton's interpreter. Exit code 0 if every figure is at most 1 and no call falls back unannounced, else 1.
+An entry is one call, forward and backward, that asks for the kernels by name. A figure is the largest error of its outputs and
+gradients against torch.nn in float64, as a part of what `rnnfast.numerics` allows: up to 1 is right. A letter is a call that
+PyTorch's own layer runs; the warning that says why stands below the table. On a CPU, Triton's interpreter runs the kernels. The
+exit code is 0 if every figure is at most 1 and no call falls back without a warning, else 1.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
@@ -53,7 +51,7 @@ def _packed(kind: str) -> Callable:
     return change
 
 
-# what is done to a (T, B, I) or (B, T, I) input, and whether there is an hx
+# how a (T, B, I) or (B, T, I) input is changed, and whether there is an hx
 FORMS: dict[str, tuple[Callable, bool]] = {
     "x": (lambda layer, x: x, False),
     "x, hx": (lambda layer, x: x, True),
@@ -73,7 +71,7 @@ def _states(layer: torch.nn.RNNBase, x: Tensor | PackedSequence) -> tuple[Tensor
 
 
 def _run(layer: torch.nn.RNNBase, x: Tensor, hx: tuple[Tensor, ...], change: Callable) -> list[Tensor]:
-    """Outputs, and the gradients of the input, the states and the parameters."""
+    """The outputs, and the gradients of the input, the states and the parameters."""
     dtype, device = layer.weight_ih_l0.dtype, layer.weight_ih_l0.device
     x, *hx = (tensor.detach().to(device, dtype).requires_grad_() for tensor in (x, *hx))
     output, last = layer(change(layer, x), tuple(hx) if len(hx) == 2 else hx[0] if hx else None)
@@ -84,7 +82,7 @@ def _run(layer: torch.nn.RNNBase, x: Tensor, hx: tuple[Tensor, ...], change: Cal
 
 
 class _Watch(TorchDispatchMode):
-    """Whether the kernels' operator was called."""
+    """Notices whether the operator of the kernels is called."""
 
     seen = False
 
@@ -94,7 +92,7 @@ class _Watch(TorchDispatchMode):
 
 
 def entry(cell: str, options: dict, form: str, device: str) -> tuple[float, str, bool]:
-    """The largest error in parts of the allowed one, the words with which the kernels gave way, and whether they ran."""
+    """The largest error as a part of the allowed one, the words of the fallback warning, and whether the kernels ran."""
     torch.manual_seed(0)
     name, (change, given) = cell.split()[0], FORMS[form]
     theirs = getattr(torch.nn, name)(I, H, **CELLS[cell], **options, device=device)

@@ -1,14 +1,11 @@
-"""What a layer keeps for backward, by saved-tensor hooks: rnnfast's kernels beside torch.nn.
+"""The bytes that a layer keeps for backward, by saved-tensor hooks: rnnfast's kernels beside torch.nn.
 
     python -m benchmarks.memory [--T 512] [--B 64] [--H 512] [--dtype float16]
 
-Each storage is counted once; input, parameters and output, which live anyway, are told apart. Without a GPU, rnnfast's bytes
-are those of the shapes that its operators declare, on tensors without data (a test holds that the kernels' own results have
-them), and torch.nn's are those of its CPU layer. What cuDNN keeps, its reserve space, is known to cuDNN alone: on a GPU it is
-measured.
+Each storage counts once. Input, parameters and output live anyway and have columns of their own. Without a GPU, rnnfast's bytes
+come from the shapes that its operators declare, on tensors without data (a test compares them with the kernels' results), and
+torch.nn's are those of its CPU layer. Only cuDNN knows what cuDNN keeps, its reserve space: on a GPU it is measured.
 """
-
-from __future__ import annotations
 
 import argparse
 import sys
@@ -17,27 +14,22 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnnfast
-from benchmarks.cases import DTYPES, Case
-from benchmarks.problem import Problem, of_module
-from benchmarks.providers import named_provider
+from benchmarks.timing.cases import Case
+from benchmarks.timing.problem import Problem, Ready, of_module
+from benchmarks.timing.providers import named_provider
 from rnnfast.nn import base, sequence, stack
 
-__all__ = ["kept_by_kernels", "main"]
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 def kept_by_kernels(case: Case, recompute: bool = False) -> dict[str, int]:
-    """What rnnfast's kernels keep for `case`, as `benchmarks.measure.kept` says it, from declared shapes alone."""
+    """`benchmarks.timing.measure.kept` of rnnfast's kernels on `case`, from declared shapes alone."""
     with FakeTensorMode():
         problem = Problem(case, "cpu")
         layer = problem.module(getattr(rnnfast, case.cell), recompute=recompute)
-        ready = of_module(layer)
-
-        def forward(x):
-            y, last = stack.run("kernels", layer, base.cell_of(layer), sequence.weights_of(layer), x, None, None, recompute)
-            return y, last if isinstance(last, tuple) else (last,)
-
-        ready.forward = forward
-        return problem.kept(ready)
+        cell, weights = base.cell_of(layer), sequence.weights_of(layer)
+        forward = lambda x: stack.run("kernels", layer, cell, weights, x, None, None, recompute)  # noqa: E731
+        return problem.kept(Ready(forward, list(layer.parameters())))
 
 
 def line(name: str, case: Case, kept: dict[str, int], base: int | None) -> str:
@@ -54,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--directions", type=int, default=1)
     parser.add_argument("--cells", nargs="+", default=["LSTM", "GRU"], choices=("LSTM", "GRU", "RNN"))
-    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU (cuDNN's layer needs a GPU)"
@@ -75,8 +67,7 @@ def main(argv: list[str] | None = None) -> int:
                     ours = problem.kept(of_module(layer))
                 else:
                     ours = kept_by_kernels(case, recompute)
-                name = f"rnnfast's kernels{', recompute' if recompute else ''}"
-                print(line(name, case, ours, theirs["activations"]), flush=True)
+                print(line(f"rnnfast's kernels{', recompute' * recompute}", case, ours, theirs["activations"]), flush=True)
     return 0
 
 

@@ -11,19 +11,19 @@ import argparse
 import dataclasses
 import random
 
-from benchmarks import cases, results
-from benchmarks.cases import Case
-from benchmarks.ceilings import STATED
-from benchmarks.roofline import floor, work
+from benchmarks.floor.ceilings import STATED
+from benchmarks.floor.work import floor, work
+from benchmarks.timing import cases, results
+from benchmarks.timing.cases import Case
 
-FULL = ("rnnfast persistent", "rnnfast step", "torch.nn", "FlashRNN", "haste", "compiled loop")
+FULL = ("rnnfast-persistent", "rnnfast-step", "torch.nn", "flashrnn", "haste", "torch.compile-loop")
 OVERHEAD = {
-    "rnnfast persistent": 1.5,
-    "rnnfast step": 5.5,
+    "rnnfast-persistent": 1.5,
+    "rnnfast-step": 5.5,
     "torch.nn": 20.0,
-    "FlashRNN": 4.0,
+    "flashrnn": 4.0,
     "haste": 15.0,
-    "compiled loop": 60.0,
+    "torch.compile-loop": 60.0,
 }
 
 
@@ -43,7 +43,7 @@ def _timing(us: float, how: str, l2: str) -> dict:
 
 
 def _row(set_name: str, case: Case, provider: str, us: float, base: float) -> dict:
-    size = {"rnnfast persistent": 1.0, "rnnfast step": 1.0, "torch.nn": 3.4}.get(provider, 1.6)
+    size = {"rnnfast-persistent": 1.0, "rnnfast-step": 1.0, "torch.nn": 3.4}.get(provider, 1.6)
     quotient = {"to": "torch.nn", "p20": 0.98 * us / base, "p50": us / base, "p80": 1.04 * us / base}
     saved = round(work(case).saved * size) if case.mode in ("forward", "training") else 0
     return results.new_row(
@@ -67,16 +67,16 @@ def gpu(scale: float = 1.0, sets: tuple[str, ...] = ("cudnn-best", "cudnn-standa
     rows = []
     for name, case in cases.chosen(list(sets), "cuda"):
         us = {provider: _microseconds(case, provider, jitter) for provider in FULL}
-        us["rnnfast persistent"] *= scale
+        us["rnnfast-persistent"] *= scale
         for provider in FULL:
-            if provider == "rnnfast persistent" and work(case).weight_bytes > 25 << 20:
+            if provider == "rnnfast-persistent" and work(case).weight_bytes > 25 << 20:
                 rows.append(results.new_row(case, name, provider, "unavailable", note="no tiles fit: no persistent plan"))
             elif provider == "haste" and (case.dtype != "float32" or case.packed):
-                rows.append(results.new_row(case, name, provider, "unavailable", note="haste runs float32 alone"))
-            elif provider == "FlashRNN" and case.H % 128:
+                rows.append(results.new_row(case, name, provider, "unavailable", note="it computes in IEEE float32 only"))
+            elif provider == "flashrnn" and case.H % 128:
                 worst = {"worst": 31.0, "tensor": "dx"}
                 rows.append(results.new_row(case, name, provider, "wrong", note="not within the contract", error=worst))
-            elif provider == "compiled loop" and case.T > 10**5:
+            elif provider == "torch.compile-loop" and case.T > 10**5:
                 note = "OutOfMemoryError: CUDA out of memory. Tried to allocate 90.00 GiB"
                 rows.append(results.new_row(case, name, provider, "out of memory", note=note))
             else:
@@ -103,7 +103,7 @@ def cpu() -> dict:
     sweep = [("sweep", Case("LSTM", 32, 8, H, H, dtype="float32")) for H in (64, 128, 256)]
     for name, case in [*cases.chosen(["quick"], "cpu"), *sweep]:
         base = 40 + case.T * (2 + case.H * case.B / 500)
-        for provider, factor in (("rnnfast torch", 1.004), ("torch.nn", 1.0), ("compiled loop", 2.5)):
+        for provider, factor in (("rnnfast-torch", 1.004), ("torch.nn", 1.0), ("torch.compile-loop", 2.5)):
             us = base * factor * jitter.uniform(0.99, 1.01)
             row = _row(name, case, provider, us, base)
             rows.append(row | {"timings": row["timings"][:1]})

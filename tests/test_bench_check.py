@@ -13,6 +13,8 @@ import pytest
 
 from benchmarks import check
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).parents[1]
 BASE = {"a row": {"family": "persistent", "barriers": 10, "spills": 0, "instructions": 1000}}
 
@@ -42,18 +44,6 @@ def test_not_worse():
     assert not worse and [one.name for one in better] == ["barriers"]
 
 
-@pytest.mark.parametrize("bad_from", range(9))
-def test_first_bad(bad_from):
-    asked = []
-
-    def bad(commit):
-        asked.append(commit)
-        return int(commit) >= bad_from
-
-    assert check.first_bad([str(n) for n in range(9)], bad) == str(bad_from)
-    assert len(asked) <= 4
-
-
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A repository whose kernels are a number of barriers, with a commit for each; the gate looks at it."""
@@ -63,6 +53,8 @@ def repository(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", tmp_path, *identity, *args], check=True, capture_output=True)
 
     (tmp_path / "kernels").mkdir()
+    (tmp_path / "rnnfast").mkdir()
+    (tmp_path / "rnnfast/__init__.py").touch()
     git("init", "-q")
 
     def commit(barriers, subject):
@@ -72,17 +64,32 @@ def repository(tmp_path, monkeypatch):
 
     monkeypatch.setattr(check, "ROOT", tmp_path)
     monkeypatch.setattr(check, "BASELINES", tmp_path)
-    monkeypatch.setattr(check, "figures_of", lambda part: changed(barriers=int((tmp_path / "kernels/barriers").read_text())))
-
-    def figures_at(commit, part):
-        text = check.git("show", f"{commit}:kernels/barriers")
-        return None if text == "?" else changed(barriers=int(text))
-
-    monkeypatch.setattr(check, "figures_at", figures_at)
+    figures = "lambda part: ({'a row': {'barriers': int(open('kernels/barriers').read())}}, {})"
+    program = f"import sys; from benchmarks import check; check.figures_of = {figures}; sys.exit(check.main(sys.argv[1:]))"
+    monkeypatch.setattr(
+        check, "figures_of", lambda part: (changed(barriers=int((tmp_path / "kernels/barriers").read_text())), check.TOLERANCES)
+    )
+    monkeypatch.setattr(
+        check, "probe_command", lambda part, wanted: [sys.executable, "-c", program, "--parts", part, "--probe", str(wanted)]
+    )
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / ".git/info/exclude").write_text("benchmarks\n")
     return commit
 
 
 COUNTS = ["--parts", "counts"]
+
+
+@pytest.mark.parametrize("bad_from", range(1, 6))
+def test_first_bad(bad_from, repository, capsys):
+    """Whichever of five commits it is; the working trees are gone afterwards."""
+    repository(10, "base")
+    check.main([*COUNTS, "--update"])
+    for n in range(1, 6):
+        repository(10 + n if n >= bad_from else 10 - n, f"commit {n}")
+    check.main([*COUNTS, "--bisect"])
+    assert re_first_bad(capsys.readouterr().out) == f"commit {bad_from}"
+    assert len(check.git("worktree", "list").splitlines()) == 1 and check.git("branch", "--show-current")
 
 
 def test_gate_names_the_commit(repository, capsys):
@@ -141,13 +148,10 @@ def test_a_slow_commit_is_caught(tmp_path):
     git = ["git", "-C", clone, "-c", "user.name=n", "-c", "user.email=e@example.com"]
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     shutil.copytree(ROOT / "benchmarks", clone / "benchmarks", dirs_exist_ok=True)
-    program = clone / "benchmarks/check.py"
-    kept = (
-        program.read_text()
-        .replace('    ("persistent", ', '    # ("persistent", ')
-        .replace('    ("step", 80', '    # ("step", 80')
-    )
-    program.write_text(kept)
+    gate_file = clone / "benchmarks/baselines/gate.json"
+    gate_data = json.loads(gate_file.read_text())
+    gate_data["jobs"] = [job for job in gate_data["jobs"] if job[0] == "step" and job[1] == 90]
+    gate_file.write_text(json.dumps(gate_data))
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(clone)}
 
     def gate(*options):

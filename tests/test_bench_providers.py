@@ -1,27 +1,27 @@
-"""The providers on small cases, on a CPU: right, or refused a time; what is kept for backward; pytest-benchmark."""
+"""The providers on small cases, on a CPU: right, or refused a time; what is kept for backward."""
 
 import json
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from stand_ins import Profiler, stand_in_gpu
 
 import rnnfast
-from benchmarks import cpu_overhead, measure, memory, peers, run
-from benchmarks.cases import Case, Unknown
-from benchmarks.problem import Problem, of_module, tf32
-from benchmarks.providers import BASE, Provider, TorchNN, all_providers, named_provider
-from benchmarks.results import STATUSES
+from benchmarks import cpu_overhead, memory
+from benchmarks.timing import measure, run
+from benchmarks.timing.cases import Case, Unknown
+from benchmarks.timing.problem import Problem, of_module, tf32
+from benchmarks.timing.providers import BASE, Provider, TorchNN, all_providers, named_provider, peers
+from benchmarks.timing.results import STATUSES
 
 SETTINGS = {"device": "cpu", "seconds": 0.001, "threads": 1, "interpret": True}
 SMALL = Case("LSTM", 3, 2, 3, 4, dtype="float32")
 
 pytestmark = [
     pytest.mark.numerical,
+    pytest.mark.same_everywhere,
     pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),  # PyTorch's own
 ]
 
@@ -177,25 +177,6 @@ def test_tf32_is_as_the_case_says():
     assert [place.fp32_precision for place in places] == before
 
 
-class Event:
-    """In place of a device event: ticks a millisecond at each record."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        Event.now += 1.0
-        self.time = Event.now
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, end):
-        return end.time - self.time
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about what is done on a GPU, where there is none")
 @pytest.mark.parametrize("mode, fails", [("training", False), ("training", True), ("backward", False)])
 def test_what_is_measured_on_a_gpu(mode, fails, monkeypatch):
@@ -205,11 +186,8 @@ def test_what_is_measured_on_a_gpu(mode, fails, monkeypatch):
     monkeypatch.setattr(run, "problem_of", lambda case, device: (problem, base))
     monkeypatch.setattr(run, "GPU_WARM_UP", 0)
     monkeypatch.setitem(measure._flush, "cuda", torch.zeros(1))
-    for name, value in {"Event": Event, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None}.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10)
-    monkeypatch.setattr(measure, "kernel_names", lambda call: ["kernel"])
+    stand_in_gpu(monkeypatch)
+    monkeypatch.setattr(measure, "profile", Profiler)
 
     def captured(call):
         if fails:
@@ -222,7 +200,7 @@ def test_what_is_measured_on_a_gpu(mode, fails, monkeypatch):
     graphs = [("cuda graph", "warm"), ("cuda graph", "cold")] if mode == "training" and not fails else []
     assert status == "ok" and found == [("eager", "warm"), ("eager", "cold"), *graphs]
     assert {timing["p50"] for timing in values["timings"]} == {1000.0} and values["ratio"]["p50"] == 1
-    assert values["kernels"] == ["kernel"] and values["peak_bytes"] == 3 and values["saved_bytes"] > 0
+    assert values["kernels"] == ["RNN_blockPersist_fp_LSTM", "gemm"] and values["peak_bytes"] == 3 and values["saved_bytes"] > 0
     assert values["note"] == ("no CUDA graph: operation not permitted when stream is capturing" if fails else "")
 
 
@@ -365,20 +343,3 @@ def test_cpu_overhead_puts_forward_back(monkeypatch):
 
 def test_providers_say_what_they_are():
     assert all(isinstance(provider, Provider) and provider.name == name for name, provider in all_providers().items())
-
-
-# pytest-benchmark
-
-
-def test_pytest_benchmark(tmp_path):
-    """`pytest benchmarks/` times what can run here, and writes its JSON."""
-    root = Path(__file__).resolve().parent.parent
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "benchmarks/"]
-    command += ["--device", "cpu", "--only-case", "LSTM-T1-*-inference", "--provider", "torch.nn", "loop", "haste"]
-    command += [f"--benchmark-json={tmp_path / 'out.json'}"]
-    done = subprocess.run(command, cwd=root, env=kept, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
-    found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
-    assert [entry["extra_info"]["provider"] for entry in found] == ["torch.nn", "loop"]
-    assert {entry["group"] for entry in found} == {"LSTM-T1-B1-I8-H8-float32-inference"}

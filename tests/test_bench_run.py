@@ -5,13 +5,15 @@ import os
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import run, worker
-from benchmarks.cases import Case
-from benchmarks.results import BadResults, load, new_row
+from benchmarks.timing import run
+from benchmarks.timing.cases import Case
+from benchmarks.timing.results import BadResults, load, new_row
+
+pytestmark = pytest.mark.same_everywhere
 
 CASE = Case("LSTM", 1, 1, 8, 8, dtype="float32", mode="inference")
 WORK = [("quick", CASE, name) for name in ("torch.nn", "rnnfast", "loop")]
-NOW = {"schema": 1, "environment": {"cpu": "x", "time": "now"}, "settings": {"device": "cpu"}, "ceilings": None}
+NOW = {"schema": 2, "environment": {"cpu": "x", "time": "now"}, "settings": {"device": "cpu"}, "ceilings": None}
 TIMING = {"how": "eager", "l2": "warm", "p20": 1.0, "p50": 2.0, "p80": 3.0, "n": 5}
 
 
@@ -20,28 +22,32 @@ def row(case, set_name, name, status="ok", **values):
 
 
 class InProcess:
-    """A worker without a process; `then` is called with the name of the provider before its row is made."""
+    """In place of `isolated.rows`, without a process. `then` is called with the name of the provider before its row is made."""
 
     def __init__(self, then=lambda name: None):
-        self.then, self.asked, self.stopped = then, [], False
+        self.then, self.asked = then, []
 
-    def do(self, case, set_name, name, settings, limit):
-        self.asked.append(name)
-        self.then(name)
-        return row(case, set_name, name)
+    def __call__(self, function, jobs, quiet, until, env):
+        assert function == "benchmarks.timing.run:measure_row"
+        for number, (case, set_name, name, _) in enumerate(jobs):
+            self.asked.append(name)
+            yield number, self.then(name) or self.row(Case(**case), set_name, name)
 
-    def stop(self):
-        self.stopped = True
-
-
-def go(path, worker, work=WORK, now=NOW):
-    said = []
-    found, ended = run.run(work, now, path, 10, said.append, worker)
-    assert worker.stopped
-    return found, ended, said
+    row = staticmethod(lambda case, set_name, name: row(case, set_name, name))
 
 
-def test_rows_are_saved_as_they_are_measured(tmp_path):
+@pytest.fixture
+def go(monkeypatch):
+    def go(path, child, work=WORK, now=NOW):
+        said = []
+        monkeypatch.setattr(run.isolated, "rows", child)
+        found, ended = run.run(work, now, path, 10, said.append)
+        return found, ended, said
+
+    return go
+
+
+def test_rows_are_saved_as_they_are_measured(tmp_path, go):
     path = tmp_path / "out.json"
     held = []
     found, ended, said = go(path, InProcess(lambda name: held.append(len(load(path)["rows"]))))
@@ -50,7 +56,7 @@ def test_rows_are_saved_as_they_are_measured(tmp_path):
     assert said[0].startswith("1/3 LSTM-T1-B1-I8-H8-float32-inference") and "left]" in said[0] and "2.0 us" in said[0]
 
 
-def test_interruption_and_resumption(tmp_path):
+def test_interruption_and_resumption(tmp_path, go):
     """Ctrl-C keeps what was measured; the same command goes on with the rest, and then with nothing."""
 
     def interrupt(name):
@@ -61,26 +67,26 @@ def test_interruption_and_resumption(tmp_path):
     _, ended, _ = go(path, InProcess(interrupt))
     assert ended == f"interrupted: 2 rows are in {path}; the same command goes on from there"
     assert [kept["provider"] for kept in load(path)["rows"]] == ["torch.nn", "rnnfast"]
-    worker = InProcess()
-    found, ended, said = go(path, worker, now=NOW | {"environment": {"cpu": "x", "time": "later"}})
-    assert worker.asked == ["loop"] and not ended and said[0] == f"{path} holds 2 rows; 1 to go"
+    child = InProcess()
+    found, ended, said = go(path, child, now=NOW | {"environment": {"cpu": "x", "time": "later"}})
+    assert child.asked == ["loop"] and not ended and said[0] == f"{path} holds 2 rows; 1 to go"
     assert load(path) == found and len(found["rows"]) == 3
-    worker = InProcess()
-    go(path, worker)
-    assert worker.asked == []
+    child = InProcess()
+    go(path, child)
+    assert child.asked == []
 
 
 @pytest.mark.parametrize("part, name", [("environment", "commit"), ("settings", "threads")])
-def test_results_of_another_run_do_not_mix(part, name, tmp_path):
+def test_results_of_another_run_do_not_mix(part, name, tmp_path, go):
     path = tmp_path / "out.json"
     go(path, InProcess(), now=NOW | {part: NOW[part] | {name: "a"}})
-    worker = InProcess()
+    child = InProcess()
     with pytest.raises(BadResults, match=f"was measured with {name} 'a', and now it is 'b': name another file"):
-        run.run(WORK, NOW | {part: NOW[part] | {name: "b"}}, path, 10, print, worker)
-    assert not worker.asked
+        go(path, child, now=NOW | {part: NOW[part] | {name: "b"}})
+    assert not child.asked
 
 
-def test_no_space_left(tmp_path, monkeypatch):
+def test_no_space_left(tmp_path, monkeypatch, go):
     """The run ends with a line; what was saved before stays."""
     path = tmp_path / "out.json"
     fsync, left = os.fsync, iter([True, True, False, False])
@@ -96,10 +102,10 @@ def test_no_space_left(tmp_path, monkeypatch):
     assert len(load(path)["rows"]) == 1 and len(found["rows"]) == 2
 
 
-def test_death_of_a_provider_is_a_row(tmp_path):
+def test_death_of_a_provider_is_a_row(tmp_path, go):
     def die(name):
         if name == "rnnfast":
-            raise worker.Died("its process ended with SIGSEGV")
+            return {"error": "its process ended with SIGSEGV", "hung": False}
 
     found, _, said = go(tmp_path / "out.json", InProcess(die))
     assert [kept["status"] for kept in found["rows"]] == ["ok", "error", "ok"]
@@ -107,10 +113,9 @@ def test_death_of_a_provider_is_a_row(tmp_path):
     assert "error: its process ended with SIGSEGV" in said[1]
 
 
-def test_why_something_is_unavailable_is_said_once(tmp_path):
+def test_why_something_is_unavailable_is_said_once(tmp_path, go):
     class Absent(InProcess):
-        def do(self, case, set_name, name, settings, limit):
-            return row(case, set_name, name, "unavailable", note="not installed")
+        row = staticmethod(lambda case, set_name, name: row(case, set_name, name, "unavailable", note="not installed"))
 
     work = [("quick", Case("LSTM", T, 1, 8, 8), "haste") for T in (1, 2)]
     found, _, said = go(tmp_path / "out.json", Absent(), work)
@@ -122,10 +127,10 @@ def test_why_something_is_unavailable_is_said_once(tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    worker = InProcess()
-    monkeypatch.setattr(command, "Worker", lambda function: worker)
+    child = InProcess()
+    monkeypatch.setattr(run.isolated, "rows", child)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    return worker
+    return child
 
 
 def test_command(measured, tmp_path, capsys):
@@ -169,9 +174,7 @@ def test_interrupted_command(measured, tmp_path, capsys):
 
 
 def test_a_wrong_row_fails_the_command(measured, tmp_path):
-    measured.do = lambda case, set_name, name, settings, limit: row(
-        case, set_name, name, "wrong", error={"worst": 2.0, "tensor": "output"}
-    )
+    measured.row = lambda case, set_name, name: row(case, set_name, name, "wrong", error={"worst": 2.0, "tensor": "output"})
     assert command.main(["--device", "cpu", "--json", str(tmp_path / "out.json"), "--only-case", "LSTM-T1-*"]) == 1
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.same_everywhere
+
 PROGRAM = Path(__file__).parents[1] / "examples" / "char_lm.py"
 TINY = ["--hidden", "16", "--batch", "4", "--length", "16", "--device", "cpu", "--no-check"]
 ENVIRONMENT = os.environ | {"RNNFAST_BACKEND": "torch"}  # also where TRITON_INTERPRET=1 would choose slow kernels

@@ -25,6 +25,8 @@ import pytest
 
 import rnnfast
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).resolve().parent.parent
 T, B, H, WORDS, STEPS = 2, 4, 4, 5, 2
 WAYS = ("DDP", "DDP static_graph", "DDP no_sync", "FSDP2")

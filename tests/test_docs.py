@@ -12,6 +12,8 @@ import torch._dynamo
 
 import rnnfast
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).parents[1]
 PAGES = {path: re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL) for path in
          (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}  # fmt: skip

@@ -10,6 +10,8 @@ import pytest
 import torch
 from programs import load, run
 
+pytestmark = pytest.mark.same_everywhere
+
 CPU = ["--device", "cpu"]
 
 

@@ -356,7 +356,7 @@ def test_explain(layer, monkeypatch):
 
 PROGRAM = """
 import json, torch
-from benchmarks.offline import pretend_gpu, settings
+from benchmarks.static.offline import pretend_gpu, settings
 from rnnfast import ops
 from rnnfast.kernels.persistent import plan
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 450  # lines; a file should be read at one sitting
 OUTSIDE = {"benchmarks", "examples", "tests"}

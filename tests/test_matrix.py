@@ -6,6 +6,8 @@ from pathlib import Path
 import matrix
 import pytest
 
+pytestmark = pytest.mark.same_everywhere
+
 
 @pytest.fixture
 def commands(monkeypatch):

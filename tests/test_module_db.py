@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 import rnnfast
 
-pytestmark = pytest.mark.numerical
+pytestmark = [pytest.mark.numerical, pytest.mark.same_everywhere]
 
 INFOS = {info.name.rpartition(".")[2]: info for info in module_db if info.module_cls.__module__ == "torch.nn.modules.rnn"}
 NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")

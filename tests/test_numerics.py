@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from benchmarks import numerics as study
 from rnnfast import numerics
 from rnnfast.numerics import Contract, fault, named, rms, tail
+from tests import power as study
+
+pytestmark = pytest.mark.same_everywhere
 
 KINDS = [number for number in range(96) if study.Draw.case_of(number).H == 15 and study.Draw.case_of(number).T == 3]
 

@@ -8,6 +8,8 @@ from layers import B, H, I, T, close, flat, pair
 
 import rnnfast
 
+pytestmark = pytest.mark.same_everywhere
+
 onnxruntime = pytest.importorskip("onnxruntime", reason="a GPU machine may lack it")
 
 

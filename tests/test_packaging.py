@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [name for name in ("benchmarks", "docs", "examples", "kernels", "rnnfast", "tests") if (ROOT / name).is_dir()]
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")

@@ -11,12 +11,14 @@ import re
 import made_up_results
 import pytest
 
-from benchmarks import results
-from benchmarks.cases import Case
 from benchmarks.report import charts, facts, page
 from benchmarks.report.__main__ import main
 from benchmarks.report.facts import Facts, Spread
-from benchmarks.results import new_row
+from benchmarks.timing import results
+from benchmarks.timing.cases import Case
+from benchmarks.timing.results import new_row
+
+pytestmark = pytest.mark.same_everywhere
 
 VOID = {"meta", "br", "link", "img", "input"}
 
@@ -119,7 +121,7 @@ def test_every_row_is_told(gpu, tmp_path):
 def test_heat_map(gpu, tmp_path):
     read, _, _ = report(tmp_path, gpu)
     case = Case("LSTM", 1024, 32, 768, 768)
-    (row,) = (r for r in gpu["rows"] if results.key(r) == (case, "rnnfast step"))
+    (row,) = (r for r in gpu["rows"] if results.key(r) == (case, "rnnfast-step"))
     rows = read.tables["LSTM float16 training, T = 1,024, I = H"]
     second = [at for at, one in enumerate(rows) if one[0] == "B \\ H"][2]  # after persistent, eager and in a CUDA graph
     column = rows[second].index("768")
@@ -130,7 +132,7 @@ def test_heat_map(gpu, tmp_path):
 def test_cpu_file_has_no_floor(tmp_path):
     read, source, _ = report(tmp_path, made_up_results.cpu())
     assert "No floor" in source and 'class="below"' not in source
-    assert "rnnfast torch" in read.text and "Floor of each case" not in read.text
+    assert "rnnfast-torch" in read.text and "Floor of each case" not in read.text
 
 
 def test_floor_is_drawn(gpu):
@@ -156,9 +158,9 @@ def test_before_and_after(gpu, tmp_path):
     for row in rows:
         if row[0] != "case":
             verdicts[row[1]].add((row[3], row[4]))
-    assert verdicts.pop("rnnfast persistent") == {("slower", "+30.0%")}
+    assert verdicts.pop("rnnfast-persistent") == {("slower", "+30.0%")}
     assert {one for found in verdicts.values() for one in found} == {("noise", "+0.0%")}
-    assert rows[1][1] == "rnnfast persistent"
+    assert rows[1][1] == "rnnfast-persistent"
     odd = read.tables["In one file only, or of another status"]
     assert ["before only" in row for row in odd].count(True) == 1 and dropped["provider"] in odd[-1]
     assert any("ok before, error after" in row[2] for row in odd)
@@ -173,7 +175,7 @@ def test_before_and_after(gpu, tmp_path):
         ("{", "is damaged"),
         ('{"schema": 99}', "schema version 99"),
         ("[]", "no benchmark results"),
-        ('{"schema": 1, "environment": {}}', "damaged"),
+        ('{"schema": 2, "environment": {}}', "damaged"),
         (None, "No such file"),
     ],
 )
@@ -190,7 +192,7 @@ def test_hostile_text_stays_text(tmp_path):
     case = made_up_results.one_case()
     note = "<script>alert('1')</script> | a & b\nsecond line"
     rows = [new_row(case, "quick", "<b>haste</b>", "error", note=note)]
-    content = {"schema": 1, "environment": {"cpu": "<i>"}, "settings": {}, "ceilings": None, "rows": rows}
+    content = {"schema": 2, "environment": {"cpu": "<i>"}, "settings": {}, "ceilings": None, "rows": rows}
     read, _, markdown = report(tmp_path, content)
     assert note in read.text and "<b>haste</b>" in read.text
     (line,) = (line for line in markdown.splitlines() if "script" in line)
@@ -199,7 +201,7 @@ def test_hostile_text_stays_text(tmp_path):
 
 @pytest.mark.parametrize("rows", [[], [new_row(made_up_results.one_case(), "quick", "torch.nn", "unavailable", note="none")]])
 def test_nothing_measured(tmp_path, rows):
-    content = {"schema": 1, "environment": {"gpu": "NVIDIA H100"}, "settings": {}, "ceilings": None, "rows": rows}
+    content = {"schema": 2, "environment": {"gpu": "NVIDIA H100"}, "settings": {}, "ceilings": None, "rows": rows}
     read, _, _ = report(tmp_path, content)
     assert "No two cases differ" in read.text
 
@@ -227,8 +229,8 @@ def test_groups_follow_the_input_size():
 
 
 def test_labels_do_not_touch():
-    placed = charts._apart([(250.0, "a", ""), (251.0, "b", ""), (100.0, "c", "")], 13)
-    ys = [y for y, _, _ in placed]
+    placed = charts._apart([(250.0, "a"), (251.0, "b"), (100.0, "c")], 13)
+    ys = [y for y, _ in placed]
     assert all(b - a >= 13 for a, b in itertools.pairwise(ys)) and max(ys) <= charts.HEIGHT - charts.BOTTOM
     for values in ([1, 1], [0.001, 900], [5, 6.5], [3, 30]):
         axis = charts._Axis(values, 0, 300, 0.05)

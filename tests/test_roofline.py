@@ -14,11 +14,16 @@ import made_up_results
 import pytest
 from side_by_side import Fault, Hang, together
 
-from benchmarks import cases, ceilings, results, roofline
-from benchmarks.cases import Case
-from benchmarks.ceilings import STATED
-from benchmarks.published import PUBLISHED
+from benchmarks import roofline
+from benchmarks.floor import ceilings
+from benchmarks.floor import work as floors
+from benchmarks.floor.ceilings import STATED
+from benchmarks.floor.published import PUBLISHED
+from benchmarks.timing import cases, results
+from benchmarks.timing.cases import Case
 from rnnfast.kernels.persistent.plan import GPUS
+
+pytestmark = pytest.mark.same_everywhere
 
 ROOT = Path(__file__).parents[1]
 SMALL = Case("LSTM", 2, 3, 5, 4, dtype="float32", mode="forward")
@@ -26,44 +31,44 @@ SMALL = Case("LSTM", 2, 3, 5, 4, dtype="float32", mode="forward")
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda p: f"{p.provider} {p.case.id} {p.gpu}")
 def test_no_floor_lies_above_a_published_time(published):
-    floor = roofline.floor(published.case, STATED[published.gpu])
+    floor = floors.floor(published.case, STATED[published.gpu])
     assert 0 < floor.seconds * 1e6 / published.case.T < published.us_per_step
     # nobody's program overlaps nothing, so the sum holds too wherever the source timed what the case says
     assert floor.no_overlap * 1e6 / published.case.T < published.us_per_step
 
 
 def test_work_by_hand():
-    work = roofline.work(SMALL)
+    work = floors.work(SMALL)
     recurrent, input_side = 2 * 2 * 3 * 4 * 4 * 4, 2 * 2 * 3 * 4 * 4 * 5
     parameters = 16 * (5 + 4 + 2) * 4
     assert (work.flops, work.loop_flops) == (recurrent + input_side, recurrent)
     assert work.bytes == 2 * 3 * (5 + 4) * 4 + parameters
     assert (work.weight_bytes, work.chain, work.passes) == (16 * 4 * 4, 2, 1)
     assert work.saved == 2 * 3 * 4 * (4 * 4 + 4)
-    training = roofline.work(dataclasses.replace(SMALL, mode="training"))
+    training = floors.work(dataclasses.replace(SMALL, mode="training"))
     assert (training.flops, training.loop_flops) == (3 * work.flops, 2 * recurrent)
     assert training.bytes == 2 * (2 * 3 * (5 + 4) * 4 + parameters)
-    stack = roofline.work(dataclasses.replace(SMALL, layers=2, directions=2))
+    stack = floors.work(dataclasses.replace(SMALL, layers=2, directions=2))
     assert stack.flops == 4 * recurrent + 2 * input_side + 2 * 2 * 2 * 3 * 4 * 4 * 8
     assert stack.chain == 3
     packed = dataclasses.replace(SMALL, T=9, packed=True)
-    assert roofline.work(packed).flops == work.flops * sum(packed.lengths) / 6
+    assert floors.work(packed).flops == work.flops * sum(packed.lengths) / 6
 
 
 def test_terms_of_the_floor():
     h100 = STATED["H100"]
     fits_one_sm, does_not = Case("LSTM", 100, 16, 128, 128), Case("LSTM", 100, 16, 1024, 1024)
-    assert roofline.floor(fits_one_sm, h100).exchange == 0 == roofline.floor(fits_one_sm, h100).l2
-    exchange = roofline.floor(does_not, h100).exchange
+    assert floors.floor(fits_one_sm, h100).exchange == 0 == floors.floor(fits_one_sm, h100).l2
+    exchange = floors.floor(does_not, h100).exchange
     assert exchange == pytest.approx(2 * 100 * h100.exchange_us * 1e-6)  # forward and backward
     # a small batch is bound by latency; a large one by arithmetic; weights beyond the chip by L2, beyond both by HBM
-    assert roofline.floor(dataclasses.replace(does_not, B=1), h100).bound_by == "exchange"
-    assert roofline.floor(dataclasses.replace(does_not, B=128), h100).bound_by == "compute"
-    assert roofline.floor(Case("LSTM", 100, 1, 3584, 3584), h100).bound_by == "l2"
-    assert roofline.floor(Case("LSTM", 100, 1, 4096, 4096), h100).bound_by == "hbm"
-    assert roofline.floor(does_not, h100, cold=True).hbm > roofline.floor(does_not, h100).hbm
-    assert roofline.floor(dataclasses.replace(does_not, dtype="float32"), h100).compute > exchange
-    assert roofline._words_per_element(4, 1) == 0
+    assert floors.floor(dataclasses.replace(does_not, B=1), h100).bound_by == "exchange"
+    assert floors.floor(dataclasses.replace(does_not, B=128), h100).bound_by == "compute"
+    assert floors.floor(Case("LSTM", 100, 1, 3584, 3584), h100).bound_by == "l2"
+    assert floors.floor(Case("LSTM", 100, 1, 4096, 4096), h100).bound_by == "hbm"
+    assert floors.floor(does_not, h100, cold=True).hbm > floors.floor(does_not, h100).hbm
+    assert floors.floor(dataclasses.replace(does_not, dtype="float32"), h100).compute > exchange
+    assert floors._words_per_element(4, 1) == 0
 
 
 def test_ceilings_of_a_gpu_by_name():
@@ -85,10 +90,10 @@ def test_ceilings_of_a_gpu_by_name():
 def test_every_case_is_found_by_its_id():
     for name in cases.SETS:
         for case in (*cases.named_set(name, "cuda"), *cases.named_set(name, "cpu")):
-            assert roofline.parse_case(case.id) == case
+            assert Case.parse(case.id) == case
     for wrong in ("", "LSTM", "LSTM-T2-B3-I5-H4-float32", "LSTM-T2-B3-I5-H4-float32-sideways"):
         with pytest.raises(ValueError):
-            roofline.parse_case(wrong)
+            Case.parse(wrong)
 
 
 def test_command(tmp_path, capsys):
@@ -98,7 +103,7 @@ def test_command(tmp_path, capsys):
     assert roofline.main(["--results", str(tmp_path / "made-up.json"), "--no-prediction", "--json"]) == 0
     first = json.loads(capsys.readouterr().out)[0]
     assert first["case"] == Case(**case).id and first["floor"]["compute"] > 0
-    assert any(name.startswith("rnnfast persistent, measured") for name in first["times"])
+    assert any(name.startswith("rnnfast-persistent, measured") for name in first["times"])
     assert roofline.main(["--no-prediction"]) == 0
     out = capsys.readouterr().out
     assert "1.960   cuDNN, published" in out and "13.300   FlashRNN fused, published" in out
@@ -120,16 +125,16 @@ def compiled(program: str) -> str:
 
 def test_prediction(monkeypatch):
     """Forward and backward of the static analysis for each layer and direction, and the other products at the peak rate."""
-    from benchmarks import static
+    from benchmarks.static import table
 
     def build(jobs, workers):
-        assert (jobs, workers) == ([static.Job("persistent", 90, "gru", "bfloat16", 64, (8,))], 1)
+        assert (jobs, workers) == ([table.Job("persistent", 90, "gru", "bfloat16", 64, (8,))], 1)
         passes = (("forward", True, 2.0), ("forward", False, 1.0), ("backward", True, 4.0))
         return [{"direction": d, "training": t, "predicted_us": us, "family": "persistent"} for d, t, us in passes]
 
-    monkeypatch.setattr(static, "build", build)
+    monkeypatch.setattr(table, "build", build)
     case = Case("GRU", 16, 8, 64, 64, layers=3, directions=2, dtype="bfloat16")
-    work, h100 = roofline.work(case), STATED["H100"]
+    work, h100 = floors.work(case), STATED["H100"]
     others = (work.flops - work.loop_flops) / h100.flops_per_s["bfloat16"] * 1e6 / 16
     us, how = roofline.predict(case, h100)
     assert us == pytest.approx(6 * (2 + 4) + others) and "persistent backward 4.00" in how
@@ -150,8 +155,8 @@ def test_probes_compile():
     """For a GPU that is not here: the ping-pong as the persistent kernels exchange, the reader without a copy ahead."""
     out = compiled(
         "import torch, triton\n"
-        "from benchmarks import probes\n"
-        "from benchmarks.offline import pretend_gpu\n"
+        "from benchmarks.floor import probes\n"
+        "from benchmarks.static.offline import pretend_gpu\n"
         "with pretend_gpu(90):\n"
         "    probes.ping_pong('cpu', 8)\n"
         "    x = torch.zeros(4 * probes.READ_BLOCK)\n"
@@ -170,7 +175,7 @@ def test_probes_compile():
 @pytest.mark.parametrize("seed", range(3))
 def test_ping_pong(seed, device):
     """Side by side on a CPU; for real on a GPU, where it is what `measure` times."""
-    from benchmarks import probes
+    from benchmarks.floor import probes
 
     with together(seed) if device == "cpu" else contextlib.nullcontext():
         out = probes.ping_pong(device, 9)

@@ -4,6 +4,8 @@ import pytest
 
 from rnnfast.settings import BACKEND, KERNELS, STRICT, TUNING_FILE, Setting, strict
 
+pytestmark = pytest.mark.same_everywhere
+
 
 @pytest.mark.parametrize("setting", [BACKEND, STRICT, KERNELS], ids=lambda setting: setting.variable)
 def test_choices(setting, monkeypatch):

@@ -15,13 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine_code, static, static_text
+from benchmarks.static import __main__ as command
+from benchmarks.static import machine_code
+from benchmarks.static import table as tables
+from benchmarks.static import text as texts
+from benchmarks.timing.cases import DTYPES
 from rnnfast.reference import GATES
+
+pytestmark = pytest.mark.same_everywhere
 
 ROOT = Path(__file__).parents[1]
 BUILD = """
 import json, sys
-from benchmarks.static import build, jobs_of
+from benchmarks.static.table import build, jobs_of
 
 print(json.dumps(build(jobs_of(*map(json.loads, sys.argv[1:])), 1)))
 """
@@ -55,7 +61,7 @@ def check(table, arch, marked=False):
     rows = json.loads(run("-c", BUILD, json.dumps(table), f"[{arch}]", json.dumps(marked)))
     plans: dict[tuple, set[str]] = {}
     for row in rows:
-        name = " ".join(str(row[key]) for key in static.IDENTITY) + f": {row['plan']}"
+        name = " ".join(str(row[key]) for key in tables.IDENTITY) + f": {row['plan']}"
         assert row["stack_bytes"] == 0 and row["spills"] == 0, name
         assert (row["unit"] == "FFMA") == (row["dtype"] == "float32"), name  # IEEE float32 has no tensor core
         if row["unit"] != "FFMA":  # the cell's own multiplies are not told from those of a plain product
@@ -65,7 +71,7 @@ def check(table, arch, marked=False):
         assert row["variants"] == 1, name
         tile = [
             row[key]
-            for key in (*static.IDENTITY, "block_b", "block_h", "block_k", "split", "parts", "in_registers", "warps")
+            for key in (*tables.IDENTITY, "block_b", "block_h", "block_k", "split", "parts", "in_registers", "warps")
             if key != "batch"
         ]
         plans.setdefault(tuple(tile), set()).add(row["compiled"])
@@ -134,7 +140,7 @@ def test_persistent_kernels():
         sums = row["programs"] * row["parts"] * row["block_b"] * row["block_h"] * 4
         assert row["gathered_sum_bytes"] in ((sums, 2 * sums) if row in shared else (0,))
         assert ("term_second_hop" in row) == (row in shared)
-    text = "\n".join(static_text.show(rows))
+    text = "\n".join(texts.show(rows))
     assert "[1] no tiles fit: " in text
     assert "Spills, weights re-read, redundancy over 1.05, variants: " in text
 
@@ -161,16 +167,16 @@ def test_marked_table(arch):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_standard_table(arch):
     """All of it, and the step kernels at more sizes; where there is no plan the row says why."""
-    for row in check([entry for entry in static.STANDARD if entry[0] == "persistent"], arch):
+    for row in check([entry for entry in tables.STANDARD if entry[0] == "persistent"], arch):
         assert row["family"] == "persistent" or "no tiles fit: " in row["why_step"]
-    more = ("step", static.CELLS, list(static.DTYPES), [1, 16, 50, 200], [3])
-    check([entry for entry in static.STANDARD if entry[0] == "step"] + [more], arch)
+    more = ("step", tables.CELLS, list(DTYPES), [1, 16, 50, 200], [3])
+    check([entry for entry in tables.STANDARD if entry[0] == "step"] + [more], arch)
 
 
 CACHED = """
 import collections, json, sys
 from triton.backends.nvidia.compiler import CUDABackend
-from benchmarks.static import Job, build
+from benchmarks.static.table import Job, build
 
 calls, add_stages = collections.Counter(), CUDABackend.add_stages
 def counted(self, stages, *args):
@@ -195,10 +201,10 @@ def test_command(tmp_path):
     arguments = ["--arch", "90", "--dtypes", "float16", "--jobs", "1", "--json", str(tmp_path / "rows.json")]
     printed = run("-m", "benchmarks.static", *arguments, "--show-terms", "RNN_TANH", "16", "1")
     report = json.loads((tmp_path / "rows.json").read_text())
-    assert report["schema"] == static.SCHEMA and len(report["rows"]) == 3
+    assert report["schema"] == tables.SCHEMA and len(report["rows"]) == 3
     forward, _, backward = report["rows"]
     for row in (forward, backward):
-        terms = static_text.terms_of(row)
+        terms = texts.terms_of(row)
         assert sum(terms.values()) == pytest.approx(row["predicted_clocks"], abs=len(terms))
         assert f"What would halve the largest term, {next(iter(terms))}: " in printed
     assert printed.count("H=16, B=1") == 2
@@ -218,7 +224,7 @@ def test_command(tmp_path):
 def test_bad_arguments(arguments, words, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit):
-        static.main(arguments)
+        command.main(arguments)
     assert words in capsys.readouterr().err
 
 
@@ -347,7 +353,7 @@ def test_loop_over_steps(rotated):
 def test_summary(tmp_path):
     """In short, below the heading of this Triton, and nothing else of the page changed."""
     page = tmp_path / "static.md"
-    heading = f"### Triton {static.triton.__version__}"
+    heading = f"### Triton {command.triton.__version__}"
     page.write_text(f"# Title\n\n{heading}\n\nold\n\n### Triton 0.1\n\nkept\n")
     shape = ["--cells", "rnn_tanh", "--hidden", "16", "--batch", "1"]
     run("-m", "benchmarks.static", "--arch", "90", "--jobs", "1", *shape, "--summary", str(page))
@@ -359,9 +365,9 @@ def test_summary(tmp_path):
 def test_what_should_not_be_is_listed():
     row = {"arch": 90, "cell": "lstm", "dtype": "float16", "hidden": 8, "batch": 1, "direction": "forward", "training": True}
     row |= {"family": "persistent", "spills": 0, "stack_bytes": 0, "weights_reread_bytes": 0, "redundancy": 1.0, "variants": 1}
-    assert static_text.violations([row]) == []
+    assert texts.violations([row]) == []
     planted = {"spills": 2, "stack_bytes": 8, "weights_reread_bytes": 64, "redundancy": 2.0, "variants": 3}
     for name, amount in planted.items():
-        (line,) = static_text.violations([row | {name: amount}])
+        (line,) = texts.violations([row | {name: amount}])
         assert line.startswith("sm_90 lstm float16 H=8 B=1 persistent training: ") and str(amount) in line
-    assert static_text.violations([row | {"family": "step", "weights_reread_bytes": 64}]) == []
+    assert texts.violations([row | {"family": "step", "weights_reread_bytes": 64}]) == []

@@ -5,6 +5,8 @@ import torch
 
 import rnnfast
 
+pytestmark = pytest.mark.same_everywhere
+
 g2p_fa = pytest.importorskip("g2p_fa", reason="a GPU machine may lack it")
 
 

@@ -19,6 +19,8 @@ from rnnfast.commands import child, tune
 from rnnfast.kernels import persistent
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plans
 
+pytestmark = pytest.mark.same_everywhere
+
 H100 = GPUS["H100"]
 SHAPE = Shape("gru", "float32", "tf32", 3, 2, 4, 8, 1, 1, training=False)
 TRAINING = replace(SHAPE, training=True)

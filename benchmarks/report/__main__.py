@@ -1,55 +1,33 @@
 """`python -m benchmarks.report FILE [FILE] [--out DIR]`: one results file as a page and a table, or two as before and after."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import results
-from benchmarks.report import markdown, page
+from benchmarks.report import page, tables
 from benchmarks.report.facts import Facts
-from benchmarks.report.tables import (
-    change_tables,
-    comparison_table,
-    environment_table,
-    failure_table,
-    floor_table,
-    memory_table,
-    row_table,
-    summary_table,
-)
+from benchmarks.timing import results
 
 LOSSES = "rnnfast slower than torch.nn in at least one way of calling, the worst first. Medians (20th to 80th percentile)."
 WINS = "rnnfast as fast as torch.nn, or faster, in every way of calling, the least first."
 THE_OTHERS = "Everybody else beside torch.nn, the slowest first."
 
 
-def tables(facts: Facts, before: Facts | None) -> dict:
-    """What stands before and after the charts."""
-    ours = [one for one in facts.comparisons if one.entry.ours]
-    others = [one for one in facts.comparisons if not one.entry.ours]
-    first = change_tables(before, facts) if before else []
+def all_tables(facts: Facts, before: Facts | None) -> dict:
+    """The tables before and after the charts."""
+    ours = [entry for entry in facts.compared if entry.ours]
+    others = [entry for entry in facts.compared if not entry.ours]
+    first = tables.change_tables(before, facts) if before else []
     first += [
-        summary_table(facts),
-        comparison_table(facts, "Where it loses", LOSSES, (one for one in ours if one.worst.p50 < 1)),
-        comparison_table(facts, "Where it wins", WINS, (one for one in ours if one.worst.p50 >= 1)),
-        failure_table(facts),
-        comparison_table(facts, "The other providers", THE_OTHERS, others, shown=0),
+        tables.summary_table(facts),
+        tables.comparison_table(facts, "Where it loses", LOSSES, (entry for entry in ours if entry.worst.p50 < 1)),
+        tables.comparison_table(facts, "Where it wins", WINS, (entry for entry in ours if entry.worst.p50 >= 1)),
+        tables.failure_table(facts),
+        tables.comparison_table(facts, "The other providers", THE_OTHERS, others, shown=0),
     ]
-    last = [memory_table(facts), *filter(None, [floor_table(facts)]), row_table(facts), environment_table(facts)]
+    floors = filter(None, [tables.floor_table(facts)])
+    last = [tables.memory_table(facts), *floors, tables.row_table(facts), tables.environment_table(facts)]
     return {"first": first, "last": last}
-
-
-def lead(facts: Facts) -> str:
-    words = [f"{len(facts.cases)} cases, commit {facts.environment.get('commit', 'unknown')}"]
-    words[0] += f", {facts.environment.get('time', 'at an unknown time')}."
-    for provider in facts.providers:
-        verdicts = [one.main.verdict for one in facts.comparisons if one.entry.ours and one.entry.provider == provider]
-        if verdicts:
-            counts = (verdicts.count(kind) for kind in ("win", "even", "loss"))
-            words.append("{}: {} faster than torch.nn, {} within the spread, {} slower.".format(provider, *counts))
-    return " ".join([*words, f"{len(facts.failures)} rows were not timed."])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         before, facts = loaded if args.after else (None, loaded[0])
         title = f"rnnfast benchmark: {facts.title}" + (", before and after" if before else "")
-        parts = tables(facts, before)
-        (args.out / "report.html").write_text(page.render(facts, title, lead(facts), parts), encoding="utf-8")
-        text = markdown.render(title, lead(facts), [*parts["first"], *parts["last"]])
+        html, text = page.render(facts, title, all_tables(facts, before))
+        (args.out / "report.html").write_text(html, encoding="utf-8")
         (args.out / "report.md").write_text(text, encoding="utf-8")
     except (OSError, results.BadResults) as error:
         print(error, file=sys.stderr)

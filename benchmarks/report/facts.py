@@ -1,56 +1,46 @@
-"""What one or two results files say: speed-ups with their spread, losses, failures, changes; no layout."""
-
-from __future__ import annotations
+"""What one or two results files say: speed-ups with their spread, losses, failures, changes. Nothing here knows of layout."""
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
-from benchmarks import results
-from benchmarks.cases import Case
-from benchmarks.ceilings import Ceilings, of_results
-from benchmarks.roofline import Floor, floor
+from benchmarks.floor.ceilings import Ceilings, of_results
+from benchmarks.floor.work import Floor, floor
+from benchmarks.timing import results
+from benchmarks.timing.cases import Case
+from benchmarks.timing.providers import BASE
 
-__all__ = [
-    "BASELINE",
-    "MAIN",
-    "Change",
-    "Comparison",
-    "Entry",
-    "Facts",
-    "Group",
-    "Spread",
-    "changes",
-    "describe",
-    "figure",
-    "ratio",
-]
-
-BASELINE = "torch.nn"
 OURS = "rnnfast"  # how the names of our providers begin
 MAIN = ("eager", "warm")
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """The 20th, 50th and 80th percentile of something."""
 
     p20: float
     p50: float
     p80: float
 
-    def over(self, other: Spread) -> Spread:
+    @classmethod
+    def of(cls, found: dict) -> "Spread":
+        return cls(found["p20"], found["p50"], found["p80"])
+
+    def over(self, other: "Spread") -> "Spread":
         """The quotient, with the widest spread that the two allow."""
         return Spread(self.p20 / other.p80, self.p50 / other.p50, self.p80 / other.p20)
 
+    def scaled(self, scale: float) -> "Spread":
+        return Spread(*(value * scale for value in self))
+
     @property
-    def inverse(self) -> Spread:
+    def inverse(self) -> "Spread":
         return Spread(1 / self.p80, 1 / self.p50, 1 / self.p20)
 
     @property
     def verdict(self) -> str:
-        """Of a speed-up: "win" or "loss", or "even" where 1 lies within the spread."""
+        """For a speed-up: "win" or "loss", or "even" where 1 lies within the spread."""
         return "win" if self.p20 > 1 else "loss" if self.p80 < 1 else "even"
 
     def words(self, digits: Callable[[float], str]) -> str:
@@ -58,7 +48,7 @@ class Spread:
 
 
 def figure(number: float) -> str:
-    """With three digits that count."""
+    """A number with three significant digits."""
     if number == 0 or not math.isfinite(number):
         return f"{number:g}"
     digits = max(0, 2 - math.floor(math.log10(abs(number))))
@@ -66,37 +56,37 @@ def figure(number: float) -> str:
 
 
 def ratio(number: float) -> str:
-    """A speed-up: two decimals, one beyond 10, and two digits that count where it is tiny."""
+    """A speed-up: two decimals, one from 10 on, and two significant digits below 0.01."""
     return f"{number:.1f}" if number >= 9.995 else f"{number:.2f}" if number >= 0.01 else f"{number:.2g}"
 
 
-def _spread(of: dict) -> Spread:
-    return Spread(of["p20"], of["p50"], of["p80"])
-
-
 class Entry:
-    """A row of the file: what one provider did with one case."""
+    """A row of the file: what one provider did with one case. `times` are microseconds a call, by (how, L2)."""
 
     def __init__(self, row: dict):
         self.case, self.provider = results.key(row)
-        self.status: str = row["status"]
-        self.note: str = row["note"]
-        self.error: dict | None = row["error"]
-        self.times = {(timing["how"], timing["l2"]): _spread(timing) for timing in row["timings"]}
-        self.ratio = _spread(row["ratio"]) if row["ratio"] else None
-        self.peak_bytes: int | None = row["peak_bytes"]
-        self.saved_bytes: int | None = row["saved_bytes"]
-        self.compile_s: float | None = row["compile_s"]
-        self.kernels: list[str] = row["kernels"]
-
-    @property
-    def ours(self) -> bool:
-        return self.provider.startswith(OURS)
+        self.ours = self.provider.startswith(OURS)
+        self.status, self.note, self.error = row["status"], row["note"], row["error"]
+        self.times = {(timing["how"], timing["l2"]): Spread.of(timing) for timing in row["timings"]}
+        self.ratio = Spread.of(row["ratio"]) if row["ratio"] else None
+        self.peak_bytes, self.saved_bytes = row["peak_bytes"], row["saved_bytes"]
+        self.compile_s, self.kernels = row["compile_s"], row["kernels"]
+        # torch.nn's time over the provider's, of pairs measured side by side where the file has them; none for torch.nn
+        self.speed_ups: dict[tuple[str, str], Spread] = {}
 
     @property
     def time(self) -> Spread | None:
-        """Microseconds a call, eager with a warm L2, or whatever there is."""
+        """Microseconds a call, eager with a warm L2 if the file has that."""
         return self.times.get(MAIN) or next(iter(self.times.values()), None)
+
+    @property
+    def worst(self) -> Spread:
+        """The smallest speed-up."""
+        return min(self.speed_ups.values(), key=lambda spread: spread.p50)
+
+    @property
+    def main(self) -> Spread:
+        return self.speed_ups.get(MAIN, self.worst)
 
     @property
     def why(self) -> str:
@@ -107,34 +97,16 @@ class Entry:
         return "; ".join(words)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One provider beside torch.nn on one case: speed-ups by (how, l2)."""
-
-    entry: Entry
-    speed_ups: dict[tuple[str, str], Spread]
-
-    @property
-    def worst(self) -> Spread:
-        return min(self.speed_ups.values(), key=lambda spread: spread.p50)
-
-    @property
-    def main(self) -> Spread:
-        return self.speed_ups.get(MAIN, self.worst)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Cases that are alike but for the fields in `free`; `label` says what they share."""
+class Group(NamedTuple):
+    """Cases that differ in few fields. `label` says what they share."""
 
     label: str
-    cases: tuple[Case, ...]
+    cases: list[Case]
 
 
 def describe(case: Case, free: tuple[str, ...] = ()) -> str:
     """A case in words, without the fields in `free`."""
-    dtype = "TF32" if case.tf32 else case.dtype
-    words = [f"{case.cell} {dtype} {case.mode}"]
+    words = [f"{case.cell} {'TF32' if case.tf32 else case.dtype} {case.mode}"]
     if case.layers > 1 and "layers" not in free:
         words.append(f"{case.layers} layers")
     words += ["two directions"] * (case.directions == 2) + ["packed"] * case.packed
@@ -153,8 +125,16 @@ class Facts:
         self.environment: dict = loaded["environment"]
         self.settings: dict = loaded["settings"]
         self.entries = [Entry(row) for row in loaded["rows"]]
+        self.failures = [entry for entry in self.entries if entry.status != "ok"]
+        self.title: str = self.environment.get("gpu") or self.environment.get("cpu") or "unknown machine"
         self.ceilings: Ceilings | None = of_results(loaded)
         self.of: dict[tuple[Case, str], Entry] = {(entry.case, entry.provider): entry for entry in self.entries}
+        for entry in self.entries:
+            base = self.of.get((entry.case, BASE), entry)
+            if entry.provider != BASE:
+                entry.speed_ups = {how: base.times[how].over(entry.times[how]) for how in entry.times if how in base.times}
+                if entry.ratio and MAIN in entry.times:
+                    entry.speed_ups[MAIN] = entry.ratio.inverse
 
     @cached_property
     def cases(self) -> list[Case]:
@@ -164,78 +144,39 @@ class Facts:
     def providers(self) -> list[str]:
         """Ours first, then torch.nn, then the others as they come."""
         names = list(dict.fromkeys(entry.provider for entry in self.entries))
-        return sorted(names, key=lambda name: (not name.startswith(OURS), name != BASELINE))
+        return sorted(names, key=lambda name: (not name.startswith(OURS), name != BASE))
 
     @cached_property
     def hows(self) -> list[tuple[str, str]]:
         found = dict.fromkeys(how for entry in self.entries for how in entry.times)
         return sorted(found, key=lambda how: (how != MAIN, how[1] != "warm", how))
 
-    def speed_up(self, case: Case, provider: str, how: tuple[str, str] = MAIN) -> Spread | None:
-        """torch.nn's time over the provider's; from the pairs measured side by side where the file has them."""
-        entry, base = self.of.get((case, provider)), self.of.get((case, BASELINE))
-        if entry is None or provider == BASELINE or how not in entry.times:
-            return None
-        if how == MAIN and entry.ratio:
-            return entry.ratio.inverse
-        return base.times[how].over(entry.times[how]) if base and how in base.times else None
-
     @cached_property
-    def comparisons(self) -> list[Comparison]:
-        """All that can be compared with torch.nn, the worst first."""
-        found = []
-        for entry in self.entries:
-            speed_ups = {how: spread for how in self.hows if (spread := self.speed_up(entry.case, entry.provider, how))}
-            if speed_ups:
-                found.append(Comparison(entry, speed_ups))
-        return sorted(found, key=lambda comparison: comparison.worst.p50)
-
-    @property
-    def failures(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.status != "ok"]
+    def compared(self) -> list[Entry]:
+        """The entries that can be compared with torch.nn, the worst first."""
+        return sorted((entry for entry in self.entries if entry.speed_ups), key=lambda entry: entry.worst.p50)
 
     def floor(self, case: Case) -> Floor | None:
         return floor(case, self.ceilings) if self.ceilings else None
 
     def groups(self, *free: str) -> list[Group]:
-        """Groups of at least two cases that differ in `free` alone; the input size may follow H."""
+        """Groups of at least two cases that differ in `free` alone. The input size may follow H."""
         found: dict[tuple[Case, bool], list[Case]] = {}
         for case in self.cases:
             square = "H" in free and case.I == case.H
             alike = replace(case, **{name: 1 for name in (*free, *["I"] * square)})
             found.setdefault((alike, square), []).append(case)
-        return [Group(describe(cases[0], free), tuple(cases)) for cases in found.values() if len(cases) > 1]
-
-    @property
-    def title(self) -> str:
-        return self.environment.get("gpu") or self.environment.get("cpu") or "unknown machine"
+        return [Group(describe(cases[0], free), cases) for cases in found.values() if len(cases) > 1]
 
 
-@dataclass(frozen=True)
-class Change:
-    """A provider on a case, before and after. `change`: the quotient of the times, or of the times over torch.nn's."""
+def changes(before: Facts, after: Facts) -> Iterator[tuple]:
+    """(change, case, provider, how, (before, after), relative) for each time in both files.
 
-    case: Case
-    provider: str
-    how: tuple[str, str]
-    before: Spread
-    after: Spread
-    relative: bool
-
-    @property
-    def change(self) -> Spread:
-        return self.after.over(self.before)
-
-    @property
-    def verdict(self) -> str:
-        return self.change.inverse.verdict
-
-
-def changes(before: Facts, after: Facts) -> Iterator[Change]:
-    """Of all that both files have; the ratio to torch.nn where both have it, since it leaves out the machine's moods."""
+    If both have the ratio to torch.nn, the change is `relative`, that of the ratio: the load of the machine drops out.
+    """
     for pair in (pair for pair in before.of if pair in after.of):
         old, new = before.of[pair], after.of[pair]
         for how in (how for how in old.times if how in new.times):
-            relative = how == MAIN and old.ratio is not None and new.ratio is not None and pair[1] != BASELINE
+            relative = bool(how == MAIN and old.ratio and new.ratio and pair[1] != BASE)
             spreads = (old.ratio, new.ratio) if relative else (old.times[how], new.times[how])
-            yield Change(*pair, how, *spreads, relative)
+            yield spreads[1].over(spreads[0]), *pair, how, spreads, relative

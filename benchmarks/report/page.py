@@ -1,157 +1,69 @@
-"""The report as one HTML page that needs nothing else: style, charts and tables are in it, and no script."""
-
-from __future__ import annotations
+"""The report as one HTML page that needs nothing else, and as Markdown. Both are templates; the page has no script."""
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
-from html import escape
-from pathlib import Path
+from collections.abc import Iterator
 
-from benchmarks.report.charts import Series, key_mark, line_chart
-from benchmarks.report.facts import BASELINE, MAIN, Entry, Facts, Group, Spread, describe, ratio
+import jinja2
+
+from benchmarks.report import charts
+from benchmarks.report.charts import Series
+from benchmarks.report.facts import BASE, MAIN, Entry, Facts, Group, Spread, describe, ratio
 from benchmarks.report.tables import Table, how_words
 
-__all__ = ["render"]
-
-LEVELS = (0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)  # of speed-up, between the colours -4 to 4
+LEVELS = (0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)  # speed-ups between the colours -4 to 4
+SCALE = ["below 0.5", *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(LEVELS)), "2 and more"]
 AXES = {"H": "hidden size H", "T": "time steps T", "B": "batch B"}
+TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("benchmarks.report"), autoescape=jinja2.select_autoescape())
+TEMPLATES.filters["slug"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+TEMPLATES.globals["markers"] = charts.MARKERS
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _level(speed_up: float) -> int:
-    return sum(speed_up >= level for level in LEVELS) - 4
-
-
-def _table(table: Table) -> str:
-    parts = [f'<section><h2 id="{slug(table.heading)}">{escape(table.heading)}</h2>']
-    if table.intro:
-        parts.append(f"<p>{escape(table.intro)}</p>")
-    if not table.rows:
-        return "".join([*parts, "<p>None.</p></section>"])
-    head = "".join(f'<th scope="col"{_number(number, table)}>{escape(name)}</th>' for number, name in enumerate(table.columns))
-    rows = [
-        f'<tr class="{kind}">{"".join(_cell(number, text, table) for number, text in enumerate(row))}</tr>'
-        for row, kind in zip(table.rows, table.kinds, strict=True)
-    ]
-
-    def block(some: list[str], name: str) -> str:
-        return (
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">'
-            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(some)}</tbody></table></div>"
-        )
-
-    shown, rest = rows[: table.shown], rows[table.shown :]
-    if shown:
-        parts.append(block(shown, table.heading))
-    if rest:
-        words = f"{len(rest)} more rows" if shown else f"{len(rest)} rows"
-        parts.append(f"<details><summary>{words}</summary>{block(rest, f'{table.heading}, {words}')}</details>")
-    return "".join([*parts, "</section>"])
-
-
-def _number(number: int, table: Table) -> str:
-    return ' class="number"' if number in table.numbers else ""
-
-
-def _cell(number: int, text: str, table: Table) -> str:
-    classes = ["number"] * (number in table.numbers) + ["verdict"] * (table.columns[number] in ("verdict", "status"))
-    classes += ["long"] * (table.columns[number] in ("why", "value", "kernels"))
-    words = escape(text).replace(" = ", "&nbsp;=&nbsp;")
-    return f'<td class="{" ".join(classes)}">{words}</td>' if classes else f"<td>{words}</td>"
-
-
-def _heat_map(facts: Facts, group: Group, provider: str, how: tuple[str, str]) -> str | None:
-    """Speed-ups of one provider by H and B; None if it has none in the group."""
-    hidden, batches = (sorted({getattr(case, name) for case in group.cases}) for name in "HB")
-    at = {(case.H, case.B): case for case in group.cases}
-    if not any(facts.speed_up(case, provider, how) for case in group.cases):
+def _heat_map(facts: Facts, group: Group, provider: str, how: tuple[str, str]) -> dict | None:
+    """Speed-ups of one provider by H and B. None if it has none in the group."""
+    at = {(case.H, case.B): facts.of.get((case, provider)) for case in group.cases}
+    if not any(entry and how in entry.speed_ups for entry in at.values()):
         return None
-    rows = []
-    for B in batches:
-        cells = []
-        for H in hidden:
-            case = at.get((H, B))
-            spread = facts.speed_up(case, provider, how) if case else None
-            if spread:
-                sign = {"win": "▲", "loss": "▼", "even": "="}[spread.verdict]
-                kind = f'class="d{_level(spread.p50)}" title="{spread.words(ratio)}"'
-                cells.append(f"<td {kind}>{ratio(spread.p50)}&#8239;{sign}</td>")
-            else:
-                entry = facts.of.get((case, provider)) if case else None
-                words = entry.status if entry and entry.status != "ok" else ""
-                why = escape(entry.why) if entry else "not in the file"
-                cells.append(f'<td class="none" title="{why}">{escape(words)}</td>')
-        rows.append(f'<tr><th scope="row">{B}</th>{"".join(cells)}</tr>')
-    head = "".join(f'<th scope="col">{H}</th>' for H in hidden)
-    name = f"<strong>{escape(provider)}</strong>, {how_words(how)}"
-    return (
-        f"<figure><figcaption>{name}</figcaption>"
-        '<div class="scroll" tabindex="0" role="region" '
-        f'aria-label="speed-up of {escape(provider)}, {how_words(how)}, {escape(group.label)}"><table class="map"><thead><tr>'
-        f'<th class="corner">B \\ H</th>'
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></figure>"
-    )
+    hidden, batches = (sorted({size[axis] for size in at}) for axis in (0, 1))
+
+    def cell(H: int, B: int) -> tuple[str, str, str]:
+        entry = at.get((H, B))
+        spread = entry.speed_ups.get(how) if entry else None
+        if spread:
+            sign = {"win": "▲", "loss": "▼", "even": "="}[spread.verdict]
+            level = sum(spread.p50 >= level for level in LEVELS) - 4
+            return f"d{level}", f"{ratio(spread.p50)}\u202f{sign}", spread.words(ratio)
+        return "none", entry.status if entry and entry.status != "ok" else "", entry.why if entry else "not in the file"
+
+    rows = [(B, [cell(H, B) for H in hidden]) for B in batches]
+    return {"provider": provider, "how": how_words(how), "label": group.label, "hidden": hidden, "rows": rows}
 
 
-def _scale() -> str:
-    names = ["below 0.5", *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(LEVELS)), "2 and more"]
-    cells = "".join(f'<td class="d{level}">{name}</td>' for level, name in zip(range(-4, 5), names, strict=True))
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="colours"><table class="map scale-table"><tbody><tr>'
-        f"{cells}</tr></tbody></table></div>"
-    )
-
-
-def _heat_maps(facts: Facts) -> str:
-    parts = []
+def _heat_maps(facts: Facts) -> Iterator[tuple[str, list[dict]]]:
     warm = [how for how in facts.hows if how[1] == "warm"]
     for group in facts.groups("H", "B"):
-        maps = [_heat_map(facts, group, provider, how) for provider in facts.providers for how in warm]
-        if maps := [one for one in maps if one]:
-            parts.append(f'<h3>{escape(group.label)}</h3><div class="maps">{"".join(maps)}</div>')
-    intro = (
-        f"Time of {BASELINE} over that of the provider, warm L2: above 1 the provider is faster. "
-        "▲ faster, ▼ slower, = within the spread of the timings."
-    )
-    body = "".join(parts) if parts else "<p>No two cases differ in H or B alone.</p>"
-    return _section("Speed-up by H and B", f"<p>{intro}</p>{_scale() if parts else ''}{body}")
-
-
-def _section(heading: str, body: str) -> str:
-    return f'<section><h2 id="{slug(heading)}">{escape(heading)}</h2>{body}</section>'
-
-
-def _points(facts: Facts, group: Group, provider: str, axis: str, value: Callable[[Entry], Spread | None]) -> list:
-    """(x, spread) of each case of `group` for which the provider has a value."""
-    points = []
-    for case in group.cases:
-        entry = facts.of.get((case, provider))
-        if entry and entry.status == "ok" and (spread := value(entry)):
-            points.append((getattr(case, axis), spread))
-    return points
-
-
-def _a_step(entry: Entry) -> Spread | None:
-    return Spread(*(p / entry.case.T for p in vars(entry.time).values())) if entry.time else None
+        if maps := [*filter(None, (_heat_map(facts, group, name, how) for name in facts.providers for how in warm))]:
+            yield group.label, maps
 
 
 def _chart(facts: Facts, group: Group, axis: str, what: str) -> str | None:
-    """Time a step, or memory, of every provider that has any in `group`, over `axis`.
+    """Time a step, or memory, of every provider with figures in `group`, over `axis`. None if no provider has any.
 
     Memory is what is kept for backward, in inference the peak.
     """
     kept = any(facts.of[pair].saved_bytes for pair in facts.of if pair[0] in group.cases)
 
-    def memory(entry: Entry) -> Spread | None:
+    def value(entry: Entry) -> Spread | None:
+        if what == "time":
+            return entry.time.scaled(1 / entry.case.T) if entry.time else None
         amount = entry.saved_bytes if kept else entry.peak_bytes
         return Spread(*[amount / 2**20] * 3) if amount else None
 
-    found = [(name, _points(facts, group, name, axis, _a_step if what == "time" else memory)) for name in facts.providers]
-    series = [Series(name, points, facts.providers.index(name) % 8) for name, points in found if points]
+    series = []
+    for number, name in enumerate(facts.providers):
+        entries = [entry for case in group.cases if (entry := facts.of.get((case, name))) and entry.status == "ok"]
+        if points := [(getattr(entry.case, axis), spread) for entry in entries if (spread := value(entry))]:
+            series.append(Series(name, points, number % 8))
     if not series:
         return None
     floors: dict[str, list[tuple[float, float]]] = {}
@@ -162,64 +74,41 @@ def _chart(facts: Facts, group: Group, axis: str, what: str) -> str | None:
                 floors.setdefault(name, []).append((getattr(case, axis), seconds * 1e6 / case.T))
     words = {"time": ("time (µs a step)", "µs a step"), "memory": ("kept for backward (MiB)" if kept else "peak (MiB)", "MiB")}
     y_label, unit = words[what]
-    legend = "".join(f"<li>{key_mark(one.style)}{escape(one.name)}</li>" for one in series)
-    chart = line_chart(f"{group.label}: {y_label} over {AXES[axis]}", AXES[axis], y_label, series, floors, unit)
-    return f'<figure><figcaption>{escape(group.label)}</figcaption><ul class="legend">{legend}</ul>{chart}</figure>'
+    plan = charts.layout(f"{group.label}: {y_label} over {AXES[axis]}", AXES[axis], y_label, series, floors, unit)
+    return TEMPLATES.get_template("chart.html").module.figure(group.label, series, plan)
 
 
-def _charts(facts: Facts, axis: str, what: str) -> Iterator[tuple[bool, str]]:
-    """Charts over `axis`, of cases that differ in nothing else; first (True) the fullest of those that differ in H or B alone,
-    in the middle of them."""
+def _section(facts: Facts, heading: str, intro: str, axis: str, what: str = "time") -> dict:
+    """Charts over `axis`, each of cases that differ in nothing else.
+
+    Of the charts that differ in H or B alone, one with the most cases is shown. The rest is folded away.
+    """
     families: dict[str, list[Group]] = {}
     for group in facts.groups(axis):
         if len({getattr(case, axis) for case in group.cases}) > 1:
             families.setdefault(describe(group.cases[0], tuple({"H", "B", "I", axis})), []).append(group)
+    shown, rest = [], []
     for groups in families.values():
         most = max(len(group.cases) for group in groups)
         full = [group for group in groups if len(group.cases) == most]
-        first = full[(len(full) - 1) // 2]
         for group in groups:
             if chart := _chart(facts, group, axis, what):
-                yield group is first, chart
+                (shown if group is full[(len(full) - 1) // 2] else rest).append(chart)
+    return {"heading": heading, "intro": intro, "shown": shown, "rest": rest}
 
 
-def _chart_section(facts: Facts, heading: str, intro: str, axis: str, what: str = "time") -> str:
-    charts = list(_charts(facts, axis, what))
-    if not charts:
-        return ""
-    shown = "".join(chart for first, chart in charts if first)
-    rest = [chart for first, chart in charts if not first]
-    more = (
-        f'<details><summary>{len(rest)} more, at other sizes</summary><div class="charts">{"".join(rest)}</div></details>'
-        if rest else ""
-    )  # fmt: skip
-    return _section(heading, f'<p>{escape(intro)}</p><div class="charts">{shown}</div>{more}')
-
-
-def render(facts: Facts, title: str, lead: str, tables: dict[str, list[Table]]) -> str:
-    """The page. `tables`: "first", before the charts, and "last"."""
-    how = how_words(facts.hows[0] if facts.hows else MAIN)
-    spread = f"Markers are medians, {how}; whiskers reach from the 20th to the 80th percentile."
-    source = "No floor: it is known for GPUs only."
-    if facts.ceilings:
-        source = "Shaded: below the floor, the largest of three terms (dashed): FLOPs, bytes and exchange. Ceilings: "
-        source += f"{facts.ceilings.source}."
+def render(facts: Facts, title: str, tables: dict[str, list[Table]]) -> tuple[str, str]:
+    """The page and the Markdown. `tables`: those "first", before the charts, and those "last"."""
+    ours = [name for name in facts.providers if any(entry.ours for entry in facts.compared if entry.provider == name)]
+    verdicts = {name: [entry.main.verdict for entry in facts.compared if entry.provider == name] for name in ours}
+    macros = TEMPLATES.get_template("words.txt").module
+    intro = macros.intro(how_words(facts.hows[0] if facts.hows else MAIN), facts.ceilings)
+    lead = macros.lead(facts, verdicts)
     kept = "Kept for backward in training, the peak of a call in inference."
-    sections = [
-        *(_table(table) for table in tables["first"]),
-        _heat_maps(facts),
-        *(_chart_section(facts, f"Time a step over {AXES[axis]}", f"{spread} {source}", axis) for axis in "HTB"),
-        _chart_section(facts, "Memory over time steps T", kept, "T", "memory"),
-        *(_table(table) for table in tables["last"]),
-    ]
-    body = "".join(sections)
-    headings = [part.split("</h2>")[0].split(">")[-1] for part in sections if part]
-    links = "".join(f'<li><a href="#{slug(heading)}">{heading}</a></li>' for heading in headings)
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{style}</style></head><body><header><h1>{escape(title)}</h1><p>{escape(lead)}</p>"
-        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header><main>{body}</main>'
-        "<footer>Written by python -m benchmarks.report.</footer></body></html>\n"
-    )
+    found = [_section(facts, f"Time a step over {AXES[axis]}", intro, axis) for axis in "HTB"]
+    found = [one for one in [*found, _section(facts, "Memory over time steps T", kept, "T", "memory")] if one["shown"]]
+    headings = [table.heading for table in tables["first"]] + ["Speed-up by H and B"] + [one["heading"] for one in found]
+    headings += [table.heading for table in tables["last"]]
+    values = {"title": title, "lead": lead, "headings": headings, "charts": found, "scale": SCALE, "base": BASE, **tables}
+    html = TEMPLATES.get_template("page.html").render(maps=list(_heat_maps(facts)), **values)
+    return html, TEMPLATES.get_template("report.md").render(values)

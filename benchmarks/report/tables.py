@@ -1,37 +1,26 @@
-"""The tables of the report, as rows of text that the page and the Markdown file lay out."""
-
-from __future__ import annotations
+"""The tables of the report as rows of text. Templates lay them out."""
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from benchmarks.report.facts import BASELINE, Comparison, Facts, Spread, changes, describe, figure, ratio
-
-__all__ = [
-    "Table",
-    "change_tables",
-    "comparison_table",
-    "environment_table",
-    "failure_table",
-    "floor_table",
-    "memory_table",
-    "row_table",
-    "summary_table",
-]
+from benchmarks.report.facts import BASE, Entry, Facts, Spread, changes, describe, figure, ratio
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a heading. `kinds`: "win", "loss", "even" or "" for each row; numbers: columns set to the right."""
+class Table(NamedTuple):
+    """Rows of text under a heading."""
 
     heading: str
     intro: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
-    kinds: list[str]
-    numbers: frozenset[int] = frozenset()
-    shown: int = 20
+    kinds: list[str]  # "win", "loss", "even" or "" for each row; none: "" for all
+    numbers: Iterable[int] = ()  # the columns that are set to the right
+    shown: int = 20  # the rows that the page shows before it folds the rest away
+
+    @property
+    def rows_with_kinds(self) -> list[tuple[tuple[str, ...], str]]:
+        return list(zip(self.rows, self.kinds or [""] * len(self.rows), strict=True))
 
 
 def how_words(how: tuple[str, str]) -> str:
@@ -39,88 +28,77 @@ def how_words(how: tuple[str, str]) -> str:
     return name if how[1] == "warm" else f"{name}, {how[1]} L2"
 
 
-WORDS = {"win": "faster", "loss": "slower", "even": "within spread"}
+WORDS = {"win": "faster", "even": "within spread", "loss": "slower"}
 
 
-def comparison_table(facts: Facts, heading: str, intro: str, chosen: Iterable[Comparison], shown: int = 20) -> Table:
+def comparison_table(facts: Facts, heading: str, intro: str, chosen: Iterable[Entry], shown: int = 20) -> Table:
     chosen = list(chosen)
-    hows = [how for how in facts.hows if any(how in comparison.speed_ups for comparison in chosen)]
+    hows = [how for how in facts.hows if any(how in entry.speed_ups for entry in chosen)]
     rows = []
-    for one in chosen:
-        cells = [one.speed_ups[how].words(ratio) if how in one.speed_ups else "" for how in hows]
-        us = one.entry.time
-        rows.append(
-            (describe(one.entry.case), one.entry.provider, WORDS[one.worst.verdict], *cells, figure(us.p50 / one.entry.case.T))
-        )
+    for entry in chosen:
+        cells = [entry.speed_ups[how].words(ratio) if how in entry.speed_ups else "" for how in hows]
+        us = figure(entry.time.p50 / entry.case.T)
+        rows.append((describe(entry.case), entry.provider, WORDS[entry.worst.verdict], *cells, us))
     columns = ("case", "provider", "verdict", *(f"speed-up {how_words(how)}" for how in hows), "µs a step")
-    kinds = [one.worst.verdict for one in chosen]
-    return Table(heading, intro, columns, rows, kinds, frozenset(range(3, len(columns))), shown)
+    return Table(heading, intro, columns, rows, [entry.worst.verdict for entry in chosen], range(3, len(columns)), shown)
 
 
 def summary_table(facts: Facts) -> Table:
-    """A line for each provider: how often it is faster, slower, right, and how it fails."""
+    """A line for each provider: how often it is faster, slower, right, and how often it fails."""
     rows = []
     for provider in facts.providers:
         entries = [entry for entry in facts.entries if entry.provider == provider]
-        compared = [one for one in facts.comparisons if one.entry.provider == provider]
+        spreads = [entry.main for entry in entries if entry.speed_ups]
+        speed_ups, verdicts = [spread.p50 for spread in spreads], [spread.verdict for spread in spreads]
+        cells = [""] * 6
+        if spreads:
+            mean = math.exp(sum(map(math.log, speed_ups)) / len(speed_ups))
+            cells = [str(verdicts.count(kind)) for kind in WORDS] + [ratio(x) for x in (mean, min(speed_ups), max(speed_ups))]
         failed = sum(entry.status != "ok" for entry in entries)
-        verdicts = [one.main.verdict for one in compared]
-        mean = math.exp(sum(math.log(one.main.p50) for one in compared) / len(compared)) if compared else None
-        ends = [ratio(pick(one.main.p50 for one in compared)) if compared else "" for pick in (min, max)]
-        counts = [str(verdicts.count(name)) if compared else "" for name in ("win", "even", "loss")]
-        rows.append((provider, str(len(entries)), *counts, str(failed), ratio(mean) if mean else "", *ends))
-    intro = (
-        f"Speed-up is the time of {BASELINE} over that of the provider, {how_words(facts.hows[0]) if facts.hows else 'eager'}."
-    )
+        rows.append((provider, str(len(entries)), *cells[:3], str(failed), *cells[3:]))
+    how = how_words(facts.hows[0]) if facts.hows else "eager"
+    intro = f"Speed-up is the time of {BASE} over that of the provider, {how}."
     columns = ("provider", "cases", "faster", "within spread", "slower", "not timed", "geometric mean", "worst", "best")
-    return Table("Summary", intro, columns, rows, [""] * len(rows), frozenset(range(1, len(columns))))
+    return Table("Summary", intro, columns, rows, [], range(1, len(columns)))
 
 
 def failure_table(facts: Facts) -> Table:
-    """Rows without a time, those of one provider with one reason together."""
+    """Rows without a time. Rows of one provider with one reason stand together."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for entry in facts.failures:
         found.setdefault((entry.provider, entry.status, entry.why), []).append(describe(entry.case))
     rows = [
-        (provider, status, str(len(cases)), cases[0] if len(cases) == 1 else f"{cases[0]}; and {len(cases) - 1} more", why)
+        (provider, status, str(len(cases)), cases[0] + f"; and {len(cases) - 1} more" * (len(cases) > 1), why)
         for (provider, status, why), cases in found.items()
     ]
-    return Table(
-        "Not timed",
-        "Wrong results get no time; a provider that failed, or is not installed, says why.",
-        ("provider", "status", "cases", "which", "why"),
-        rows,
-        ["" if row[1] == "unavailable" else "loss" for row in rows],
-        frozenset({2}),
-    )
-
-
-def mib(count: int | None) -> str:
-    return "" if count is None else figure(count / 2**20)
+    kinds = ["" if row[1] == "unavailable" else "loss" for row in rows]
+    intro = "Wrong results get no time; a provider that failed, or is not installed, says why."
+    return Table("Not timed", intro, ("provider", "status", "cases", "which", "why"), rows, kinds, {2})
 
 
 def memory_table(facts: Facts) -> Table:
     """Bytes kept for backward and peak, each beside torch.nn's."""
     rows, kinds = [], []
     for entry in facts.entries:
-        base = facts.of.get((entry.case, BASELINE))
-        if entry.provider == BASELINE or base is None or (entry.saved_bytes is None and entry.peak_bytes is None):
+        base = facts.of.get((entry.case, BASE))
+        if entry.provider == BASE or base is None or (entry.saved_bytes is None and entry.peak_bytes is None):
             continue
         pairs = ((entry.saved_bytes, base.saved_bytes), (entry.peak_bytes, base.peak_bytes))
         ratios = [own / theirs if own is not None and theirs else None for own, theirs in pairs]
         cells = [
-            cell for (own, theirs), ratio in zip(pairs, ratios, strict=True)
-            for cell in (mib(own), mib(theirs), figure(ratio) if ratio is not None else "")
-        ]  # fmt: skip
+            "" if each is None else figure(each / unit)
+            for pair, ratio in zip(pairs, ratios, strict=True)
+            for each, unit in ((pair[0], 2**20), (pair[1], 2**20), (ratio, 1))
+        ]
         rows.append((describe(entry.case), entry.provider, *cells))
-        kinds.append("" if ratios[0] is None else "win" if ratios[0] < 1 else "loss" if ratios[0] > 1 else "even")
+        kinds.append("" if ratios[0] is None else Spread(*[1 / max(ratios[0], 1e-9)] * 3).verdict)
     columns = ("case", "provider", "kept MiB", "torch.nn's", "ratio", "peak MiB", "torch.nn's", "ratio")
     intro = "Kept for backward, without input and parameters, and the peak of a call above what was allocated before it."
-    return Table("Memory of each case", intro, columns, rows, kinds, frozenset(range(2, 8)), shown=0)
+    return Table("Memory of each case", intro, columns, rows, kinds, range(2, 8), shown=0)
 
 
 def floor_table(facts: Facts) -> Table | None:
-    """Every case with a GPU: its floor, what bounds it, and how near the fastest provider comes."""
+    """The floor of every case, its terms, and how near the fastest provider comes. None without a GPU."""
     rows = []
     for case in facts.cases:
         least = facts.floor(case)
@@ -134,11 +112,11 @@ def floor_table(facts: Facts) -> Table | None:
         return None
     columns = ("case", "floor", "FLOPs", "HBM", "L2", "exchange", "fastest", "by", "times the floor")
     intro = f"Microseconds a step. The floor is the largest of its four terms. Ceilings: {facts.ceilings.source}."
-    return Table("Floor of each case", intro, columns, rows, [""] * len(rows), frozenset({1, 2, 3, 4, 5, 6, 8}), shown=0)
+    return Table("Floor of each case", intro, columns, rows, [], {1, 2, 3, 4, 5, 6, 8}, shown=0)
 
 
 def row_table(facts: Facts) -> Table:
-    """Every row of the file with what stands nowhere else: its error, how long it compiled, which GPU kernels ran."""
+    """Every row of the file, with what no other table has: its error, its compile time, its GPU kernels."""
     rows = []
     for entry in facts.entries:
         times = [figure(entry.times[how].p50 / entry.case.T) if how in entry.times else "" for how in facts.hows]
@@ -148,46 +126,37 @@ def row_table(facts: Facts) -> Table:
         rows.append((describe(entry.case), entry.provider, entry.status, *times, worst, compiled, kernels))
     columns = ("case", "provider", "status", *(f"µs a step {how_words(how)}" for how in facts.hows))
     columns += ("error / allowed", "compile s", "kernels")
-    numbers = frozenset(range(3, len(columns) - 1))
     intro = "Medians; the largest error over the one that is allowed; seconds of the first call, where it compiles."
-    return Table("Every row", intro, columns, rows, [""] * len(rows), numbers, shown=0)
+    return Table("Every row", intro, columns, rows, [], range(3, len(columns) - 1), shown=0)
 
 
 def environment_table(facts: Facts) -> Table:
     rows = [(str(name), str(value)) for part in (facts.environment, facts.settings) for name, value in part.items()]
-    return Table("Environment and settings", "", ("what", "value"), rows, [""] * len(rows))
+    return Table("Environment and settings", "", ("what", "value"), rows, [])
 
 
 def change_tables(before: Facts, after: Facts) -> list[Table]:
-    """The changes, the largest slow-down first, and what differs between the two runs besides."""
-    found = sorted(changes(before, after), key=lambda change: -change.change.p50)
-    rows = []
-    for one in found:
-        unit, scale, digits = (f"of {BASELINE}'s", 1, ratio) if one.relative else ("µs a step", one.case.T, figure)
-        sides = [Spread(*(p / scale for p in vars(side).values())).words(digits) for side in (one.before, one.after)]
-        verdict = {"win": "faster", "loss": "slower", "even": "noise"}[one.verdict]
-        rows.append((describe(one.case), one.provider, how_words(one.how), verdict, f"{one.change.p50 - 1:+.1%}", unit, *sides))
-    kinds = [one.verdict for one in found]
-    counts = {kind: kinds.count(kind) for kind in ("loss", "even", "win")}
-    intro = (
-        f"{counts['loss']} slower, {counts['even']} within the spread of both runs (noise), {counts['win']} faster. "
-        "Change is that of the time; a change counts only where the spreads (20th to 80th percentile) do not meet."
-    )
+    """The changes, the largest slow-down first, and what else differs between the two runs."""
+    found = sorted(changes(before, after), key=lambda one: -one[0].p50)
+    kinds, rows = [change.inverse.verdict for change, *_ in found], []
+    for kind, (change, case, provider, how, sides, relative) in zip(kinds, found, strict=True):
+        unit, scale, digits = (f"of {BASE}'s", 1, ratio) if relative else ("µs a step", case.T, figure)
+        words = [side.scaled(1 / scale).words(digits) for side in sides]
+        verdict = {"win": "faster", "loss": "slower", "even": "noise"}[kind]
+        rows.append((describe(case), provider, how_words(how), verdict, f"{change.p50 - 1:+.1%}", unit, *words))
+    counts = map(kinds.count, ("loss", "even", "win"))
+    intro = "{} slower, {} within the spread of both runs (noise), {} faster. ".format(*counts)
+    intro += "Change is that of the time; a change counts only where the spreads (20th to 80th percentile) do not meet."
     columns = ("case", "provider", "how", "verdict", "change", "time", "before", "after")
-    tables = [Table("Before and after", intro, columns, rows, kinds, frozenset({4, 6, 7}))]
-    odd = [
-        (describe(case), provider, where)
-        for one, other, where in ((before, after, "before only"), (after, before, "after only"))
-        for (case, provider) in one.of
-        if (case, provider) not in other.of
-    ]
-    status = [
-        (describe(case), provider, f"{before.of[case, provider].status} before, {entry.status} after")
-        for (case, provider), entry in after.of.items()
-        if (case, provider) in before.of and before.of[case, provider].status != entry.status
-    ]
-    if odd or status:
-        rows = status + odd
+    tables = [Table("Before and after", intro, columns, rows, kinds, {4, 6, 7})]
+    rows = []
+    for case, provider in dict.fromkeys([*before.of, *after.of]):
+        old, new = (facts.of.get((case, provider)) for facts in (before, after))
+        if old is None or new is None:
+            rows.append((describe(case), provider, "before only" if old else "after only"))
+        elif old.status != new.status:
+            rows.append((describe(case), provider, f"{old.status} before, {new.status} after"))
+    if rows:
         kinds = ["loss" if row[2].startswith("ok") else "" for row in rows]
         tables.append(Table("In one file only, or of another status", "", ("case", "provider", "where"), rows, kinds))
     sides = [before.environment, after.environment]
@@ -195,5 +164,5 @@ def change_tables(before: Facts, after: Facts) -> list[Table]:
     rows = [(name, *(str(side.get(name, "")) for side in sides)) for name in names]
     if rows:
         intro = "A change can come from any of these."
-        tables.append(Table("What differs between the runs", intro, ("what", "before", "after"), rows, [""] * len(rows)))
+        tables.append(Table("What differs between the runs", intro, ("what", "before", "after"), rows, []))
     return tables

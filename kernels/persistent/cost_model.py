@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["StepTime", "hmma_clocks", "instructions_estimate", "plain_clocks", "step_time", "wgmma_clocks"]
+from rnnfast.kernels.hardware import (
+    BARRIER,
+    FMAS,
+    HMMA_ISSUE,
+    HMMA_LATENCY,
+    HOP,
+    ISSUE,
+    L2_BYTES,
+    MEMORY_BYTES,
+    PORT_BYTES,
+    SHARED_BYTES,
+    WGMMA,
+)
 
-HOP = 1100
-L2_BYTES = 24
-PORT_BYTES = 64
-MEMORY_BYTES = 14
-SHARED_BYTES = 128
-BARRIER = 35
-ISSUE = 2
-WGMMA = 18
-HMMA_LATENCY, HMMA_ISSUE = 33, 8
-FMAS = 128
+__all__ = ["StepTime", "hmma_clocks", "instructions_estimate", "plain_clocks", "step_time", "wgmma_clocks"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class StepTime:
         return sum(vars(self).values())
 
     def microseconds(self, gigahertz: float) -> float:
-        """At an SM clock of `gigahertz`; an H100 runs at up to 1.755 or 1.98."""
+        """The step at an SM clock of `gigahertz`; `rnnfast.kernels.hardware.GHZ` has those of GPUs."""
         return self.total / gigahertz / 1000
 
     def share(self) -> dict[str, float]:
@@ -78,20 +81,9 @@ def step_time(
     second_bytes: float = 0.0,
     cleared_bytes: float = 0.0,
 ) -> StepTime:
-    """A step's time by the model.
+    """The time of a step by the model. `rnnfast.kernels.hardware` has the constants and their sources.
 
-    The constants, each with its reason:
-
-    - HOP, 1100 clocks: 0.65 us at 1.7 GHz, a store's way to L2 and a load's there and back. From published latencies of L2 on
-      an H100 (about 270 clocks for a hit, more from the far half) with as much again for a poll that just missed the word.
-    - L2_BYTES, 24 a clock and SM: 5.5 TB/s over 132 SMs at 1.755 GHz, what all SMs together get out of an H100's L2.
-    - PORT_BYTES, 64 a clock: what one SM takes in from L2.
-    - MEMORY_BYTES, 14 a clock and SM: 3.35 TB/s, at which an H100 fills memory.
-    - SHARED_BYTES, 128 a clock: the bandwidth of an SM's shared memory. Weights that are not in registers are read from there
-      in each step.
-    - BARRIER, 35 clocks: a barrier of 4 to 8 warps that arrive together, with the wait for shared memory behind it.
-    - ISSUE, 2 clocks an instruction: with one or two warps on a scheduler nothing hides that an instruction waits 4 to 6 clocks
-      for the result before it, and about half of them do not wait.
+    Weights that are not in registers are read from shared memory in each step.
 
     Args:
         sms: of the GPU.

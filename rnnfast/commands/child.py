@@ -71,6 +71,10 @@ def rows(
                     if isinstance(row, dict):
                         yield row
             code = _wait(process, quiet)
+            if code == -signal.SIGKILL:
+                raise Failed("its process was killed, which is what Linux does when memory runs out", hung=False)
+            if code < 0:
+                raise Failed(f"its process ended with {signal.Signals(-code).name}", hung=False)
             if code != 0:
                 errors.seek(0)
                 said = [line.strip() for line in errors.read().splitlines() if line.strip()]

@@ -10,16 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 
 import torch
 import triton
 
+from rnnfast.numerics import words, worst
 from tests.ptx import mistakes
 from tests.ptx.cases import LAYERS
 from tests.ptx.gpu import Ran, simulated_gpu
-from tests.ptx.layer import Layer, Result, run
+from tests.ptx.layer import Layer, run
 from tests.ptx.memory import Fault
 
 KERNELS = (  # whose barriers are left out, one at a time
@@ -30,20 +32,15 @@ KERNELS = (  # whose barriers are left out, one at a time
 )
 
 
-def share(result: Result) -> float:
-    """Of the error allowed; a NaN is more than any."""
-    return 0.0 if result.error == 0 else result.error / result.allowed if result.error > 0 and result.allowed else float("inf")
-
-
 def checked(layer: Layer, seed: int) -> tuple[list[Ran], str, str]:
     """The kernels that ran, the result nearest to its limit in words, and what is wrong, or ""."""
     with simulated_gpu(seed) as simulation:
         try:
-            worst = max(run(layer), key=share)
+            nearest = worst(run(layer))
         except Fault as fault:
             return list(simulation.ran.values()), "", f"{type(fault).__name__}: {fault}"
-    words = f"{worst.tensor}: {worst.error:.1e} of {worst.allowed:.1e}"
-    return list(simulation.ran.values()), words, "" if worst.ok else f"error too large: {words}"
+    shown = f"{nearest.tensor}, {nearest.figure}: {nearest.ours:.1e} of {nearest.allowed:.1e}"
+    return list(simulation.ran.values()), shown, words(nearest)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,19 +70,19 @@ def main(argv: list[str] | None = None) -> int:
         )
         say("---", "---", "---:", "---:", "---")
     for layer in LAYERS[args.layers]:
-        ran, worst, wrong = checked(layer, args.seed)
+        ran, nearest, wrong = checked(layer, args.seed)
         faults[str(layer)] = wrong
         kernels = ", ".join(f"{kernel.name.removesuffix('_kernel')} {kernel.ctas} x {kernel.warps}" for kernel in ran)
         instructions, seconds = sum(kernel.instructions for kernel in ran), sum(kernel.seconds for kernel in ran)
-        say(layer, kernels, instructions, f"{seconds:.1f}", wrong or worst)
+        say(layer, kernels, instructions, f"{seconds:.1f}", wrong or nearest)
     if args.mistakes:
         say(f"mistake (Triton {triton.__version__})", "kernel", "noticed by", "words")
         say("---", "---", "---", "---")
         for mistake in mistakes.MISTAKES:
-            words, _ = mistakes.noticed(mistake)
-            by, _, rest = words.partition(": ")
+            noticed, _ = mistakes.noticed(mistake)
+            by, _, rest = noticed.partition(": ")
             faults[mistake.name] = "" if by in mistake.by else f"noticed by {by or 'nothing'}, not {mistake.by}: {rest}"
-            say(mistake.name, mistake.kernel, by or "NOTHING", rest)
+            say(mistake.name, mistake.kernel, by or "NOTHING", re.split("[:;]", rest)[0])
     if args.barriers:
         say(f"kernel (Triton {triton.__version__})", "barriers", "noticed when left out")
         say("---", "---:", "---:")

@@ -9,10 +9,13 @@ from tests.ptx.layer import Layer
 FAMILIES = ("step", "persistent")
 CELLS = ("lstm", "gru", "rnn_tanh")
 
-QUICK = tuple(Layer(*choice, "float16", inference=choice[1] == "lstm") for choice in product(FAMILIES, CELLS))
+QUICK = (
+    *(Layer(*choice, "float16", inference=choice[1] == "lstm") for choice in product(FAMILIES, CELLS)),
+    Layer("persistent", "rnn_tanh", "float16", B=9, marked=True, inference=False),
+)
 SWEEP = (
     *(Layer(*choice) for choice in product(FAMILIES, (*CELLS, "rnn_relu"), ("bfloat16", "tf32", "float32"))),
-    # two tiles of batch rows, of one of which no row runs; without a state before the first step where it is reversed
+    # two tiles of batch rows; in the persistent kernels, of the second no row runs
     *(Layer(*choice, B=9, marked=True) for choice in product(FAMILIES, CELLS, ("float16", "bfloat16", "tf32"))),
     *(Layer(*choice, "float16", B=9, T=5, marked=True, reverse=True) for choice in product(FAMILIES, CELLS)),
     # one row; odd sizes, which are padded and whose rows are not aligned; sizes whose sum the warps share

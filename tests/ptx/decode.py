@@ -50,6 +50,7 @@ class Code(NamedTuple):
 
     Attributes:
         steps: one for each instruction.
+        instructions: as they were.
         start: the registers at the start, but for those in `special` and `parameters`.
         special: "%tid.x" and the like -> index.
         parameters: name -> index.
@@ -57,6 +58,7 @@ class Code(NamedTuple):
     """
 
     steps: list[Plain | Turn | Jump]
+    instructions: list[Instruction]
     start: Registers
     special: dict[str, int]
     parameters: dict[str, int]
@@ -357,4 +359,4 @@ def decode(program: Program) -> Code:
     decoder = _Decoder(program)
     steps = [decoder.decode(instruction) for instruction in program.instructions]
     parameters = {key[1]: at for key, at in decoder.places.items() if key[0] == "parameter"}
-    return Code(steps, decoder.start, decoder.special, parameters, decoder.granules)
+    return Code(steps, program.instructions, decoder.start, decoder.special, parameters, decoder.granules)

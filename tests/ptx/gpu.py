@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from triton import knobs
 
-from benchmarks.offline import pretend_gpu
+from benchmarks.static.offline import pretend_gpu, settings
+from benchmarks.timing.cases import DTYPES
 from tests.ptx.decode import Code, decode
 from tests.ptx.machine import Machine, Region
 from tests.ptx.memory import Space
 from tests.ptx.parse import Program, parse
+
+__all__ = ["DTYPES", "Ran", "Simulation", "settings", "simulated_gpu"]
 
 Mistake = Callable[[str], str]  # from a kernel's PTX to one with something wrong
 

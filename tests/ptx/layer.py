@@ -10,9 +10,9 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 import rnnfast
-from benchmarks.offline import DTYPES, settings
 from rnnfast import ops
-from rnnfast.check import allowed, error
+from rnnfast.numerics import Contract, Verdict
+from tests.ptx.gpu import DTYPES, settings
 
 
 class Layer(NamedTuple):
@@ -20,7 +20,7 @@ class Layer(NamedTuple):
 
     family: str  # "step" or "persistent"
     cell: str  # "lstm", "gru", "rnn_tanh" or "rnn_relu"
-    dtype: str  # of `benchmarks.offline.DTYPES`
+    dtype: str  # of `DTYPES`
     H: int = 32
     B: int = 3
     T: int = 3
@@ -32,18 +32,6 @@ class Layer(NamedTuple):
     def __str__(self) -> str:
         options = " marked" * self.marked + " reversed" * self.reverse
         return f"{self.family} {self.cell} {self.dtype} H={self.H} B={self.B} T={self.T}{options}"
-
-
-class Result(NamedTuple):
-    """One tensor: its error and the error allowed."""
-
-    tensor: str
-    error: float
-    allowed: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.allowed
 
 
 class _Tf32Linear(torch.autograd.Function):
@@ -72,7 +60,7 @@ class _Tf32Products(TorchFunctionMode):
         return _Tf32Linear.apply(*args) if function is linear else function(*args, **(kwargs or {}))
 
 
-def run(layer: Layer, backward: bool = True) -> list[Result]:
+def run(layer: Layer, backward: bool = True) -> list[Verdict]:
     """A layer forward, `backward` and in inference, each tensor against the reference in float64."""
     dtype, tf32 = DTYPES[layer.dtype]
     generator = torch.Generator().manual_seed(0)
@@ -115,12 +103,8 @@ def run(layer: Layer, backward: bool = True) -> list[Result]:
             found |= {f"{name} in inference": out for name, out in zip(names, outs, strict=False)}
         return found
 
-    exact = everything(rnnfast.reference.layer, torch.float64)
     with _Tf32Products() if tf32 else nullcontext():
         common = everything(rnnfast.reference.layer, dtype)
     with settings(layer.family, tf32):
         ours = everything(ops.layer, dtype)
-    return [
-        Result(name, error(ours[name], right), allowed(error(common[name], right), right, dtype, tf32))
-        for name, right in exact.items()
-    ]
+    return Contract(lambda: everything(rnnfast.reference.layer, torch.float64), common, dtype, tf32).judge(ours)

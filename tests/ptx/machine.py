@@ -225,7 +225,7 @@ class Machine:
                 raise Deadlock("every warp waits at a barrier that others do not come to")
             if self.turns > TURNS * self.alive:
                 if not any(cta.posted for cta in self.ctas):
-                    raise Deadlock(f"nothing was stored in {self.turns} turns of {self.alive} warps")
+                    raise Deadlock(f"nothing was stored in {self.turns} turns of {self.alive} warps; {self.where()}")
                 self.show_all()
             warp = self.random.choice(self.ready)
             for _ in range(self.random.choice(BURSTS)):
@@ -235,6 +235,11 @@ class Machine:
             if cta.posted:
                 self.show(cta, self.random.random())
         self.show_all()
+
+    def where(self) -> str:
+        """What some warp is about to do."""
+        warp = self.random.choice(self.ready)
+        return f"warp {warp.number} of CTA {warp.cta.number} is at {self.code.instructions[warp.at]}"
 
     def show_all(self) -> None:
         for cta in self.ctas:

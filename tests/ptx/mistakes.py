@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from rnnfast.numerics import words, worst
+from tests.ptx.gpu import simulated_gpu
 from tests.ptx.layer import Layer, run
 from tests.ptx.memory import Fault
 
@@ -123,23 +125,21 @@ MISTAKES = (
 
 def outcome(layer: Layer, kernel: str, change: Callable[[str], str], seed: int) -> str:
     """What notices a changed kernel, and in which words; empty if nothing does."""
-    from tests.ptx.gpu import simulated_gpu
-
     with simulated_gpu(seed, {kernel: change}) as simulation:
         try:
             results = run(layer, backward="backward" in kernel)
         except Fault as fault:
             return f"{type(fault).__name__}: {fault}"
     assert kernel in simulation.ran, f"{kernel} did not run"
-    wrong = [result for result in results if not result.ok]
-    return f"numbers: {wrong[0].tensor} has an error of {wrong[0].error:.1e}, {wrong[0].allowed:.1e} allowed" if wrong else ""
+    wrong = words(worst(results))
+    return f"numbers: {wrong}" if wrong else ""
 
 
 def noticed(mistake: Mistake) -> tuple[str, int]:
     """What notices a mistake, and after how many schedules."""
     for seed in range(SCHEDULES):
-        if words := outcome(mistake.layer, mistake.kernel, mistake.change, seed):
-            return words, seed + 1
+        if found := outcome(mistake.layer, mistake.kernel, mistake.change, seed):
+            return found, seed + 1
     return "", SCHEDULES
 
 

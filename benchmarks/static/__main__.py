@@ -1,0 +1,97 @@
+"""A table of every kernel without a GPU: compiled by the launch code for absent GPUs, counted in machine code, predicted.
+
+    python -m benchmarks.static [--arch 80 90 100] [--json FILE] [--summary FILE] [--jobs N] [--fresh]
+                                [--family step] [--cells lstm gru] [--dtypes float16 tf32] [--hidden 128 768] [--batch 1 16]
+                                [--marked]
+    python -m benchmarks.static --show-terms LSTM 768 16
+
+For each shape the persistent kernels where they have a plan, else the step kernels and why. Without --cells, --dtypes, --hidden
+or --batch: the standard table. With --marked: the kernels as they are compiled for lengths and resets. docs/static.md says what
+the columns and the JSON's keys mean.
+
+No GPU has measured any of it.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks.static import text
+from benchmarks.static.offline import GPU_OF_ARCH
+from benchmarks.static.table import BATCH, CELLS, HIDDEN, SCHEMA, STANDARD, build, jobs_of
+from benchmarks.timing.cases import DTYPES
+from rnnfast.choice import kernel_plan
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description="Compiles, counts and predicts.")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(GPU_OF_ARCH))
+    parser.add_argument("--family", choices=kernel_plan.FAMILIES, help="step: the step kernels everywhere")
+    parser.add_argument("--cells", nargs="+", choices=CELLS)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
+    parser.add_argument("--hidden", type=_positive, nargs="+")
+    parser.add_argument("--batch", type=_positive, nargs="+")
+    parser.add_argument("--marked", action="store_true", help="the kernels for lengths and resets")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("--summary", metavar="FILE", help="also put the table in short into this page, docs/static.md")
+    parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--fresh", action="store_true", help="compile everything anew, to time it: Triton's cache is not used")
+    parser.add_argument(
+        "--show-terms", nargs=3, metavar=("CELL", "H", "B"), help="only the predicted step of one shape, by term"
+    )
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    chosen = args.cells, args.dtypes, args.hidden, args.batch
+    if args.show_terms:
+        cell, *sizes = args.show_terms
+        try:
+            chosen = (cell.lower(),), args.dtypes, *((_positive(size),) for size in sizes)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --show-terms: {error}")
+        if cell.lower() not in CELLS:
+            parser.error(f"argument --show-terms: no cell {cell!r}: choose from {', '.join(CELLS)}")
+    heading = f"### Triton {triton.__version__}"
+    for file in filter(None, (args.json, args.summary)):  # now, and not after minutes of compiling
+        try:
+            if file == args.json:
+                open(file, "a").close()
+            else:
+                text.put(Path(file).read_text(), heading, [])
+        except (OSError, ValueError) as error:
+            parser.error(f"{file}: {error}")
+    table = STANDARD
+    if args.family or any(chosen):
+        defaults = ("lstm",), ("float16",), HIDDEN, BATCH
+        table = [(args.family or "persistent", *(axis or default for axis, default in zip(chosen, defaults, strict=True)))]
+    print(f"triton {triton.__version__}, torch {torch.__version__}. Counted and predicted: no GPU has measured any of this.\n")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.fresh:
+            os.environ["TRITON_CACHE_DIR"] = folder
+        rows = build(jobs_of(table, args.arch, args.marked), args.jobs)
+    print("\n".join(text.show_terms(rows) if args.show_terms else text.show(rows)))
+    if args.json:
+        report = {"schema": SCHEMA, "triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1)
+    if args.summary:
+        page = Path(args.summary)
+        command = " ".join(["python -m benchmarks.static", *(sys.argv[1:] if argv is None else argv)])
+        page.write_text(text.put(page.read_text(), heading, text.summary(rows, command)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""What one compiled kernel does in a time step: counted in its machine code, compared with what its plan needs, and predicted.
+
+A row is a flat dict. docs/static.md says what each key means. `rnnfast.kernels.hardware` has the constants of the predictions.
+"""
+
+import math
+import re
+
+from triton.compiler import CompiledKernel
+
+from benchmarks.static import machine_code
+from benchmarks.static.machine_code import loaded, tally
+from rnnfast.kernels import hardware
+from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.persistent import cost_model
+from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
+from rnnfast.kernels.step.plan import StepPlan
+
+UNITS = ("HMMA", "HGMMA", "UTCHMMA")
+
+
+def code_of(built: CompiledKernel) -> dict:
+    """What the machine code says. Bytes are those that one program with a full tile asks for."""
+    registers, stack, text = machine_code.disassemble(built.asm["cubin"])
+    code = machine_code.Code(text)
+    loop, polls = code.loops()
+    threads = 32 * built.metadata.num_warps
+    assert not tally(code.instructions, "UBLKCP", "UTMALDG"), "a bulk copy, whose bytes are not in the machine code"
+    products = [at for at, each in enumerate(loop) if each.is_a(*UNITS)]
+    names = [name for name in built.src.fn.arg_names if built.src.signature[name] != "constexpr"]
+    in_ptx, weights = machine_code.Ptx(built.asm["ptx"]).loaded(names.index("w_ptr"))
+    in_code = loaded(loop, False)
+    product = code.products(loop, built.metadata.num_warps)
+    polled = sorted((loaded(poll, True) * threads for poll in polls), reverse=True)
+    exchange = {
+        f"{access} {width}"
+        for access, pattern in (("ld.volatile", r"ld\.volatile"), ("st.cg", r"st\.global\.cg"))
+        for width in re.findall(rf"{pattern}[\w.]*\.([bsuf]\d+)", built.asm["ptx"])
+    }
+    opcodes = {
+        "poll": sorted({each.opcode for poll in polls for each in poll if each.is_a("LDG") and each.strong}),
+        "publish": sorted({each.opcode for each in loop if each.is_a("STG") and each.strong}),
+    }
+    return {
+        "compiled": built.hash[:12], "registers": registers, "stack_bytes": stack,
+        "spills": tally(code.instructions, "LDL", "STL"),
+        "shared_bytes": built.metadata.shared, "warps": built.metadata.num_warps, "instructions": len(loop),
+        "instructions_beside_product": products[-1] - products[0] + 1 if products else 0,
+        "barriers": tally(loop, "BAR"), "retry_instructions": sum(map(len, polls)),
+        "retry_barriers": sum(tally(poll, "BAR") for poll in polls),
+        "unit": loop[products[0]].opcode.split(".")[0] if products else "FFMA",
+        "tensor_core_loop": product.instructions, "tensor_core_deep": product.deep, "multiplies_loop": product.multiplies,
+        "polled_bytes": sum(polled), "largest_poll_bytes": max(polled, default=0), "loaded_bytes": in_code * threads,
+        "weight_loaded_bytes": (weights + max(0, in_code - in_ptx)) * threads,  # and what the assembler added, if it did
+        "shared_read_bytes": product.read_bytes + threads * sum(each.bytes for each in loop if each.is_a("LDS", "LDSM")),
+        "polls": len(polls), **{name: ",".join(found) for name, found in opcodes.items()},
+        "exchange": ", ".join(sorted(exchange)),
+        "async_copies": tally(code.instructions, "LDGSTS") + built.asm["ttgir"].count("async_copy"),
+        "cooperative": bool(built.metadata.launch_cooperative_grid),
+    }  # fmt: skip
+
+
+def resident(code: dict, limits: GpuLimits) -> int:
+    """Programs that one SM can hold at once. Each takes 1 KiB of shared memory more than it asked for."""
+    registers = -(-code["registers"] // 8) * 8 * 32 * code["warps"]
+    of_shared = (limits.shared_bytes + 1024) // (code["shared_bytes"] + 1024)
+    return min(of_shared, limits.registers // registers, hardware.WARPS[limits.capability] // code["warps"])
+
+
+def _product(code: dict, rows: int, batch_rows: int, columns: int, itemsize: int, repeats: int) -> dict:
+    """The product of a step: (rows, columns) weights by (columns, batch_rows), `repeats` loops of the machine code.
+
+    The least possible are whole instructions of the smallest kind: 16 rows of weights, 8 batch rows and 32 bytes of the
+    summed axis.
+    """
+    whole = (16, 8, 32 // itemsize) if code["tensor_core_loop"] else (1, 1, 1)
+    least = math.prod(-(-size // unit) * unit for size, unit in zip((rows, batch_rows, columns), whole, strict=True))
+    done, instructions = code["multiplies_loop"] * repeats, code["tensor_core_loop"] * repeats
+    found = {"tensor_core": instructions, "tensor_core_least": math.ceil(instructions * least / done)}
+    return found | {"redundancy": round(done / least, 3)}
+
+
+def _terms(terms: dict[str, float], gpu: str) -> dict:
+    clocks = sum(terms.values())
+    predicted = {"predicted_clocks": round(clocks), "predicted_us": round(clocks / hardware.GHZ[gpu] / 1000, 3)}
+    return predicted | {f"term_{name}": round(amount) for name, amount in terms.items()}
+
+
+def _arithmetic(code: dict) -> float:
+    """Clocks of the product in the loop, by the model of the persistent kernels."""
+    if not code["tensor_core_loop"]:
+        return cost_model.plain_clocks(code["multiplies_loop"])
+    if code["unit"] == "HMMA":
+        deep = code["tensor_core_deep"]
+        return cost_model.hmma_clocks(deep, code["tensor_core_loop"] / deep, code["warps"])
+    return cost_model.wgmma_clocks(code["tensor_core_loop"])
+
+
+def persistent_row(
+    code: dict, cell: Cell, H: int, itemsize: int, backward: bool,
+    plan: PersistentPlan, programs: list[int], limits: GpuLimits, B: int,
+) -> dict:  # fmt: skip
+    """A row of a persistent kernel, of launches of `programs` one after another for a batch of `B` rows."""
+    gate_rows = 1 << (cell.gates - 1).bit_length()
+    rows = plan.BLOCK_H * (plan.PARTS if backward else gate_rows)
+    needed_rows = plan.BLOCK_H * (plan.PARTS if backward else cell.gates)
+    needed_columns = -(-H * (cell.gates if backward else 1) // plan.PARTS)
+    blocks = 1 if not backward else cell.grads if plan.H_PAD == H else cell.gates  # of units in a row of the exchange
+    sum_bytes = 4 * plan.PARTS * plan.H_PAD if plan.PARTS > 1 else 0
+    second_bytes = code["polled_bytes"] - code["largest_poll_bytes"]
+    partial_bytes = 0 if plan.SPLIT == 1 else 2 * plan.SPLIT * rows * plan.BLOCK_B * 4  # half written, half read
+    operand_bytes = max(0, code["shared_read_bytes"] - partial_bytes / 2)
+    arithmetic = _arithmetic(code)
+    clear = B * (blocks * plan.H_PAD * itemsize + sum_bytes)  # all of it before the first launch
+    counted = {
+        "gathered_bytes": code["largest_poll_bytes"], "weight_bytes": operand_bytes, "arithmetic": arithmetic,
+        "partial_bytes": partial_bytes, "barriers": code["barriers"], "second_bytes": second_bytes,
+        "instructions": code["instructions"] - code["instructions_beside_product"],
+    }  # fmt: skip
+    times = [
+        cost_model.step_time(sms=limits.sms, programs=count, **counted, cleared_bytes=0 if number else clear)
+        for number, count in enumerate(programs)
+    ]
+    time = sum(times[1:], times[0])
+    row = {
+        "programs": max(programs), "weights_reread_bytes": code["weight_loaded_bytes"] * sum(programs),
+        "gathered_bytes": code["polled_bytes"] * sum(programs), "gathered_sum_bytes": second_bytes * sum(programs),
+        "round_trips": code["polls"],
+        "gather_bound": "l2" if max(programs) * hardware.PORT_BYTES > limits.sms * hardware.L2_BYTES else "port",
+        "product_bound": "shared memory" if operand_bytes / hardware.SHARED_BYTES > arithmetic else "arithmetic",
+    }  # fmt: skip
+    product = _product(code, needed_rows, plan.BLOCK_B, needed_columns, itemsize, 1)
+    return product | row | _terms({name: share * time.total for name, share in time.share().items()}, limits.name)
+
+
+def step_row(code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: StepPlan, B: int, limits: GpuLimits) -> dict:
+    """A row of a step kernel for a batch of `B` rows.
+
+    Its loop is over chunks of the summed axis. A step takes the launch, the trips to L2, and the slowest of bytes, product and
+    instructions. Bytes and product are as in the model of the persistent kernels. In eager mode it takes at least the time that
+    the launch costs the host.
+    """
+    rows = plan.BLOCK_H * (1 if backward else cell.gates)
+    columns = H * (cell.gates if backward else 1)
+    chunks = -(-columns // plan.BLOCK_K)
+    programs = math.prod(plan.grid(B, H))
+    gathered = plan.BLOCK_B * plan.BLOCK_K * itemsize * chunks
+    loads = code["loaded_bytes"] * chunks
+    trips = -(-chunks // (plan.num_stages - 1)) + 1
+    sharing = -(-programs // limits.sms)  # programs that one SM runs, at once or in turn
+    bound = {
+        "loads": max(programs * loads / (hardware.L2_BYTES * limits.sms), sharing * loads / hardware.PORT_BYTES),
+        "product": sharing * _arithmetic(code) * chunks,
+        "issue": sharing * hardware.ISSUE * code["instructions"] * chunks,
+    }
+    slowest = max(bound, key=lambda name: bound[name])
+    device = {"start": float(hardware.LAUNCH), "trips": float(hardware.L2_TRIP * trips), slowest: bound[slowest]}
+    host = hardware.LAUNCH_HOST_US * hardware.GHZ[limits.name] * 1000 - sum(device.values())
+    row = {
+        "programs": programs, "weights_reread_bytes": code["weight_loaded_bytes"] * chunks * programs,
+        "gathered_bytes": gathered * programs, "gathered_sum_bytes": 0, "round_trips": trips,
+        "gather_bound": "", "product_bound": "",
+    }  # fmt: skip
+    terms = device | ({"host": host} if host > 0 else {})
+    return _product(code, rows, plan.BLOCK_B, columns, itemsize, chunks) | row | _terms(terms, limits.name)

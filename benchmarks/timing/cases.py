@@ -1,0 +1,151 @@
+"""What is measured. A `Case` is one layer or stack on one input in one mode; a named set is a list of cases.
+
+A case is the same on every machine. sets.txt has the sets. Only "quick" is another list on a CPU: its shapes are smaller there.
+"""
+
+import dataclasses
+import fnmatch
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}  # to the names that rnnfast.reference and the kernels have
+DTYPES = {  # of the tensors, and whether float32 products may use TF32
+    "float16": (torch.float16, False),
+    "bfloat16": (torch.bfloat16, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}
+MODES = ("inference", "forward", "backward", "training")
+
+
+class Unknown(ValueError):
+    """A name that does not exist. The message lists those that do."""
+
+    def __init__(self, what: str, name: str, choices) -> None:
+        super().__init__(f"unknown {what} {name!r}; there are: {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, its input, and which part of its work is timed.
+
+    Attributes:
+        cell: "LSTM", "GRU" or "RNN" (tanh).
+        T, B, I, H: time steps, batch, input size and hidden size.
+        layers, directions: of the stack. directions is 1 or 2.
+        dtype: a name in `DTYPES`. "tf32" is float32 whose products may use TF32, which a CPU does not have.
+        mode: "inference" (no gradients), "forward" (keeps what backward needs), "backward" (alone), or "training" (forward and
+            backward).
+        packed: the input is a PackedSequence with lengths spread evenly from T down to about T / 4.
+    """
+
+    cell: str
+    T: int
+    B: int
+    I: int
+    H: int
+    layers: int = 1
+    directions: int = 1
+    dtype: str = "float16"
+    mode: str = "training"
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        for field, choices in (("cell", CELLS), ("dtype", DTYPES), ("mode", MODES), ("directions", (1, 2))):
+            if getattr(self, field) not in choices:
+                raise Unknown(field, getattr(self, field), map(str, choices))
+        for field in ("T", "B", "I", "H", "layers"):
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
+                raise ValueError(f"{field} of a case must be a positive integer, got {getattr(self, field)!r}")
+
+    @property
+    def id(self) -> str:
+        """The name of the case, which --only-case matches."""
+        parts = [self.cell, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
+        parts += [f"L{self.layers}"] * (self.layers > 1) + ["bi"] * (self.directions == 2)
+        return "-".join([*parts, self.dtype, self.mode, *["packed"] * self.packed])
+
+    @classmethod
+    def parse(cls, name: str) -> "Case":
+        """The case with the id `name`; without I, I is H. Raises ValueError for a name that is no id."""
+        pattern = r"(\w+)-T(\d+)-B(\d+)(?:-I(\d+))?-H(\d+)(?:-L(\d+))?(-bi)?-(\w+)-(\w+?)(-packed)?"
+        match = re.fullmatch(pattern, name)
+        if not match:
+            raise ValueError(f"{name!r} is no case; one looks like LSTM-T1024-B16-I768-H768-L2-bi-float16-training-packed")
+        cell, T, B, I, H, layers, bi, dtype, mode, packed = match.groups()
+        return cls(cell, int(T), int(B), int(I or H), int(H), int(layers or 1), 2 if bi else 1, dtype, mode, bool(packed))
+
+    @property
+    def cell_name(self) -> str:
+        return CELLS[self.cell]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype][0]
+
+    @property
+    def tf32(self) -> bool:
+        return DTYPES[self.dtype][1]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths of the sequences of the batch, longest first. All are T if the case is not packed."""
+        if not self.packed:
+            return [self.T] * self.B
+        return [max(1, self.T - (3 * self.T * b) // (4 * max(1, self.B - 1))) for b in range(self.B)]
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def _cases(pattern: str) -> list[Case]:
+    """The cases that `pattern`, a line of sets.txt, stands for."""
+    if braces := re.search(r"\{(.*?)\}", pattern):
+        parts = braces[1].split(",")
+        return [case for part in parts for case in _cases(pattern.replace(braces[0], part, 1))]
+    return [Case.parse(pattern)]
+
+
+def _read_sets() -> dict[str, list[Case]]:
+    sets: dict[str, list[Case]] = {}
+    for line in Path(__file__).with_name("sets.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            found = sets.setdefault(line.strip("[]"), [])
+        elif line and not line.startswith("#"):
+            found += _cases(line.partition("  #")[0])
+    return sets
+
+
+_READ = _read_sets()
+SETS = [name for name in _READ if name != "quick cpu"]
+
+
+def named_set(name: str, device: str) -> list[Case]:
+    """The cases of the set `name` on "cuda" or "cpu". Raises `Unknown`."""
+    if name not in SETS:
+        raise Unknown("set", name, SETS)
+    return _READ["quick cpu" if name == "quick" and device == "cpu" else name]
+
+
+def chosen(sets: list[str], device: str, only: list[str] | None = None) -> list[tuple[str, Case]]:
+    """(set, case) of all cases of `sets`, each case once. With `only`: the cases whose id matches one of its patterns.
+
+    Raises:
+        Unknown: a set that does not exist, or a pattern that matches no case.
+    """
+    found: dict[str, tuple[str, Case]] = {}
+    for name in sets:
+        for case in named_set(name, device):
+            found.setdefault(case.id, (name, case))
+    if only is None:
+        return list(found.values())
+    matches = [fnmatch.filter(found, pattern) for pattern in only]
+    for pattern, ids in zip(only, matches, strict=True):
+        if not ids:
+            raise Unknown("case", pattern, found)
+    wanted = set(itertools.chain(*matches))
+    return [found[name] for name in found if name in wanted]
