@@ -49,14 +49,15 @@ class Family:
         package: has the host functions `forward` and `backward`, which take a plan.
         kind: of its plans.
         plan: (gates, B, H, itemsize, precision, backward, limits of the GPU, marked) to a plan, or to why there is none.
-            Arguments as in `rnnfast.kernels.persistent.plan.persistent_plan`.
+            Arguments as in `rnnfast.kernels.persistent.plan.persistent_plan`. On a CPU, which has no limits, a family that
+            does not wait gets None.
         waits: whether the programs of a grid wait for one another. Such a grid has to be resident as a whole, which takes a GPU
             with cooperative launch.
     """
 
     package: ModuleType
     kind: type[Plan]
-    plan: Callable[[int, int, int, int, str, bool, GpuLimits, bool], Plan | NoPlan]
+    plan: Callable[[int, int, int, int, str, bool, GpuLimits | None, bool], Plan | NoPlan]
     waits: bool
 
 

@@ -14,9 +14,10 @@ from side_by_side import together
 import rnnfast
 from rnnfast import ops, reference
 from rnnfast.choice import gpu, kernel_plan, obstacles, tuned, tuning_file
-from rnnfast.kernels import persistent, step
+from rnnfast.kernels import families, persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan, persistent_plans
 from rnnfast.kernels.step import plan
+from rnnfast.settings import KERNELS
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -68,17 +69,26 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="takes CPU tensors
 def test_other_names_are_refused(name, layer, device, monkeypatch):
     monkeypatch.setenv("RNNFAST_KERNELS", name)
     x = torch.zeros(2, 1, 3, device=device)
-    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of 'auto', 'step' or 'persistent', got '{name}'"):
+    first, *others = (repr(choice) for choice in KERNELS.choices)
+    known = f"{', '.join((first, *others[:-1]))} or {others[-1]}"
+    with pytest.raises(ValueError, match=f"RNNFAST_KERNELS should be one of {known}, got '{name}'"):
         layer.to(device)(x)
     with pytest.raises(ValueError, match="RNNFAST_KERNELS"):
         rnnfast.explain(layer, x)
 
 
-@pytest.mark.parametrize("name", [None, "", "auto", "step", "persistent"])
+@pytest.mark.parametrize("name", [None, "", *KERNELS.choices])
 def test_known_names(name, monkeypatch):
     if name is not None:
         monkeypatch.setenv("RNNFAST_KERNELS", name)
     assert kernel_plan.asked() == (name or "auto")
+
+
+def test_another_family(monkeypatch):
+    """A family whose programs do not wait for one another runs on CPU tensors, too."""
+    monkeypatch.setitem(families.FAMILIES, "twin", families.FAMILIES["step"])
+    choice = kernel_plan.choose("twin", 4, 3, 32, 4, "ieee", False, None)
+    assert choice.family == "twin" and choice.plan == choice.step and not choice.reason
 
 
 def test_choice_is_a_pure_function():

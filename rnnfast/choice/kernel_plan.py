@@ -113,7 +113,7 @@ def choose(
     step = step_plan(H, itemsize, precision)
     if family == "step":
         return Choice("step", step, step)
-    if gpu is None:
+    if gpu is None and FAMILIES[family].waits:
         reason = "on a CPU the programs of a grid run one after another, and these wait for each other"
         return Choice("step", step, step, family, reason)
     plan = FAMILIES[family].plan(gates, B, H, itemsize, precision, backward, gpu, marked)
