@@ -1,7 +1,7 @@
 """The families of kernels, each an entry of `FAMILIES`. A family is a way to run the recurrence of every cell.
 
 To add one, write a package with host functions `forward` and `backward`, which take what those of `rnnfast.kernels.step` take,
-and a class of plans. Then add its entry here and its name to `rnnfast.choice.kernel_plan.FAMILIES`.
+and a class of plans. Then add its entry here and its name to `rnnfast.settings.KERNELS`.
 """
 
 from __future__ import annotations

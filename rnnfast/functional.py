@@ -29,7 +29,8 @@ from rnnfast.choice import kernel_plan
 from rnnfast.choice.decide import check_backend, decide, tell
 from rnnfast.nn import options as call_options
 from rnnfast.nn.base import checkpointed
-from rnnfast.nn.checks import STATES, check_function, check_recompute, onednn_trains, read_options
+from rnnfast.nn.checks import check_function, check_recompute, onednn_trains, read_options
+from rnnfast.reference import STATES
 
 __all__ = ["gru", "lstm", "rnn"]
 

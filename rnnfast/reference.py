@@ -100,6 +100,7 @@ CELLS = {
     "rnn_relu": Cell(rnn_relu_step, states=1, gates=1, saved=0, grads=1),
 }
 STEPS = {name: cell.step for name, cell in CELLS.items()}
+STATES = {name: cell.states for name, cell in CELLS.items()}
 GATES = {name: cell.gates for name, cell in CELLS.items()}
 SAVED = {name: cell.saved for name, cell in CELLS.items()}
 

@@ -34,23 +34,31 @@ def gradients(cell, needs, edited, device, **options):
 @pytest.mark.parametrize("cell", list(reference.CELLS))
 def test_what_backward_reads(cell, recompute, device):
     """For each cell and set of gradients: an edit of what backward reads is refused, any other changes no bit of them."""
-    for needs in NEEDS[:1] if recompute or cell == "lstm" else NEEDS:
+    spec = reference.CELLS[cell]
+    for needs in NEEDS[:1] if recompute or not spec.allows_edits else NEEDS:
         read = {"w_hh"}
-        if cell == "lstm":  # as torch.nn's
+        if not spec.allows_edits:
             read |= {"x", "h0", "c0", "w_ih", "b_ih", "b_hh", "y"}
         if "x" in needs:
             read |= {"w_ih"}
         if "w_ih" in needs:
             read |= {"x"}
-        if "w_hh" in needs or cell == "gru":
+        if "w_hh" in needs or spec.reads_h_before:
             read |= {"h0"}
-        if recompute and cell == "gru":
+        if recompute and spec.saved:
             read |= {"x", "h0", "w_ih", "b_ih", "b_hh"}
         expected = gradients(cell, needs, None, device, recompute=recompute)
         for name in ("x", "h0", "w_ih", "w_hh", "b_ih", "b_hh", "y"):
             found = gradients(cell, needs, name, device, recompute=recompute)
             assert (found is None) == (name in read), (needs, name)
             assert found is None or equal(found, expected), (needs, name)
+
+
+def test_edits_as_torch_nn_allows_them():
+    """torch.nn's LSTM on a CPU refuses edits, its GRU and RNN allow them. Backward of an RNN's step does not read h_{t-1}."""
+    found = {cell: (spec.allows_edits, spec.reads_h_before) for cell, spec in reference.CELLS.items()}
+    assert [found[cell] for cell in ("gru", "rnn_tanh", "rnn_relu")] == [(True, True), (True, False), (True, False)]
+    assert not found["lstm"][0]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -65,7 +73,7 @@ def test_what_is_saved(cell, recompute, device):
     known = {tensor.data_ptr(): name for name, tensor in (tensors | {"y": y}).items()}
     found = [known.get(tensor.data_ptr(), (tuple(tensor.shape), tensor.dtype)) for tensor in packed if tensor.numel()]
     expected = [*tensors, "y"] + [((T, B, blocks * H), y.dtype)] * (blocks > 0)
-    assert found == expected + [((T, B, H), torch.float32)] * (cell == "lstm")
+    assert found == expected + [((T, B, H), torch.float32)] * (reference.STATES[cell] - 1)
 
 
 def test_nothing_is_saved_of_a_frozen_layer_on_a_constant(device):

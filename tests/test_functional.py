@@ -1,31 +1,30 @@
 """The functions of one layer and one direction: results, errors, backends."""
 
+from functools import partial
+
 import pytest
 import torch
 from layers import B, H, I, T, close, equal, flat, pair, run, states
 
 import rnnfast
-from rnnfast import functional, reference
+from rnnfast import functional, reference, torch_private
 
 pytestmark = pytest.mark.numerical
 
-FUNCTIONS = {
-    "lstm": functional.lstm,
-    "gru": functional.gru,
-    "rnn_tanh": functional.rnn,
-    "rnn_relu": lambda *args, **kwargs: functional.rnn(*args, nonlinearity="relu", **kwargs),
-}
+RNN = {f"rnn_{name}": partial(functional.rnn, nonlinearity=name) for name in ("tanh", "relu")}
+FUNCTIONS = {cell: RNN.get(cell) or getattr(functional, cell) for cell in reference.CELLS}
+WITH_A_MODULE = [cell for cell in FUNCTIONS if torch_private.has_operator(cell)]
 
 
 def arguments(cell, device, given=True, bias=True):
     G = reference.GATES[cell]
     new = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
-    hx = None if not given else (new(B, H), new(B, H)) if cell == "lstm" else new(B, H)
+    hx = None if not given else (new(B, H), new(B, H)) if reference.STATES[cell] > 1 else new(B, H)
     return [new(T, B, I), hx, new(G * H, I), new(G * H, H), *([new(G * H), new(G * H)] if bias else [])]
 
 
 @pytest.mark.parametrize("backend", rnnfast.BACKENDS)
-@pytest.mark.parametrize("cell", FUNCTIONS)
+@pytest.mark.parametrize("cell", WITH_A_MODULE)
 def test_function_equals_module(cell, backend, device):
     """A function with a module's weights gives the module's outputs, and torch.nn's gradients, on every backend."""
     name = cell.split("_")[0].upper()

@@ -23,7 +23,7 @@ def make(cell, device, dtype=torch.float32, T=T, B=B, I=I, H=H, states=True, bia
     rows = reference.GATES[cell] * H
     shapes = {"x": (T, B, I)}
     if states:
-        shapes |= {"h0": (B, H)} | ({"c0": (B, H)} if cell == "lstm" else {})
+        shapes |= {"h0": (B, H)} | ({"c0": (B, H)} if reference.STATES[cell] > 1 else {})
     shapes |= {"w_ih": (rows, I), "w_hh": (rows, H)} | ({"b_ih": (rows,), "b_hh": (rows,)} if bias else {})
     size = {"x": scale, "w_ih": I**-0.5, "w_hh": H**-0.5}
     made = {name: torch.randn(*shape, device=device) * size.get(name, 1) for name, shape in shapes.items()}

@@ -19,7 +19,7 @@ from rnnfast.kernels import cells
 
 PHASES = {("forward", True): "training", ("forward", False): "inference", ("backward", True): "backward"}
 SCHEMA = 1
-CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+CELLS = tuple(cells.CELLS)
 HIDDEN = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 BATCH = (1, 8, 16, 64, 128, 256)
 IDENTITY = ("arch", "cell", "dtype", "hidden", "batch", "family", "direction", "training", "marked")  # of a row

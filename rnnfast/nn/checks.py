@@ -17,10 +17,9 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnfast import torch_private
 from rnnfast.choice.obstacles import autocast
 from rnnfast.nn.options import CallOptions
-from rnnfast.reference import GATES
+from rnnfast.reference import GATES, STATES
 
 __all__ = [
-    "STATES",
     "cell_fits",
     "check_function",
     "check_recompute",
@@ -31,7 +30,6 @@ __all__ = [
     "states_of",
 ]
 
-STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}  # how many each cell carries from step to step
 ONEDNN = ("lstm",)  # the cells that PyTorch has one operator of oneDNN for, on a CPU
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 

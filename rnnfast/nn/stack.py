@@ -12,9 +12,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from rnnfast import ops, reference, torch_private
 from rnnfast.nn.base import checkpointed
-from rnnfast.nn.checks import STATES, states_of
+from rnnfast.nn.checks import states_of
 from rnnfast.nn.options import CallOptions, packed_like, padded
 from rnnfast.ops.dropout import dropout
+from rnnfast.reference import STATES
 
 __all__ = ["LAYERS", "TRACES", "by_packing", "run"]
 

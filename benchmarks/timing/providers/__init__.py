@@ -17,6 +17,7 @@ from benchmarks.timing.cases import Case, Unknown
 from benchmarks.timing.problem import Problem, Ready, of_module
 from rnnfast import reference
 from rnnfast.choice.obstacles import tensor_obstacles
+from rnnfast.settings import KERNELS
 
 BASE = "torch.nn"  # every other provider is compared with it
 UNROLLED_STEPS = 8  # Inductor takes minutes for 32 steps of a small LSTM in training
@@ -89,9 +90,9 @@ class RnnFast(Provider):
             which = told.details
             if problem.case.mode in ("inference", "forward"):
                 which = which.partition("backward: ")[0]
-            others = [name for name in ("step", "persistent") if name != self.family and f"{name} kernels" in which]
+            others = [name for name in KERNELS.choices if name != self.family and f"{name} kernels" in which]
             if others or f"{self.family} kernels" not in which:
-                raise Unavailable(which.partition("not persistent: ")[2].partition(";")[0].strip() or which)
+                raise Unavailable(which.partition(f"not {self.family}: ")[2].partition(";")[0].strip() or which)
             if problem.device == "cpu":
                 ready.note = "in Triton's interpreter: no time of it means anything"
         return ready
