@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from unittest import mock
 
@@ -212,22 +213,23 @@ def tail(shares: list[float], largest: float) -> float:
 
 
 def power(draws: int) -> int:
-    """Runs the study, each set of instructions in processes of its own, and prints the tables."""
-    found: dict[str, list[dict]] = {}
+    """Runs the study, each set of instructions in a process of its own, and prints the tables."""
     here = {name: env for name, env in SETS.items() if _has(env)}
     for name in SETS.keys() - here.keys():
         print(f"{name}: this CPU does not have it")
     each = -(-draws // len(here))
-    workers = []
-    for n, (name, env) in enumerate(here.items()):
-        command = [sys.executable, "-m", "tests.power", str(n * each), str((n + 1) * each)]
-        workers.append((name, subprocess.Popen(command, env=os.environ | env, stdout=subprocess.PIPE, text=True)))
-    for name, worker in workers:
-        out, _ = worker.communicate()
-        if worker.returncode:
-            raise RuntimeError(f"the study on {name} ended with exit code {worker.returncode}")
-        found[name] = [json.loads(line) for line in out.splitlines()]
+    spans = {name: (n * each, (n + 1) * each) for n, name in enumerate(here)}
+    with ThreadPoolExecutor() as pool:  # a process whose output nobody reads would soon wait
+        rows = pool.map(lambda name: _run(here[name], *spans[name]), here)
+        found: dict[str, list[dict]] = dict(zip(here, rows, strict=True))
     return report(found)
+
+
+def _run(env: dict[str, str], first: int, end: int) -> list[dict]:
+    """The blocks of a study, from a process of its own."""
+    command = [sys.executable, "-m", "tests.power", str(first), str(end)]
+    done = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def _has(env: dict[str, str]) -> bool:

@@ -79,6 +79,7 @@ class Warp:
             return
         for region, which in self.machine.regions_of(at):
             offsets = at[which] - region.begin
+            self.machine.show_own(self.cta, region.space, offsets, size * len(values))
             region.space.claim(offsets, size, values[:, which], accesses[which])
             self.machine.post(self.cta, Posted(region.space, offsets, size, values[:, which]))
 
@@ -178,7 +179,6 @@ class Machine:
         return [(self.regions[i], np.flatnonzero(indices == i)) for i in np.unique(indices)]
 
     def post(self, cta: Cta, store: Posted) -> None:
-        self.show_own(cta, store.space, store.offsets, store.size * len(store.values))
         self.turns = 0
         cta.posted.append(store)
         if self.random.random() < 0.5:

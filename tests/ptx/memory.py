@@ -8,6 +8,7 @@ write, are a race unless one of these orders them:
 - They are by threads of one warp, with a ``bar.warp.sync`` between.
 - Both are strong: they then are an exchange of words, each of which is its own flag.
 - Both are writes of the same value. Threads that hold copies of a value all store it, and any of them may be the last.
+- One stores to global memory what is there already, which no other access can tell.
 
 The bytes that a ``cp.async`` writes are nobody's from the copy to its wait.
 
@@ -151,17 +152,21 @@ class Space:
         where, now = self.granules(offsets, size * count, accesses)
         if self.copying and self.pending[where].any():
             raise Race(f"cp.async, then a write without its wait: {self.name}")
+        there = np.stack([self.views[size][offsets // size + i] for i in range(count)])
+        equal = np.repeat((there == values).T.ravel(), len(where) // values.size)
         before = self.writes[where]
-        self.writes[where] = now
+        self.writes[where] = now if self.own else np.where(equal, before, now)
         if (conflicts := self.conflicts(before, now)) is not None:
-            there = np.stack([self.views[size][offsets // size + i] for i in range(count)])
-            conflicts &= ~np.repeat((there == values).T.ravel(), len(where) // values.size)
+            conflicts &= ~equal
             if conflicts.any():
                 raise self.race(conflicts, before, now, where, "a write, then a write of something else")
             self.writes[where] = _merged(before, now)
         before = self.reads[where]
         if (conflicts := self.conflicts(before, now)) is not None:
-            raise self.race(conflicts, before, now, where, "a read, then a write")
+            if not self.own:
+                conflicts &= ~equal
+            if conflicts.any():
+                raise self.race(conflicts, before, now, where, "a read, then a write")
         self.written[where] = True
         return where
 
