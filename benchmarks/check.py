@@ -196,9 +196,7 @@ def update(part: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.check", description="Static counts and CPU cost against baselines."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--bisect", action="store_true", help="find the first commit that made a figure worse")
     parser.add_argument("--update", action="store_true", help="write new baselines")

@@ -16,6 +16,7 @@ import string
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,11 +45,8 @@ OPTIONS: dict[str, dict] = {
 }
 
 
-def _packed(kind: str) -> Callable:
-    def change(layer: torch.nn.RNNBase, x: Tensor) -> PackedSequence:
-        return pack_padded_sequence(x, LENGTHS[kind], batch_first=layer.batch_first, enforce_sorted=kind == "sorted")
-
-    return change
+def _packed(kind: str, layer: torch.nn.RNNBase, x: Tensor) -> PackedSequence:
+    return pack_padded_sequence(x, LENGTHS[kind], batch_first=layer.batch_first, enforce_sorted=kind == "sorted")
 
 
 # how a (T, B, I) or (B, T, I) input is changed, and whether there is an hx
@@ -58,8 +56,8 @@ FORMS: dict[str, tuple[Callable, bool]] = {
     "(T, I), hx": (lambda layer, x: x[:, 0] if not layer.batch_first else x[0], True),
     "T = B = 1": (lambda layer, x: x[:1, :1], True),
     "strided": (lambda layer, x: torch.cat([x, x], -1).flip(0)[..., ::2], True),
-    "packed": (_packed("sorted"), False),
-    "packed, unsorted, hx": (_packed("unsorted"), True),
+    "packed": (partial(_packed, "sorted"), False),
+    "packed, unsorted, hx": (partial(_packed, "unsorted"), True),
 }
 
 

@@ -179,9 +179,7 @@ def tune_all(report: Report, until: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check", description="Is everything right on a GPU, and how fast."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu-check"), help="folder for the results")
     parser.add_argument("--skip-tests", action="store_true", help="all but the tests")
     args = parser.parse_args(argv)

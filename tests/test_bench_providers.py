@@ -1,8 +1,11 @@
-"""The providers on small cases, on a CPU: right, or refused a time; what is kept for backward."""
+"""The providers on small cases, on a CPU: right, or refused a time; what is kept for backward; pytest-benchmark."""
 
 import json
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,3 +346,21 @@ def test_cpu_overhead_puts_forward_back(monkeypatch):
 
 def test_providers_say_what_they_are():
     assert all(isinstance(provider, Provider) and provider.name == name for name, provider in all_providers().items())
+
+
+# pytest-benchmark
+
+
+def test_pytest_benchmark(tmp_path):
+    """`pytest benchmarks/` times what can run here, and writes its JSON."""
+    root = Path(__file__).resolve().parent.parent
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))}
+    kept |= {"BENCHMARK_SET": "quick", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "benchmarks/"]
+    command += ["-k", "LSTM-T1- and inference and (torch.nn or loop or haste) and not compile"]
+    command += [f"--benchmark-json={tmp_path / 'out.json'}"]
+    done = subprocess.run(command, cwd=root, env=kept, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert [entry["extra_info"]["provider"] for entry in found] == ["torch.nn", "loop"]
+    assert {entry["group"] for entry in found} == {"LSTM-T1-B1-I8-H8-float32-inference"}

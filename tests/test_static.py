@@ -56,12 +56,15 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
+IDENTITY = ("arch", "cell", "dtype", "hidden", "batch", "family", "direction", "training", "marked")  # of a row
+
+
 def check(table, arch, marked=False):
     """Compile `table` and hold what matters of each row; returns the rows."""
     rows = json.loads(run("-c", BUILD, json.dumps(table), f"[{arch}]", json.dumps(marked)))
     plans: dict[tuple, set[str]] = {}
     for row in rows:
-        name = " ".join(str(row[key]) for key in tables.IDENTITY) + f": {row['plan']}"
+        name = " ".join(str(row[key]) for key in IDENTITY) + f": {row['plan']}"
         assert row["stack_bytes"] == 0 and row["spills"] == 0, name
         assert (row["unit"] == "FFMA") == (row["dtype"] == "float32"), name  # IEEE float32 has no tensor core
         if row["unit"] != "FFMA":  # the cell's own multiplies are not told from those of a plain product
@@ -71,7 +74,7 @@ def check(table, arch, marked=False):
         assert row["variants"] == 1, name
         tile = [
             row[key]
-            for key in (*tables.IDENTITY, "block_b", "block_h", "block_k", "split", "parts", "in_registers", "warps")
+            for key in (*IDENTITY, "block_b", "block_h", "block_k", "split", "parts", "in_registers", "warps")
             if key != "batch"
         ]
         plans.setdefault(tuple(tile), set()).add(row["compiled"])

@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from benchmarks.timing.cases import DTYPES
 from benchmarks.timing.measure import Call, stopwatch
+from benchmarks.timing.problem import tf32
 from rnnfast.kernels.persistent.exchange import clear_kernel, poll, publish
 
 WORDS = 32  # of a message: one for each lane of a warp
@@ -85,12 +87,10 @@ def measure() -> dict:
     blocks = properties.L2_cache_size // 4 // (4 * READ_BLOCK)
     l2_seconds = _seconds(lambda: read_kernel[(programs,)](source, target, blocks, rounds, BLOCK=READ_BLOCK, num_warps=8))
     l2 = 4 * READ_BLOCK * programs * rounds / min(l2_seconds)
-    before = torch.backends.cuda.matmul.fp32_precision
-    flops = {name: _flops(getattr(torch, name)) for name in ("float16", "bfloat16")}
-    for name, precision in (("tf32", "tf32"), ("float32", "ieee")):
-        torch.backends.cuda.matmul.fp32_precision = precision
-        flops[name] = _flops(torch.float32)
-    torch.backends.cuda.matmul.fp32_precision = before
+    flops = {}
+    for name, (dtype, allowed) in DTYPES.items():
+        with tf32(allowed):
+            flops[name] = _flops(dtype)
     long, short = (statistics.median(_seconds(lambda n=n: ping_pong("cuda", n))) for n in (HOPS, HOPS // 8))
     hop = (long - short) / (HOPS - HOPS // 8)
     return {"hbm_bytes_per_s": hbm, "l2_bytes_per_s": l2, "flops_per_s": flops, "exchange_us": hop * 1e6}

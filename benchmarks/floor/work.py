@@ -52,7 +52,6 @@ class Floor:
 
     The terms can overlap (one batch tile waits while another computes), so the floor is their maximum. `no_overlap` is their
     sum, which a program that does one after another cannot beat.
-
     """
 
     compute: float  # the FLOPs at the peak rate
@@ -71,10 +70,6 @@ class Floor:
     @property
     def no_overlap(self) -> float:
         return sum(self.terms.values())
-
-    @property
-    def bound_by(self) -> str:
-        return max(self.terms, key=self.terms.get)
 
 
 def _words_per_element(gates: int, sms: int) -> float:

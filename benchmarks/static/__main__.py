@@ -84,8 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(text.show_terms(rows) if args.show_terms else text.show(rows)))
     if args.json:
         report = {"schema": SCHEMA, "triton": triton.__version__, "torch": torch.__version__, "rows": rows}
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        Path(args.json).write_text(json.dumps(report, indent=1))
     if args.summary:
         page = Path(args.summary)
         command = " ".join(["python -m benchmarks.static", *(sys.argv[1:] if argv is None else argv)])

@@ -155,18 +155,14 @@ class Ptx(Code):
 
     def loaded(self, argument: int) -> tuple[int, int]:
         """Bytes that the loads in the largest loop bring to a thread, without polls: in all, and of argument `argument`."""
-        pointers: set[str] = set()
-        known = None
-        while known != len(pointers):  # a loop carries pointers back to its begin
-            known = len(pointers)
-            for each in self.instructions:
-                written, _, read = each.operands.partition(", ")
-                if each.is_a("ld", "st", "cp"):
-                    derived = each.opcode.startswith("ld.param") and read.endswith(f"_param_{argument}]")
-                else:
-                    derived = not pointers.isdisjoint(re.findall(r"%rd\d+", read))
-                if derived:
-                    pointers.add(written)
+        flow = nx.DiGraph()  # from the argument, and from each 64-bit register, to what is computed from it
+        for each in self.instructions:
+            written, _, read = each.operands.partition(", ")
+            if each.opcode.startswith("ld.param") and read.endswith(f"_param_{argument}]"):
+                flow.add_edge("argument", written)
+            elif not each.is_a("ld", "st", "cp"):
+                flow.add_edges_from((register, written) for register in re.findall(r"%rd\d+", read))
+        pointers = nx.descendants(flow, "argument") if "argument" in flow else set()
         of_all = of_argument = 0
         for each in (self.instructions[at] for at in self.largest()):
             if each.opcode.startswith("ld.global"):

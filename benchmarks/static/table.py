@@ -22,7 +22,6 @@ SCHEMA = 1
 CELLS = tuple(cells.CELLS)
 HIDDEN = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 BATCH = (1, 8, 16, 64, 128, 256)
-IDENTITY = ("arch", "cell", "dtype", "hidden", "batch", "family", "direction", "training", "marked")  # of a row
 HELPERS = ("clear_kernel", "pack_kernel")  # launched once a launch of a persistent kernel
 STEPS = (3, 1)  # numbers of time steps: neither may make a kernel of its own
 

@@ -3,9 +3,9 @@
 A case is the same on every machine. sets.txt has the sets. Only "quick" is another list on a CPU: its shapes are smaller there.
 """
 
+import configparser
 import dataclasses
 import fnmatch
-import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,13 +111,10 @@ def _cases(pattern: str) -> list[Case]:
 
 
 def _read_sets() -> dict[str, list[Case]]:
-    sets: dict[str, list[Case]] = {}
-    for line in Path(__file__).with_name("sets.txt").read_text(encoding="utf-8").splitlines():
-        if line.startswith("["):
-            found = sets.setdefault(line.strip("[]"), [])
-        elif line and not line.startswith("#"):
-            found += _cases(line.partition("  #")[0])
-    return sets
+    lines = configparser.ConfigParser(allow_no_value=True, delimiters="=", inline_comment_prefixes="#")
+    lines.optionxform = str  # a case keeps its capitals
+    lines.read(Path(__file__).with_name("sets.txt"), encoding="utf-8")
+    return {name: [case for pattern in lines[name] for case in _cases(pattern)] for name in lines.sections()}
 
 
 _READ = _read_sets()
@@ -141,11 +138,7 @@ def chosen(sets: list[str], device: str, only: list[str] | None = None) -> list[
     for name in sets:
         for case in named_set(name, device):
             found.setdefault(case.id, (name, case))
-    if only is None:
-        return list(found.values())
-    matches = [fnmatch.filter(found, pattern) for pattern in only]
-    for pattern, ids in zip(only, matches, strict=True):
-        if not ids:
+    for pattern in only or ():
+        if not fnmatch.filter(found, pattern):
             raise Unknown("case", pattern, found)
-    wanted = set(itertools.chain(*matches))
-    return [found[name] for name in found if name in wanted]
+    return [each for name, each in found.items() if only is None or any(fnmatch.fnmatch(name, one) for one in only)]

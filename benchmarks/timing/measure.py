@@ -7,7 +7,7 @@ a change of clocks or load meets both. The ratio is that of neighbours.
 """
 
 import gc
-import statistics
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,10 +34,8 @@ class Call:
 
 def percentiles(values: list[float]) -> dict[str, float]:
     """The 20th, 50th and 80th percentile, by linear interpolation."""
-    if len(values) == 1:
-        return dict.fromkeys(("p20", "p50", "p80"), values[0])
-    p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
-    return {"p20": p20, "p50": statistics.median(values), "p80": p80}
+    found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    return dict(zip(("p20", "p50", "p80"), found.tolist(), strict=True))
 
 
 def stopwatch(call: Call, device: str, l2: str = "warm") -> Callable[[], float]:
@@ -134,11 +132,8 @@ def peak_bytes(call: Call, device: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call.run(given)
     found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    allocated = peak = 0
-    for event in sorted(found, key=lambda event: event.start_ns()):
-        allocated += event.nbytes()
-        peak = max(peak, allocated)
-    return peak
+    found.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in found), initial=0))
 
 
 def kernel_names(call: Call) -> list[str]:

@@ -39,10 +39,6 @@ def data(sequence: Sequence) -> Tensor:
     return sequence.data if isinstance(sequence, PackedSequence) else sequence
 
 
-def in_double(sequence: Sequence) -> Sequence:
-    return sequence.to(torch.float64) if isinstance(sequence, PackedSequence) else sequence.double()
-
-
 @dataclass
 class Ready:
     """What a provider made of a `Problem`."""
@@ -124,7 +120,7 @@ class Problem:
 
     def results(self, ready: Ready, in_float64: bool = False) -> dict[str, Tensor]:
         """All outputs of `ready`. Unless the mode is inference, also all gradients under the upstream ones."""
-        names, x = ("output", "h_n", "c_n"), in_double(self.x) if in_float64 else self.x
+        names, x = ("output", "h_n", "c_n"), self.x.double() if in_float64 else self.x
         if self.case.mode == "inference":
             with torch.no_grad():
                 return dict(zip(names, ready.outputs(x), strict=False))

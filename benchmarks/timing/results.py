@@ -26,6 +26,7 @@ import os
 from pathlib import Path
 
 from benchmarks.timing.cases import Case
+from rnnfast.choice import tuning_file
 
 SCHEMA = 2  # 1 had TF32 as a field of the case
 STATUSES = ("ok", "wrong", "error", "out of memory", "unavailable")
@@ -94,16 +95,4 @@ def _check(results: dict) -> None:
 
 def save(results: dict, path: str | os.PathLike) -> None:
     """Write `results` to `path`, whole or not at all. The old content stays if the disk is full or the power goes."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.new")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    tuning_file.write(results, Path(path))

@@ -226,11 +226,17 @@ def store(entries: Iterable[Entry], path: Path, gpu: GpuLimits) -> None:
         known = []
     merged = {entry.shape: entry for entry in (*known, *entries)}
     data = {"format": FORMAT, "schema": SCHEMA, **machine(gpu), "entries": [encode(entry) for entry in merged.values()]}
+    write(data, path)
+
+
+def write(data: dict[str, Any], path: Path) -> None:
+    """Write JSON to `path`, whole or not at all. The old content stays if the disk is full or the power goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
+            json.dump(data, file, indent=1, allow_nan=False)
+            file.write("\n")
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # others may share it
