@@ -21,7 +21,7 @@ import rnnfast
 from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.problem import Problem, of_module
-from rnnfast.choice.obstacles import tensor_obstacles
+from rnnfast.choice.decide import tensor_obstacles
 
 __all__ = ["TOLERANCES", "compare", "figures", "main", "own_cost"]
 

@@ -20,7 +20,7 @@ import rnnfast
 from benchmarks.cases import DTYPES, Case
 from benchmarks.problem import Problem, of_module
 from benchmarks.providers import named_provider
-from rnnfast.nn import base, sequence, stack
+from rnnfast.nn import base, stack
 
 __all__ = ["kept_by_kernels", "main"]
 
@@ -33,7 +33,7 @@ def kept_by_kernels(case: Case, recompute: bool = False) -> dict[str, int]:
         ready = of_module(layer)
 
         def forward(x):
-            y, last = stack.run("kernels", layer, base.cell_of(layer), sequence.weights_of(layer), x, None, None, recompute)
+            y, last = stack.run("kernels", layer, base.cell_of(layer), list(layer.parameters()), x, (), None, recompute)
             return y, last if isinstance(last, tuple) else (last,)
 
         ready.forward = forward

@@ -17,7 +17,7 @@ import rnnfast
 from benchmarks.cases import Case, Unknown
 from benchmarks.problem import Problem, Ready, of_module
 from rnnfast import reference
-from rnnfast.choice.obstacles import tensor_obstacles
+from rnnfast.choice.decide import tensor_obstacles
 
 __all__ = ["BASE", "Provider", "Unavailable", "all_providers", "installed", "named_provider"]
 
