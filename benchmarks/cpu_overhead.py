@@ -20,7 +20,7 @@ import rnnfast
 from benchmarks.timing import measure
 from benchmarks.timing.cases import Case
 from benchmarks.timing.problem import Problem, of_module
-from rnnfast.choice.obstacles import tensor_obstacles
+from rnnfast.choice.decide import tensor_obstacles
 
 CELLS = ("LSTM", "GRU", "RNN")
 SIZES = ((1, 1, 8), (1, 1, 128), (16, 4, 32), (32, 8, 128), (64, 16, 256), (128, 32, 512))  # (T, B, H)

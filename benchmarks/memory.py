@@ -17,7 +17,7 @@ import rnnfast
 from benchmarks.timing.cases import Case
 from benchmarks.timing.problem import Problem, Ready, of_module
 from benchmarks.timing.providers import named_provider
-from rnnfast.nn import base, sequence, stack
+from rnnfast.nn import base, stack
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -27,9 +27,9 @@ def kept_by_kernels(case: Case, recompute: bool = False) -> dict[str, int]:
     with FakeTensorMode():
         problem = Problem(case, "cpu")
         layer = problem.module(getattr(rnnfast, case.cell), recompute=recompute)
-        cell, weights = base.cell_of(layer), sequence.weights_of(layer)
-        forward = lambda x: stack.run("kernels", layer, cell, weights, x, None, None, recompute)  # noqa: E731
-        return problem.kept(Ready(forward, list(layer.parameters())))
+        cell, weights = base.cell_of(layer), list(layer.parameters())
+        forward = lambda x: stack.run("kernels", layer, cell, weights, x, (), None, recompute)  # noqa: E731
+        return problem.kept(Ready(forward, weights))
 
 
 def line(name: str, case: Case, kept: dict[str, int], base: int | None) -> str:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.runtime import as_a_gpu, emulate_bf16
+from rnnfast.kernels.runtime import INTERPRETED, as_a_gpu
 
 __all__ = ["apply", "dropout_kernel"]
 
@@ -67,7 +67,7 @@ def dropout_kernel(
         tl.store(at_joined, tile, mask=offs_j < W)
 
 
-@as_a_gpu()
+@as_a_gpu
 def apply(joined, first, second, seed, p: float, *, backward: bool) -> None:
     """Drop out from `first` and `second` into `joined`, or, for `backward`, from `joined` into them.
 
@@ -81,6 +81,6 @@ def apply(joined, first, second, seed, p: float, *, backward: bool) -> None:
     block = min(BLOCK_J, max(128, triton.next_power_of_2(W)))
     dropout_kernel[(rows, -(-W // block))](
         joined, first, first if second is None else second, seed, round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p),
-        first.shape[1], W, BACKWARD=backward, EMULATE_BF16=emulate_bf16(joined), BLOCK_J=block, num_warps=4,
-        enable_fp_fusion=True,
+        first.shape[1], W, BACKWARD=backward, EMULATE_BF16=INTERPRETED and "bfloat16" in str(joined.dtype), BLOCK_J=block,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

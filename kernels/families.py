@@ -23,14 +23,14 @@ class Plan(Protocol):
 
     Attributes:
         BLOCK_B: batch rows of a program.
+        steps: time steps of a launch, whose input side is computed by one GEMM; 0 if it may be any number.
     """
 
     @property
     def BLOCK_B(self) -> int: ...
 
-    def chunk_steps(self, T: int, B: int) -> int:
-        """Time steps whose input side is computed by one GEMM, and that one call of `forward` runs."""
-        ...
+    @property
+    def steps(self) -> int: ...
 
     def launch_words(self, T: int) -> str:
         """How many launches there are, for T steps."""

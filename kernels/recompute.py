@@ -13,7 +13,7 @@ import triton.language as tl
 
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.runtime import as_a_gpu, emulate_bf16
+from rnnfast.kernels.runtime import INTERPRETED, as_a_gpu
 
 __all__ = ["compute", "recompute_kernel"]
 
@@ -59,7 +59,7 @@ def recompute_kernel(
         tl.store(saved_ptr + row * (SAVED * H) + s * H + offs_h, tile, mask=mask)
 
 
-@as_a_gpu()
+@as_a_gpu
 def compute(cell: Cell, x, h, bias_x, bias_h, saved) -> None:
     """Fill `saved` for some steps. All tensors contiguous and on one device.
 
@@ -75,5 +75,6 @@ def compute(cell: Cell, x, h, bias_x, bias_h, saved) -> None:
     bias_x, bias_h = (bias_x, bias_h) if has_bias else (x, x)
     recompute_kernel[(n * B, -(-H // BLOCK_H))](
         x, h, bias_x, bias_h, saved, H, CELL=cell.forward, G=cell.gates, SAVED=cell.saved, CARRIES_C=cell.carries_c,
-        HAS_BIAS=has_bias, EMULATE_BF16=emulate_bf16(saved), BLOCK_H=BLOCK_H, num_warps=4, enable_fp_fusion=True,
+        HAS_BIAS=has_bias, EMULATE_BF16=INTERPRETED and "bfloat16" in str(saved.dtype), BLOCK_H=BLOCK_H, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip

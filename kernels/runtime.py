@@ -1,17 +1,15 @@
-"""How kernels run: compiled or interpreted; launched many times at little cost; and whether this machine can launch any."""
+"""How kernels run, compiled or interpreted; and whether this machine can launch any."""
 
 from __future__ import annotations
 
-import contextlib
 import sysconfig
 import tempfile
-import warnings
 from pathlib import Path
 
 import triton
 import triton.language as tl
 
-__all__ = ["Launcher", "as_a_gpu", "emulate_bf16", "mode", "prepare_a_launch", "python_header", "trial_kernel"]
+__all__ = ["INTERPRETED", "as_a_gpu", "mode", "prepare_a_launch", "python_header", "trial_kernel"]
 
 SOURCE = "#include <Python.h>\n#include <cuda.h>\nCUresult trial(void) { return cuInit(0); }\n"
 
@@ -29,41 +27,16 @@ def mode() -> str:
     return "interpreted" if all(interpreted) else "mixed" if any(interpreted) else "compiled"
 
 
-def emulate_bf16(tensor) -> bool:
-    """Whether a kernel on this tensor has to make up for what the interpreter does wrong in bfloat16."""
-    return mode() == "interpreted" and "bfloat16" in str(tensor.dtype)
+INTERPRETED = mode() == "interpreted"  # bfloat16 then needs EMULATE_BF16: see `rnnfast.kernels.maths`
 
 
-@contextlib.contextmanager
-def as_a_gpu():
-    """Silences numpy, which warns in the interpreter where a GPU gives inf or NaN without a word."""
+def as_a_gpu(function):
+    """Have numpy say nothing where a GPU gives inf or NaN without a word: it warns in the interpreter."""
     if mode() == "compiled":
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
+        return function
+    from triton.runtime.interpreter import np
 
-
-class Launcher:
-    """Launches one kernel many times with the same argument types.
-
-    Triton binds and specialises every argument at each call, which costs several times a launch. The first two calls go that
-    way: the initial state may be aligned otherwise than the output that follows it. The rest reuse what the second call built.
-    """
-
-    def __init__(self, kernel, grid, constants: dict, options: dict):
-        self.kernel, self.grid, self.constants, self.options = kernel, grid, constants, options
-        self.calls, self.compiled = 0, None
-
-    def __call__(self, *args):
-        if self.compiled is not None:
-            self.compiled(*args, *(self.constants[name] for name in self.kernel.arg_names[len(args) :]))
-            return
-        built = self.kernel[self.grid](*args, **self.constants, **self.options)
-        self.calls += 1
-        if self.calls == 2 and built is not None:  # the interpreter gives None
-            self.compiled = built[self.grid]
+    return np.errstate(all="ignore")(function)
 
 
 def python_header() -> Path:

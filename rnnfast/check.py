@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
-    from rnnfast.choice.obstacles import tensor_obstacles
+    from rnnfast.choice.decide import tensor_obstacles
 
     obstacles = tensor_obstacles(torch.empty(1, device=device))
     if obstacles:

@@ -13,7 +13,7 @@ from rnnfast import torch_private
 from rnnfast.choice import kernel_plan, tuned, tuning_file
 from rnnfast.choice.decide import Decision
 from rnnfast.choice.obstacles import autocast
-from rnnfast.nn import cells, checks, sequence
+from rnnfast.nn import cells, sequence
 from rnnfast.nn.base import cell_of
 from rnnfast.nn.cells import Cell
 from rnnfast.nn.options import CallOptions
@@ -77,20 +77,17 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
     tensor = input.data if isinstance(input, PackedSequence) else input
     shape = f"{'packed ' if isinstance(input, PackedSequence) else ''}{tuple(tensor.shape)}"
     call = f"{module}, input {shape} {tensor.dtype} on {tensor.device}"
-    expanded = torch_private.is_expanded(torch_private.own_parameters(module).values())  # which cannot be asked
+    expanded = torch_private.is_expanded(module)  # which cannot be asked
     training = torch.is_grad_enabled() and (expanded or any(each.requires_grad for each in (tensor, *module.parameters())))
     if isinstance(module, Cell):
         if options:
             raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")
         chosen, read_options, to_tune = cells.decision(module, input, hx), CallOptions(), None
     else:
-        cell, weights = cell_of(module), sequence.weights_of(module)
-        well_formed = checks.layer_fits(module, cell, weights, input, hx)
-        given = sequence.read(module, cell, input, **options) if options and well_formed else None
-        chosen = sequence.decision(module, cell, weights, input, hx, well_formed, given)
-        read_options = given or CallOptions()
+        found, chosen = sequence.decision(module, input, hx, options)
+        read_options = found.options or CallOptions()
         may_be_tuned = isinstance(input, Tensor) and not options and not module.proj_size and not chosen.obstacles
-        to_tune = sequence.shape(module, cell, input, hx) if may_be_tuned and chosen.asked in (None, "triton") else None
+        to_tune = sequence.shape(module, found.cell, input, hx) if may_be_tuned and chosen.asked in (None, "triton") else None
     details = _how(chosen, module, input, read_options, training)
     tuning = _tuning(to_tune, tensor.device) if to_tune else ""
     return Explanation(chosen.backend, _asked(chosen), chosen.obstacles, call, details, tuning)
@@ -118,12 +115,12 @@ def _how(chosen: Decision, module: Any, input: Any, options: CallOptions, traini
     else:
         text = _torch(module, input, chosen.runner)
     recompute = isinstance(module, Sequence) and training and module._rnnfast_recompute
-    return text + (_recompute(module, chosen.runner, options) if recompute else "")
+    return text + (_recompute(module, chosen, options) if recompute else "")
 
 
-def _recompute(layer: Sequence, runner: str, options: CallOptions) -> str:
-    if runner != "kernels":
-        return "" if torch_private.inside() else "; backward runs it once more"
+def _recompute(layer: Sequence, chosen: Decision, options: CallOptions) -> str:
+    if chosen.runner != "kernels":
+        return "" if chosen.inside else "; backward runs it once more"
     if not SAVED[cell_of(layer)]:
         return "; backward needs no gates, so recompute changes nothing"
     if options.details:

@@ -29,7 +29,7 @@ from rnnfast.choice import kernel_plan
 from rnnfast.choice.decide import check_backend, decide, tell
 from rnnfast.nn import options as call_options
 from rnnfast.nn.base import checkpointed
-from rnnfast.nn.checks import check_function, check_recompute, onednn_trains, read_options
+from rnnfast.nn.checks import ONEDNN, check_function, check_recompute, read_options
 from rnnfast.reference import STATES
 
 __all__ = ["gru", "lstm", "rnn"]
@@ -158,13 +158,14 @@ def _layer(
         wanted = read_options(x, *options, shapes=((x.shape[1], w_hh.shape[1]),) * STATES[cell])
         given = {"lengths": wanted.lengths, "resets": wanted.resets, "reset_to": wanted.reset_to or None}
     tensors = (x, *(hx or ()), w_ih, w_hh, b_ih, b_hh)
+    trains = cell in ONEDNN and torch.is_grad_enabled() and any([each is not None and each.requires_grad for each in tensors])
     chosen = decide(
         backend,
         x.device.type,
         x.device.index,
         x.dtype,
         options="none" if not given else "more",  # PyTorch's operator takes no lengths either
-        onednn_trains=onednn_trains(cell, tensors),
+        onednn_trains=trains,
         measured=not given and _torch_is_fastest(cell, tensors),
     )
     if chosen.gives_way:
@@ -178,7 +179,7 @@ def _layer(
         arguments = (cell, torch.stack(x.unbind(0)), *arguments[2:])  # the trace fails on another number of steps
     if recompute and chosen.runner == "kernels":
         given["recompute"] = True
-    elif recompute and torch.is_grad_enabled() and not torch_private.inside():  # torch.func refuses PyTorch's checkpoint
+    elif recompute and torch.is_grad_enabled() and not chosen.inside:  # torch.func refuses PyTorch's checkpoint
         run = partial(checkpointed, run)
     if not wanted.details:
         return run(*arguments, reverse=reverse, **given)

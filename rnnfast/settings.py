@@ -40,7 +40,8 @@ class Setting:
         return self.check(value, self.variable) if value else None
 
     def get(self) -> str | None:
-        return self.block.get() or self.in_environment()
+        found = self.block.get()
+        return self.in_environment() if found is None and self.key in environment else found
 
     @contextmanager
     def within(self, value: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ __all__ = [
     "pad",
     "registers",
     "remove_batch_dim",
+    "replaced",
     "run_operator",
     "saved_tensor",
     "skipped_by_dynamo",
@@ -127,9 +128,9 @@ def _has_expanded() -> bool:
     return EXPANDED in sys.modules
 
 
-def is_expanded(tensors: Iterable[Any]) -> bool:
-    """Whether among `tensors` are weights of torch.nn.utils' call_for_per_sample_grads, which know PyTorch's operators only."""
-    return _has_expanded() and any(type(tensor).__name__ == "ExpandedWeight" for tensor in tensors)
+def is_expanded(module: torch.nn.Module) -> bool:
+    """Whether the module's own weights are those of call_for_per_sample_grads, which know PyTorch's operators only."""
+    return _has_expanded() and any(type(tensor).__name__ == "ExpandedWeight" for tensor in module._parameters.values())
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -212,13 +213,14 @@ def registers(module: torch.nn.Module) -> list[dict[str, Any]]:
     return [vars(module)[name] for name in ("_modules", "_parameters", "_buffers") if name in vars(module)]
 
 
-def current_weights(layer: torch.nn.RNNBase) -> list[Any]:
+def current_weights(layer: torch.nn.RNNBase, expanded: bool) -> list[Any]:
     """The weights that torch.nn's ``forward`` would use: ``layer._flat_weights``, brought up to date as it does.
 
     These are the attributes of the layer's weight names if any of those was replaced since the last call, and else the list as
     it stands, which other networks may have set. Where torch.func or a compiler traces, the layer is left unchanged.
+    `expanded`: whether its weights are those of call_for_per_sample_grads.
     """
-    if not (torch.compiler.is_compiling() or innermost_transform() is not None or is_expanded(own_parameters(layer).values())):
+    if not (torch.compiler.is_compiling() or innermost_transform() is not None or expanded):
         layer._update_flat_weights()
         return layer._flat_weights
     named = [getattr(layer, name, None) for name in layer._flat_weights_names]
@@ -244,3 +246,31 @@ CALLED = (
     "_update_flat_weights",
     "_weights_have_changed",
 )
+
+_THEIRS = (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN, torch.nn.LSTMCell, torch.nn.GRUCell, torch.nn.RNNCell)
+_FORWARDS = {cls: cls.forward for cls in _THEIRS}
+_CALLED = {cls: {name: getattr(cls, name, None) for name in CALLED} for cls in _THEIRS}
+
+
+@constant
+def _replaced_in_class(cls: type, mixin: type) -> str:
+    (base,) = [each for each in cls.__mro__ if each in _FORWARDS][:1]
+    for name, original in _CALLED[base].items():
+        if getattr(cls, name, None) is not original:
+            return f"{cls.__name__}.{name} is not torch.nn's, whose forward calls it"
+    after = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
+    found = next(each for each in after if "forward" in vars(each))
+    if vars(found)["forward"] is not _FORWARDS[base]:
+        return f"{found.__module__}.{found.__qualname__}.forward was replaced"
+    return ""
+
+
+def replaced(layer: torch.nn.Module, mixin: type) -> str:
+    """What was overridden or replaced of what torch.nn's ``forward`` is and calls, in words; empty if nothing was.
+
+    Only torch.nn's own ``forward`` can do justice to it. `mixin`: the class whose ``forward`` stands before torch.nn's.
+    """
+    for name in CALLED:
+        if name in layer.__dict__:
+            return f"{name}, which torch.nn's forward calls, was replaced on the instance"
+    return _replaced_in_class(type(layer), mixin)

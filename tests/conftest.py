@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import settings
 
+from rnnfast.choice import gpu
+
 if os.environ.get("TRITON_INTERPRET"):
     import quick_interpreter
 
@@ -58,6 +60,7 @@ def _clean_settings(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RNNFAST_TUNING_FILE", os.devnull + ".no-such-file")
     monkeypatch.setattr("rnnfast.choice.tuned._tables", {})
+    gpu.known.clear()
     torch.manual_seed(0)
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "ieee"  # of float32 products on a GPU; TF32 has a test of its own

@@ -11,8 +11,8 @@ from torch.nn.utils import _per_sample_grad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
-from rnnfast import reference
-from rnnfast.nn import base, cells, sequence, stack
+from rnnfast import reference, torch_private
+from rnnfast.nn import cells, sequence, stack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own, for forward mode
 
@@ -43,7 +43,7 @@ def ran(monkeypatch):
     monkeypatch.setattr(stack, "by_packing", spy("packed", stack.by_packing))
     for cls in (torch.nn.LSTM, torch.nn.GRU, torch.nn.LSTMCell, torch.nn.GRUCell):
         monkeypatch.setattr(cls, "forward", spy("torch", cls.forward))
-        monkeypatch.setitem(base._FORWARDS, cls, cls.forward)  # else it would count as replaced, and run for that
+        monkeypatch.setitem(torch_private._FORWARDS, cls, cls.forward)  # else it would count as replaced, and run for that
     return found
 
 

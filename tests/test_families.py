@@ -314,6 +314,7 @@ def test_marked_calls_have_plans_of_their_own(monkeypatch):
         assert kernel_plan.pick(*call, marked=True).persistent == marked[0]
         monkeypatch.setattr(persistent.plan, "MARKS", 1000)
         persistent.plan._rank.cache_clear()
+        gpu.known.clear()
         choice = kernel_plan.pick(*call, marked=True)
         assert choice.persistent is None and "fit in registers" in choice.reason
     persistent.plan._rank.cache_clear()

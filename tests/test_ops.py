@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnnfast import numerics, ops, reference
 from rnnfast.check import Case, compare
+from rnnfast.choice import kernel_plan
 from rnnfast.kernels import cells
-from rnnfast.kernels.step import plan
+from rnnfast.ops import recurrence
 
 pytestmark = pytest.mark.numerical
 
@@ -215,13 +216,28 @@ def test_nan_and_inf_stay_in_their_row(cell, bad, device):
     assert outputs[0][:, :2].isfinite().all()
 
 
+@pytest.mark.parametrize("T, B, steps", [(100, 16, 100), (1000, 16, 128), (10, 5000, 1), (1, 1, 1), (10**6, 1, 2048)])
+def test_steps_of_a_chunk(T, B, steps, monkeypatch):
+    """The kernels take at least one step at a time, at most T, and otherwise about CHUNK_ROWS rows: every step once."""
+    taken = []
+
+    def run(direction, choice, device, spec, x, begin, *args, **options):
+        taken.append((begin, x.shape[0]))
+        return choice
+
+    monkeypatch.setattr(kernel_plan, "run", run)
+    x, w = torch.zeros(T, B, 1), torch.zeros(1, 1)
+    recurrence.forward("rnn_tanh", x, None, None, w, w, None, None, False, False)
+    assert taken[0] == (0, steps) and taken[-1][0] + taken[-1][1] == T
+    assert [begin for begin, _ in taken] == list(range(0, T, steps))
+
+
 def test_chunked_input_side(device, monkeypatch):
     """A sequence longer than a chunk: the same states, in both directions, with a last chunk that is shorter."""
     tensors = make("lstm", device, grad=False)
     for reverse in (False, True):
         whole = call(ops.layer, "lstm", tensors, reverse)
-        monkeypatch.setattr(plan, "CHUNK_ROWS", 3 * B)
-        assert plan.chunk_steps(T, B) == 3
+        monkeypatch.setattr(recurrence, "CHUNK_ROWS", 3 * B)
         chunked = call(ops.layer, "lstm", tensors, reverse)
         monkeypatch.undo()
         assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in zip(whole, chunked, strict=True))

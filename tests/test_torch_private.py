@@ -78,7 +78,7 @@ def test_expanded():
 
     class Layer(torch.nn.Linear):
         def forward(self, x):
-            found.append(torch_private.is_expanded(self._parameters.values()))
+            found.append(torch_private.is_expanded(self))
             return super().forward(x)
 
     layer = Layer(3, 4)
@@ -134,14 +134,14 @@ def test_packing():
 def test_weights():
     """The list that torch.nn's forward uses: by name where a weight was replaced, else as it stands."""
     layer = torch.nn.GRU(3, 4)
-    assert all(a is b for a, b in zip(torch_private.current_weights(layer), layer.parameters(), strict=True))
+    assert all(a is b for a, b in zip(torch_private.current_weights(layer, False), layer.parameters(), strict=True))
     layer._flat_weights = [weight * 2 for weight in layer._flat_weights]
-    assert torch_private.current_weights(layer) is layer._flat_weights
+    assert torch_private.current_weights(layer, False) is layer._flat_weights
     layer._parameters["weight_hh_l0"] = torch.nn.Parameter(torch.zeros(12, 4))
-    assert torch_private.current_weights(layer)[1] is layer.weight_hh_l0
+    assert torch_private.current_weights(layer, False)[1] is layer.weight_hh_l0
 
     def inside(x):
-        weights = torch_private.current_weights(layer)
+        weights = torch_private.current_weights(layer, False)
         assert weights[1] is layer.weight_hh_l0
         return x.sum() + weights[1].sum()
 

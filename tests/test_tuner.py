@@ -295,7 +295,7 @@ def on_an_h100(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch, "empty", lambda *args, device: torch.zeros(1))
-    monkeypatch.setattr("rnnfast.choice.obstacles.tensor_obstacles", lambda tensor: ())
+    monkeypatch.setattr("rnnfast.choice.decide.tensor_obstacles", lambda tensor: ())
     monkeypatch.setattr("rnnfast.choice.gpu.limits", lambda device: H100)
     monkeypatch.setenv("RNNFAST_TUNING_FILE", str(tmp_path / "tuning.json"))
     return tmp_path / "tuning.json"

@@ -9,18 +9,23 @@ import pytest
 import torch
 
 import rnnfast
-from rnnfast import functional
-from rnnfast.choice import kernel_plan, tuned, tuning_file
+from rnnfast import functional, torch_private
+from rnnfast.choice import gpu, kernel_plan, tuned, tuning_file
 from rnnfast.choice.tuned import TuningWarning
 from rnnfast.choice.tuning_file import Entry, Shape, Unusable
 from rnnfast.kernels import persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plans
 from rnnfast.kernels.step.plan import step_plan
-from rnnfast.nn import base
 
 H100 = GPUS["H100"]
 SHAPE = Shape("lstm", "float16", "half", 256, 16, 768, 768, 1, 1, training=False)
 TRAINING = replace(SHAPE, training=True)
+
+
+def forget():
+    """As in a process that has read no tuning file yet."""
+    tuned._tables.clear()
+    gpu.known.clear()
 
 
 def plans(shape, backward=False, B=None):
@@ -304,7 +309,7 @@ def ran(monkeypatch):
         return torchs(self, *args)
 
     monkeypatch.setattr(torch.nn.LSTM, "forward", own)
-    monkeypatch.setitem(base._FORWARDS, torch.nn.LSTM, own)  # else it would count as replaced, and run for that
+    monkeypatch.setitem(torch_private._FORWARDS, torch.nn.LSTM, own)  # else it would count as replaced, and run for that
     with kernel_plan.pretend_gpu(H100):
         yield calls
 
@@ -331,7 +336,7 @@ def test_modules_follow(ran, path):
     ran.clear()
     trained = replace(entry(replace(SMALL, training=True)), forward=plans(SMALL)[0])
     tuning_file.store([entry(SMALL), trained], path, H100)
-    tuned._tables.clear()
+    forget()
     with torch.no_grad():
         layer(x)
     path.unlink()
@@ -424,7 +429,7 @@ def test_explain(ran, path):
         command = "rnnfast tune --cell lstm --hidden 32 --input 32 --batch 16 --steps 4 --dtype float16 --layers 1"
         assert f"tuning: not measured here (there is no {path}); to measure it: {command}" in text
         tuning_file.store([entry(SMALL, winner="torch")], path, H100)
-        tuned._tables.clear()
+        forget()
         explained = rnnfast.explain(layer, x)
         assert explained.backend == "torch" and explained.asked == "measured as the fastest for this call by rnnfast tune"
         assert explained.tuning == f"by {path}, measured at lstm float16 T=4 B=16 I=32 H=32, inference"
@@ -433,7 +438,7 @@ def test_explain(ran, path):
         assert explained.backend == "triton" and entry(SMALL).forward.words(16) in explained.details
     assert f"{path} has nothing near this call" in str(rnnfast.explain(layer, x))  # in training
     path.write_text("{")
-    tuned._tables.clear()
+    forget()
     with pytest.warns(TuningWarning):
         assert "cannot be read" in rnnfast.explain(layer, x).tuning
     assert not ran

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from rnnfast.kernels.beside import after, before
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.marks import Marks, StartGrads, pack_kernel
 from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
 from rnnfast.kernels.persistent.plan import ROWS, PersistentPlan
-from rnnfast.kernels.runtime import as_a_gpu, emulate_bf16
+from rnnfast.kernels.runtime import INTERPRETED, as_a_gpu
+from rnnfast.kernels.step.launch import after, before
 
 __all__ = ["backward", "forward", "packed"]
 
@@ -56,7 +56,7 @@ def _options(plan: PersistentPlan) -> dict:
     }
 
 
-@as_a_gpu()
+@as_a_gpu
 def forward(
     cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: PersistentPlan,
     marks=None, order=None, starts_h=None, starts_c=None,
@@ -83,7 +83,7 @@ def forward(
         "KEEP_C": training,
         "PER_WORD": 4 // h.element_size(),
         "PRECISION": precision,
-        "EMULATE_BF16": emulate_bf16(h),
+        "EMULATE_BF16": INTERPRETED and "bfloat16" in str(h.dtype),
     }
     t_c_prev = t_prev if training else 0
     for grid, b_begin in plan.launches(B):
@@ -93,7 +93,7 @@ def forward(
         )  # fmt: skip
 
 
-@as_a_gpu()
+@as_a_gpu
 def backward(
     cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: PersistentPlan,
     begin=0, steps=None, dcs=None, marks=None, order=None, starts_h=None, starts_c=None, d_starts_h=None, d_starts_c=None,
@@ -113,7 +113,7 @@ def backward(
         "DIRECT": cell.direct,
         "PER_WORD": 4 // h.element_size(),
         "PRECISION": precision,
-        "EMULATE_BF16": emulate_bf16(h),
+        "EMULATE_BF16": INTERPRETED and "bfloat16" in str(h.dtype),
     }
     has_first, h0 = (0, h) if h0 is None else (1, h0)
     c0 = c if c0 is None else c0

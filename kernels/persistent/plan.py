@@ -94,10 +94,6 @@ class PersistentPlan:
         for tile in range(0, tiles, at_once):
             yield (units, min(at_once, tiles - tile), 1), tile * self.BLOCK_B
 
-    def chunk_steps(self, T: int, B: int) -> int:
-        """The steps of a launch: their input side is one buffer."""
-        return self.steps
-
     def launch_words(self, T: int) -> str:
         return f"one launch for {min(self.steps, T)} time steps"
 

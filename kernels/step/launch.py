@@ -1,24 +1,58 @@
-"""Launches of the step kernels: `forward` and `backward`, one launch a time step."""
+"""Launches of the step kernels: `forward` and `backward`, one launch a time step.
+
+The steps beside a step are in the order of processing: for a reverse direction the one before t is t + 1.
+"""
 
 from __future__ import annotations
 
-from rnnfast.kernels.beside import after, before
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.marks import Marks, StartGrads
-from rnnfast.kernels.runtime import Launcher, as_a_gpu, emulate_bf16
+from rnnfast.kernels.runtime import INTERPRETED, as_a_gpu
 from rnnfast.kernels.step.kernels import backward_step_kernel, forward_step_kernel
 from rnnfast.kernels.step.plan import StepPlan
 
-__all__ = ["backward", "forward"]
+__all__ = ["Launcher", "after", "backward", "before", "forward"]
 
 
-def _launcher(kernel, plan: StepPlan, B: int, H: int, constants: dict) -> Launcher:
-    # fused multiply-adds by name: the default of Triton 3.10 is to be without
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
-    return Launcher(kernel, plan.grid(B, H), constants | {"PLAN": plan}, options)
+class Launcher:
+    """Launches one kernel many times with the same argument types.
+
+    Triton binds and specialises every argument at each call, which costs several times a launch. The first two calls go that
+    way: the initial state may be aligned otherwise than the output that follows it. The rest reuse what the second call built.
+    """
+
+    def __init__(self, kernel, plan: StepPlan, B: int, H: int, constants: dict):
+        self.kernel, self.constants = kernel, constants | {"PLAN": plan}
+        self.grid = -(-B // plan.BLOCK_B), -(-H // plan.BLOCK_H), 1
+        # fused multiply-adds by name: the default of Triton 3.10 is to be without
+        self.options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
+        self.calls, self.compiled = 0, None
+
+    def __call__(self, *args):
+        if self.compiled is not None:
+            self.compiled(*args, *(self.constants[name] for name in self.kernel.arg_names[len(args) :]))
+            return
+        built = self.kernel[self.grid](*args, **self.constants, **self.options)
+        self.calls += 1
+        if self.calls == 2 and built is not None:  # the interpreter gives None
+            self.compiled = built[self.grid]
 
 
-@as_a_gpu()
+def before(t: int, T: int, reverse: bool, h, h0, c, c0, marks=None):
+    """The step processed before t: its index, the tensors that hold its h and c, and whether there is any state. With marks
+    there always is: those of the first step point to where it is."""
+    if marks is not None or t != (T - 1 if reverse else 0):
+        return t + 1 if reverse else t - 1, h, c, 1
+    return 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
+
+
+def after(begin: int, end: int, T: int, reverse: bool) -> tuple[int, int]:
+    """The step that backward comes from to the steps begin, ..., end - 1: its index, and whether there is one."""
+    t = begin - 1 if reverse else end
+    return (t, 1) if 0 <= t < T else (0, 0)
+
+
+@as_a_gpu
 def forward(
     cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: StepPlan,
     marks=None, order=None, starts_h=None, starts_c=None,
@@ -55,10 +89,10 @@ def forward(
         "CARRIES_C": cell.carries_c,
         "ALIGNED": H * h.element_size() % 16 == 0,
         "PRECISION": precision,
-        "EMULATE_BF16": emulate_bf16(h),
+        "EMULATE_BF16": INTERPRETED and "bfloat16" in str(h.dtype),
     }
     mark_tensors = Marks(marks, order, starts_h, starts_c)
-    launch = _launcher(forward_step_kernel, plan, B, H, constants)
+    launch = Launcher(forward_step_kernel, plan, B, H, constants)
     for at in reversed(range(n)) if reverse else range(n):
         t = begin + at
         t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
@@ -69,7 +103,7 @@ def forward(
         )  # fmt: skip
 
 
-@as_a_gpu()
+@as_a_gpu
 def backward(
     cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: StepPlan,
     begin=0, steps=None, dcs=None, marks=None, order=None, starts_h=None, starts_c=None, d_starts_h=None, d_starts_c=None,
@@ -103,10 +137,10 @@ def backward(
         "DIRECT": cell.direct,
         "ALIGNED": H * h.element_size() % 16 == 0,
         "PRECISION": precision,
-        "EMULATE_BF16": emulate_bf16(h),
+        "EMULATE_BF16": INTERPRETED and "bfloat16" in str(h.dtype),
     }
     mark_tensors, d_starts = Marks(marks, order, starts_h, starts_c), StartGrads(d_starts_h, d_starts_c)
-    launch = _launcher(backward_step_kernel, plan, B, H, constants)
+    launch = Launcher(backward_step_kernel, plan, B, H, constants)
     end = begin + (T if steps is None else steps)
     t_next, has_next = after(begin, end, T, reverse)
     for t in range(begin, end) if reverse else reversed(range(begin, end)):

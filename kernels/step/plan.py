@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-__all__ = ["CHUNK_ROWS", "StepPlan", "chunk_steps", "step_plan"]
-
-CHUNK_ROWS = 2048
+__all__ = ["StepPlan", "step_plan"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +14,7 @@ class StepPlan:
 
     A program computes BLOCK_H units of BLOCK_B batch rows, walking the sum over hidden units (forward) or gates (backward)
     in chunks of BLOCK_K. None depends on T or B, so neither ever causes a recompile.
+    `steps` is 0: one call of `forward` runs any number of them.
     """
 
     BLOCK_B: int
@@ -22,12 +22,10 @@ class StepPlan:
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    steps: ClassVar[int] = 0
 
     def grid(self, B: int, H: int) -> tuple[int, int, int]:
         return -(-B // self.BLOCK_B), -(-H // self.BLOCK_H), 1
-
-    def chunk_steps(self, T: int, B: int) -> int:
-        return chunk_steps(T, B)
 
     def launch_words(self, T: int) -> str:
         return "one launch a time step"
@@ -57,12 +55,3 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
     block_b, warps = (32, 8) if itemsize == 4 and precision == "ieee" else (64, 4)
     return StepPlan(BLOCK_B=block_b, BLOCK_H=16, BLOCK_K=block_k, num_warps=warps, num_stages=3)
-
-
-def chunk_steps(T: int, B: int) -> int:
-    """Time steps whose input side is computed by one GEMM, into one float32 buffer, before the step kernels take them.
-
-    About `CHUNK_ROWS` rows: enough to fill a GPU with the GEMM, few enough that for H up to 1024 the buffer (4 H floats a
-    row) stays in the L2 of an H100 and never grows with T. The persistent kernels take `PersistentPlan.steps`.
-    """
-    return min(T, max(1, CHUNK_ROWS // B))

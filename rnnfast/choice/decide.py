@@ -14,25 +14,31 @@ with RNNFAST_STRICT=1, nothing gives way: a `RuntimeError` says why.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from rnnfast import torch_private
 from rnnfast.choice import obstacles
 from rnnfast.choice.obstacles import FallbackWarning, user_level
-from rnnfast.settings import BACKEND, STRICT, strict
-from rnnfast.torch_private import constant, environment, forward_level, innermost_transform, thread
+from rnnfast.settings import BACKEND, strict
+from rnnfast.torch_private import constant, environment, forward_level, innermost_transform
 
-__all__ = ["Decision", "Options", "asked", "check_backend", "cpu_is_torchs", "decide", "is_backend", "tell", "use_backend"]
+__all__ = ["Decision", "Options", "asked", "check_backend", "decide", "is_backend", "tell", "tensor_obstacles", "use_backend"]
 
 Options = Literal["none", "lengths", "more"]  # "more": resets, or the states or gates of every step
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+EXPANDED = "the weights are those of call_for_per_sample_grads, which the kernels do not know"
 FORM = "torch.nn itself serves or refuses a call of this form"
+JIT_TRACE = "torch.jit.trace is on: a trace should hold PyTorch's own operators only"
+ONNX_EXPORT = "the model is being exported to ONNX, which knows PyTorch's own operators only"
 NO_OPERATOR = "PyTorch's own layer has no resets, states or gates"
 
 
@@ -51,6 +57,7 @@ class Decision:
         measured: whether `rnnfast tune` measured PyTorch's own layer as the fastest.
         stands_in: why the equations run although "torch" is the backend.
         refusal: why no backend can run the call, else empty.
+        inside: the transforms that the call is inside of (`rnnfast.torch_private.inside`).
     """
 
     backend: str
@@ -62,6 +69,7 @@ class Decision:
     measured: bool = False
     stands_in: str = ""
     refusal: str = ""
+    inside: tuple[str, ...] = ()
 
 
 def is_backend(name: object) -> bool:
@@ -99,33 +107,24 @@ def asked(own: str | None) -> tuple[str | None, str]:
     for name, source in ((BACKEND.block.get(), "rnnfast.use_backend"), (own, "backend=")):
         if name is not None:
             return None if name == "auto" else name, source
-    name = BACKEND.in_environment()
+    name = BACKEND.in_environment() if BACKEND.key in environment else None
     return (None, "nobody") if name is None else (None if name == "auto" else name, BACKEND.variable)
 
 
-_in_block, _backend_key, _strict_key = BACKEND.block, BACKEND.key, STRICT.key
+def _without_rule(inside: tuple[str, ...]) -> str:
+    """What of these transforms the kernels' operators have no rule for, in words, or empty."""
+    if "forward" in inside:
+        return "forward-mode differentiation is on, for which the kernels have no rule"
+    if torch_private.tracing():
+        return "a torch.func transform is being compiled, for which the kernels have no rule"
+    if "functionalize" in inside:
+        return "the call is inside torch.func.functionalize, for which the kernels have no rule"
+    return ""
 
 
-@constant
-def cpu_is_torchs(own: str | None) -> bool:
-    """Whether PyTorch's own layer runs any call on CPU tensors, as far as can be told in a fraction of a microsecond.
-
-    A call on a CPU may take 25 us, of which this question must not be a part that counts. If False, the call has to be looked
-    at as a whole. Settings may change at any time. What hinders the kernels on the CPU is known from the first call that asked.
-
-    Args:
-        own: the module's ``backend=``.
-    """
-    if _in_block.get() is not None:
-        return False
-    if own is None:
-        if _backend_key in environment or _strict_key in environment or not obstacles.known.get("cpu:None"):
-            return False
-    elif own != "torch":
-        return False
-    if thread.__dict__.get("tracing_context") is not None:  # being compiled or exported
-        return False
-    return innermost_transform() is None and forward_level() < 0
+def tensor_obstacles(tensor: Tensor) -> tuple[str, ...]:
+    """All that keeps the kernels from running a call with an input like `tensor`, here and now; empty if nothing does."""
+    return decide("triton", tensor.device.type, tensor.device.index, tensor.dtype).obstacles
 
 
 @constant
@@ -160,13 +159,27 @@ def decide(
         steps: whether the call runs over time, as a cell's does not.
         measured: whether `rnnfast tune` measured PyTorch's own layer as the fastest for this call.
     """
-    name, source = asked(own)
+    is_asked = own is not None or BACKEND.block.get() is not None or BACKEND.key in environment
+    name, source = asked(own) if is_asked else (None, "nobody")
+    inside = () if innermost_transform() is None and forward_level() < 0 else torch_private.inside()
+    onnx: Any = sys.modules.get("torch.onnx")
+    trace = JIT_TRACE if torch.jit.is_tracing() else ONNX_EXPORT if onnx is not None and onnx.is_in_onnx_export() else ""
     found: tuple[str, ...] = ()
     if kind is not None and dtype is not None:
-        found = obstacles.call_obstacles(kind, index, dtype) + ((obstacles.EXPANDED,) if expanded else ())
+        device, known = f"{kind}:{index}", obstacles.known
+        on_cpu_autocast = kind == "cpu" and torch.is_autocast_enabled("cpu")
+        reasons = (
+            known["triton"] if "triton" in known else obstacles.triton_obstacle(),
+            known[device] if device in known else obstacles.device_obstacle(kind, index),
+            None if dtype in DTYPES else f"the dtype is {dtype}: the kernels take float16, bfloat16 and float32",
+            "autocast is on: on the CPU, PyTorch's own layer decides what it casts" if on_cpu_autocast else None,
+            (inside and _without_rule(inside)) or trace,
+            EXPANDED if expanded else None,
+        )
+        found = tuple([reason for reason in reasons if reason])
     found += (replaced,) if replaced else ()
     by_equations = (replaced,) if replaced else ()
-    if steps and options == "none" and (trace := obstacles.traced()):
+    if steps and options == "none" and trace:
         by_equations += (f"{trace}, and the equations would keep the number of steps",)
     gives_way = () if name == "torch" else by_equations if name == "reference" else found
     measured = measured and name is None and not gives_way and well_formed
@@ -179,7 +192,7 @@ def decide(
             if replaced:
                 refusal = f"{replaced}, and {NO_OPERATOR}"
         elif not replaced:
-            stands_in = _stands_in(kind, padded, expanded, onednn_trains, dtype)
+            stands_in = _stands_in(inside, kind, padded, expanded, onednn_trains, dtype)
             if not stands_in and options == "lengths" and not packable:
                 stands_in = "lengths cannot be read here, as packing would"
             runner = "equations" if stands_in else "torch"
@@ -187,18 +200,20 @@ def decide(
             runner = "packed"
     if not well_formed:
         found += (FORM,)
-    return Decision(backend, runner, name, source, found, gives_way, measured, stands_in, refusal)
+    return Decision(backend, runner, name, source, found, gives_way, measured, stands_in, refusal, inside)
 
 
-def _stands_in(kind: str | None, padded: bool, expanded: bool, onednn_trains: bool, dtype: torch.dtype | None) -> str:
+def _stands_in(
+    inside: tuple[str, ...], kind: str | None, padded: bool, expanded: bool, onednn_trains: bool, dtype: torch.dtype | None
+) -> str:
     """Why PyTorch's own layer has no rule for what is done to the call, so that the equations stand in for it; or empty.
 
     Its operators know no vmap and no forward mode. On a CPU, unpacked and not compiled, they are made of parts that know
     reverse mode.
     """
-    found, on_cpu = torch_private.inside(), kind == "cpu"
-    if found and not (padded and on_cpu and {"grad", "functionalize"}.issuperset(found) and not torch_private.tracing()):
-        return f"PyTorch's own layer has no rule for {' inside '.join(reversed(found))} here"
+    on_cpu = kind == "cpu"
+    if inside and not (padded and on_cpu and {"grad", "functionalize"}.issuperset(inside) and not torch_private.tracing()):
+        return f"PyTorch's own layer has no rule for {' inside '.join(reversed(inside))} here"
     if expanded:
         return "PyTorch's own layer has no rule for the weights of call_for_per_sample_grads"
     compiled = torch_private.tracing() and not torch.compiler.is_exporting()

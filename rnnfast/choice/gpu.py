@@ -12,10 +12,12 @@ import torch
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["cooperative", "driver_version", "limits", "pretend_gpu"]
+__all__ = ["cooperative", "driver_version", "known", "limits", "pretend_gpu"]
 
 COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 
+# What `rnnfast.choice.kernel_plan` found, by what was asked. Forgotten when what is known of a GPU changes.
+known: dict[tuple, Any] = {}
 _limits: dict[torch.device, GpuLimits | None] = {}
 _cooperative: dict[torch.device, bool] = {}
 
@@ -49,10 +51,12 @@ def pretend_gpu(gpu: GpuLimits, cooperative: bool = True) -> Iterator[None]:
     cpu = torch.device("cpu")
     before = _limits.get(cpu), _cooperative.get(cpu, False)
     _limits[cpu], _cooperative[cpu] = gpu, cooperative
+    known.clear()
     try:
         yield
     finally:
         _limits[cpu], _cooperative[cpu] = before
+        known.clear()
 
 
 def cooperative(device: torch.device) -> bool:

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from rnnfast.choice import tuned, tuning_file
-from rnnfast.choice.gpu import cooperative, limits, pretend_gpu
+from rnnfast.choice.gpu import cooperative, known, limits, pretend_gpu
 from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
 from rnnfast.reference import GATES
-from rnnfast.settings import KERNELS, strict
+from rnnfast.settings import KERNELS, STRICT, strict
+from rnnfast.torch_private import environment
 
 if TYPE_CHECKING:
     from rnnfast.kernels.families import Plan
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 FAMILIES = KERNELS.choices
+MOST_KNOWN = 4096  # choices kept: a program whose batches vary asks for new ones again and again
 UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
 REFUSALS = {  # what cuGetErrorString says of the errors that mean: this launch is not possible here
     "invalid argument": 1,  # CUDA_ERROR_INVALID_VALUE: the grid, the block or the shared memory is beyond what the GPU has
@@ -67,6 +69,8 @@ class Choice:
         step: the plan of the step kernels, which run any size and stand in where a launch is refused.
         wanted: the family that should have run and cannot, else empty.
         reason: why it cannot, else empty.
+        strict: whether a plan that the driver refused is tried again, to be refused again, for RNNFAST_STRICT is set.
+        hindrance: why no plan of the family can be launched on the device, kept if `strict`, else empty.
     """
 
     family: str
@@ -74,6 +78,8 @@ class Choice:
     step: StepPlan
     wanted: str = ""
     reason: str = ""
+    strict: bool = False
+    hindrance: str = ""
 
     @property
     def persistent(self) -> PersistentPlan | None:
@@ -128,6 +134,25 @@ def pick(
 ) -> Choice:  # fmt: skip
     """What runs as things stand: by the environment, what was measured, the device, and what its driver has refused. `marked`:
     the call has lengths or resets."""
+    settings = KERNELS.block.get(), environment.get(KERNELS.key), STRICT.block.get(), environment.get(STRICT.key)
+    key = (cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked, *settings)
+    choice = known.get(key)
+    if choice is None:
+        if len(known) >= MOST_KNOWN:
+            known.clear()
+        choice = known[key] = _choice(cell, T, B, H, dtype, precision, backward, training, device, marked)
+    if _refused and not choice.strict and (refusal := _refused.get((device, choice.plan))):
+        return choice.without(refusal)
+    return choice
+
+
+def _choice(
+    cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool, device: torch.device,
+    marked: bool,
+) -> Choice:  # fmt: skip
+    """`pick`, but for what the driver has refused."""
+    from rnnfast.kernels.families import FAMILIES
+
     family, plan = asked(), None
     gpu = None if family == "step" else limits(device)
     if family == "auto":
@@ -137,10 +162,10 @@ def pick(
     choice = choose(family, GATES[cell], B, H, dtype.itemsize, precision, backward, gpu, marked)
     if plan is not None:
         choice = Choice(family, plan, choice.step)
+    hindrance = UNCOOPERATIVE if FAMILIES[choice.family].waits and not cooperative(device) else ""
     if strict():  # strict: a plan that was refused is tried again, to be refused again
-        return choice
-    refusal = _hindrance(choice.family, device) or _refused.get((device, choice.plan))
-    return choice.without(refusal) if refusal else choice
+        return replace(choice, strict=True, hindrance=hindrance)
+    return choice.without(hindrance) if hindrance else choice
 
 
 def _measured_plan(
@@ -155,17 +180,15 @@ def _measured_plan(
     return ("step", None) if plan is None else (family_of(plan), plan)
 
 
-def _hindrance(family: str, device: torch.device) -> str:
-    """Why no plan of this family can be launched on `device`, else empty."""
-    from rnnfast.kernels.families import FAMILIES
-
-    return UNCOOPERATIVE if FAMILIES[family].waits and not cooperative(device) else ""
-
-
 def measured(x: torch.Tensor) -> bool:
     """Whether `torch_wins` can be true of any call with an input like `x`."""
     gpu = limits(x.device)
-    return gpu is not None and x.dtype in tuning_file.DTYPES and asked() == "auto" and bool(tuned.table(gpu).entries)
+    if gpu is not None and (x.dtype not in tuning_file.DTYPES or asked() != "auto"):
+        return False
+    key = "tuned", x.device
+    if key not in known:
+        known[key] = gpu is not None and bool(tuned.table(gpu).entries)
+    return known[key]
 
 
 def torch_wins(shape: tuning_file.Shape, device: torch.device) -> bool:
@@ -216,17 +239,18 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
     """
     from rnnfast.kernels.families import FAMILIES
 
-    refusal, cause = _hindrance(choice.family, device), None
-    if not refusal:
-        try:
-            getattr(FAMILIES[choice.family].package, direction)(*args, **options, plan=choice.plan)
-            return choice
-        except Exception as error:
-            if choice.family == "step" or not _is_refusal(error):
-                raise
-            cause, refusal = error, f"the driver refused the launch: {error}"
-    if strict():
-        raise RuntimeError(f"RNNFAST_STRICT is set and the {choice.family} kernels cannot run this call: {refusal}") from cause
+    words = f"RNNFAST_STRICT is set and the {choice.family} kernels cannot run this call"
+    if choice.hindrance:
+        raise RuntimeError(f"{words}: {choice.hindrance}")
+    try:
+        getattr(FAMILIES[choice.family].package, direction)(*args, **options, plan=choice.plan)
+        return choice
+    except Exception as error:
+        if choice.family == "step" or not _is_refusal(error):
+            raise
+        refusal = f"the driver refused the launch: {error}"
+        if strict():
+            raise RuntimeError(f"{words}: {refusal}") from error
     _refused[device, choice.plan] = refusal
     message = f"the {choice.family} kernels were chosen, but the step kernels run: {refusal}"
     warnings.warn(message, FallbackWarning, stacklevel=user_level())

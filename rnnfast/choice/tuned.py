@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rnnfast.choice.gpu import known
 from rnnfast.choice.obstacles import user_level
 from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, tiles, where
 
@@ -65,10 +66,12 @@ def override_tuning(gpu: GpuLimits, entries: list[Entry]) -> Iterator[None]:
     """Within the ``with`` block these entries, and no file, say what runs on `gpu`."""
     before = _tables.get(gpu)
     _tables[gpu] = Table(entries)
+    known.clear()
     try:
         yield
     finally:
         del _tables[gpu]
+        known.clear()
         if before is not None:
             _tables[gpu] = before
 
@@ -84,15 +87,15 @@ def _distance(T: int, shape: Shape) -> int:
 
 def torch_wins(gpu: GpuLimits, shape: Shape) -> bool:
     """Whether PyTorch's own layer was the fastest for this very shape, but for T."""
-    known = table(gpu)
-    if not known.entries:
+    here = table(gpu)
+    if not here.entries:
         return False
     key = replace(shape, T=1), shape.T.bit_length()
-    if key not in known.found:
-        near = [e for e in known.entries if replace(e.shape, T=shape.T) == shape and _long_enough(shape.T, e.shape)]
+    if key not in here.found:
+        near = [e for e in here.entries if replace(e.shape, T=shape.T) == shape and _long_enough(shape.T, e.shape)]
         near.sort(key=lambda entry: _distance(shape.T, entry.shape))
-        known.found[key] = bool(near) and near[0].winner == "torch"
-    return known.found[key]
+        here.found[key] = bool(near) and near[0].winner == "torch"
+    return here.found[key]
 
 
 def kernels(gpu: GpuLimits, cell: str, T: int, B: int, H: int, dtype: str, precision: str, training: bool) -> Entry | None:
@@ -101,21 +104,21 @@ def kernels(gpu: GpuLimits, cell: str, T: int, B: int, H: int, dtype: str, preci
     The recurrence is the same for any input size, layer and direction. The nearest of the entries for half
     to twice as many rows counts. Arguments as in `Shape`.
     """
-    known = table(gpu)
-    if not known.entries:
+    here = table(gpu)
+    if not here.entries:
         return None
     key = (cell, T.bit_length(), B, H, dtype, precision, training)
-    if key not in known.found:
+    if key not in here.found:
         wanted = (cell, dtype, precision, H, training)
         near = []
-        for entry in known.entries:
+        for entry in here.entries:
             shape = entry.shape
             same = (shape.cell, shape.dtype, shape.precision, shape.H, shape.training) == wanted
             if same and B <= 2 * shape.B and shape.B <= 2 * B and _long_enough(T, shape):
                 distance = (abs(math.log(B / shape.B)), _distance(T, shape), shape.layers, shape.directions, shape.I)
                 near.append((distance, entry))
-        known.found[key] = _for_rows(min(near, key=lambda pair: pair[0])[1], B, gpu) if near else None
-    return known.found[key]
+        here.found[key] = _for_rows(min(near, key=lambda pair: pair[0])[1], B, gpu) if near else None
+    return here.found[key]
 
 
 def _for_rows(entry: Entry, B: int, gpu: GpuLimits) -> Entry:

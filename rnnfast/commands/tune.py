@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("rnnfast tune needs an NVIDIA GPU, and PyTorch sees none here", file=sys.stderr)
         return 2
-    from rnnfast.choice.obstacles import tensor_obstacles
+    from rnnfast.choice.decide import tensor_obstacles
 
     device = torch.device("cuda", torch.cuda.current_device())
     obstacles = tensor_obstacles(torch.empty(1, device=device))

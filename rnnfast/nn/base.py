@@ -15,14 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rnnfast import torch_private
 from rnnfast.choice.decide import check_backend, is_backend
-from rnnfast.torch_private import CALLED, constant
 
-__all__ = ["Accelerated", "Option", "cell_of", "checkpointed", "fx_node", "is_traced_by_fx", "replaced"]
+__all__ = ["Accelerated", "Option", "cell_of", "checkpointed", "fx_node", "is_traced_by_fx"]
 
 ACCELERATED = "_rnnfast_accelerated"  # attribute of a layer that `rnnfast.accelerate` exchanged
-_THEIRS = (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN, torch.nn.LSTMCell, torch.nn.GRUCell, torch.nn.RNNCell)
-_FORWARDS = {cls: cls.forward for cls in _THEIRS}
-_CALLED = {cls: {name: getattr(cls, name, None) for name in CALLED} for cls in _THEIRS}
 
 
 class Option:
@@ -110,36 +106,12 @@ def _make_room(layer: torch.nn.Module, register: dict[str, Any], name: str) -> N
 
 
 def cell_of(layer: Any) -> str:
-    """The name of the layer's or cell's equations in `rnnfast.reference`; empty for a nonlinearity that is none."""
-    if isinstance(layer, (torch.nn.LSTM, torch.nn.LSTMCell)):
+    """The name of the layer's or cell's equations in `rnnfast.reference`; another word for a nonlinearity that is none."""
+    if isinstance(layer, torch.nn.RNNBase):
+        return str(layer.mode).lower()
+    if isinstance(layer, torch.nn.LSTMCell):
         return "lstm"
-    if isinstance(layer, (torch.nn.GRU, torch.nn.GRUCell)):
-        return "gru"
-    return str(layer.mode).lower() if isinstance(layer, torch.nn.RNN) else f"rnn_{layer.nonlinearity}"
-
-
-@constant
-def _replaced_in_class(cls: type, mixin: type) -> str:
-    (base,) = [each for each in cls.__mro__ if each in _FORWARDS][:1]
-    for name, original in _CALLED[base].items():
-        if getattr(cls, name, None) is not original:
-            return f"{cls.__name__}.{name} is not torch.nn's, whose forward calls it"
-    after = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
-    found = next(each for each in after if "forward" in vars(each))
-    if vars(found)["forward"] is not _FORWARDS[base]:
-        return f"{found.__module__}.{found.__qualname__}.forward was replaced"
-    return ""
-
-
-def replaced(layer: torch.nn.Module, mixin: type) -> str:
-    """What was overridden or replaced of what torch.nn's ``forward`` is and calls, in words; empty if nothing was.
-
-    Only torch.nn's own ``forward`` can do justice to it. `mixin`: the class whose ``forward`` stands before torch.nn's.
-    """
-    for name in CALLED:
-        if name in layer.__dict__:
-            return f"{name}, which torch.nn's forward calls, was replaced on the instance"
-    return _replaced_in_class(type(layer), mixin)
+    return "gru" if isinstance(layer, torch.nn.GRUCell) else f"rnn_{layer.nonlinearity}"
 
 
 def _parts(values: Iterable[Any]) -> Iterator[Any]:

@@ -43,8 +43,8 @@ def decision(cell: Cell, input: Any, hx: Any) -> Decision:
         input.device.index if is_tensor else None,
         input.dtype if is_tensor else None,
         well_formed=checks.cell_fits(cell, cell_of(cell), _weights(cell), input, hx),
-        replaced=base.replaced(cell, Cell),
-        expanded=torch_private.is_expanded(torch_private.own_parameters(cell).values()),
+        replaced=torch_private.replaced(cell, Cell),
+        expanded=torch_private.is_expanded(cell),
         steps=False,
     )
 

@@ -20,11 +20,11 @@ from rnnfast.nn.options import CallOptions
 from rnnfast.reference import GATES, STATES
 
 __all__ = [
+    "ONEDNN",
     "cell_fits",
     "check_function",
     "check_recompute",
     "layer_fits",
-    "onednn_trains",
     "read_options",
     "state_shapes",
     "states_of",
@@ -43,17 +43,6 @@ def check_recompute(value: bool) -> None:
 def _one_dtype(tensor: Tensor, x: Tensor) -> bool:
     """Whether `tensor` may meet the input `x`: it has its dtype, or autocast will cast both."""
     return tensor.dtype == x.dtype or (autocast(x.device.type) and tensor.is_floating_point())
-
-
-def _fits(tensor: Any, x: Tensor) -> bool:
-    return isinstance(tensor, Tensor) and tensor.device == x.device and _one_dtype(tensor, x)
-
-
-def onednn_trains(cell: str, tensors: Iterable[Any]) -> bool:
-    """Whether gradients are wanted, while something is traced, of a cell that PyTorch has one operator of oneDNN for."""
-    if cell not in ONEDNN or not torch_private.tracing() or not torch.is_grad_enabled():
-        return False
-    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 # Modules
@@ -77,41 +66,49 @@ def state_shapes(layer: torch.nn.RNNBase, cell: str, input: Any) -> tuple[tuple[
     return tuple((count, *batch, width) for width in widths)
 
 
-def layer_fits(layer: torch.nn.RNNBase, cell: str, weights: list[list[Any]], input: Any, hx: Any) -> bool:
-    """Whether every tensor of a layer's call fits and none is empty. `weights`: of each layer and direction."""
+def layer_fits(
+    layer: torch.nn.RNNBase, cell: str, weights: list[Any], input: Any, states: tuple[Any, ...], given: bool
+) -> bool:
+    """Whether every tensor of a layer's call fits and none is empty.
+
+    Args:
+        weights: all, layer after layer and direction after direction.
+        states: those of hx, empty if absent; `given`: whether it is there.
+    """
     if cell not in GATES or not isinstance(layer.dropout, (float, int)):
         return False
+    x, batch = input, ()
     if isinstance(input, PackedSequence):
-        x = input.data
         if not _is_consistent(input):
             return False
-    else:
-        x = input
-        if not isinstance(x, Tensor) or x.dim() not in (2, 3):
-            return False
-    if x.numel() == 0:
+        x, batch = input.data, (int(input.batch_sizes[0]),)
+    elif not isinstance(x, Tensor) or x.dim() not in (2, 3):
         return False
-    directions = 2 if layer.bidirectional else 1
-    expected, states = state_shapes(layer, cell, input), states_of(cell, hx)
-    rows, width = GATES[cell] * layer.hidden_size, layer.proj_size or layer.hidden_size
-    count = 2 + (2 if layer.bias else 0) + (1 if layer.proj_size else 0)
-    return (
-        x.shape[-1] == layer.input_size
-        and (hx is None or len(states) == len(expected))
-        and x.layout is torch.strided
-        and all(
-            isinstance(state, Tensor) and state.layout is torch.strided and state.shape == shape
-            for state, shape in zip(states, expected[: len(states)], strict=True)
-        )
-        and len(weights) == layer.num_layers * directions
-        and all(len(group) == count for group in weights)
-        and all(_fits(tensor, x) for tensor in (*states, *(weight for group in weights for weight in group)))
-        and all(
-            (w_ih.shape, w_hh.shape) == ((rows, layer.input_size if n < directions else directions * width), (rows, width))
-            and all(bias.shape == (rows,) for bias in rest[:2] if layer.bias)
-            and (not layer.proj_size or rest[-1].shape == (width, layer.hidden_size))
-            for n, (w_ih, w_hh, *rest) in enumerate(weights)
-        )
+    elif x.dim() == 3:
+        batch = (x.shape[0 if layer.batch_first else 1],)
+    if x.numel() == 0 or x.shape[-1] != layer.input_size or x.layout is not torch.strided:
+        return False
+    H, P, directions = layer.hidden_size, layer.proj_size or layer.hidden_size, 2 if layer.bidirectional else 1
+    rows, groups = GATES[cell] * H, layer.num_layers * directions
+    if given and len(states) != STATES[cell]:
+        return False
+    expected: list[tuple[int, ...]] = [(groups, *batch, P), (groups, *batch, H)][: len(states)]
+    for n in range(groups):
+        expected += [(rows, layer.input_size if n < directions else directions * P), (rows, P)]
+        expected += [(rows,)] * 2 if layer.bias else []
+        expected += [(P, H)] if layer.proj_size else []
+    tensors = (*states, *weights)
+    kind = x.device.type
+    casts = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)  # then every floating dtype will do
+    return len(tensors) == len(expected) and all(
+        [
+            isinstance(tensor, Tensor)
+            and tensor.shape == shape
+            and tensor.device == x.device
+            and (tensor.dtype == x.dtype or (casts and tensor.is_floating_point()))
+            and (n >= len(states) or tensor.layout is torch.strided)
+            for n, (tensor, shape) in enumerate(zip(tensors, expected, strict=True))
+        ]
     )
 
 
@@ -136,7 +133,14 @@ def cell_fits(layer: Any, cell: str, weights: tuple[Any, ...], input: Any, hx: A
         input.shape[-1] == layer.input_size
         and (hx is None or len(states) == STATES[cell])
         and input.layout is torch.strided
-        and all(_fits(tensor, input) and tensor.layout is torch.strided and tensor.shape == shape for tensor, shape in given)
+        and all(
+            isinstance(tensor, Tensor)
+            and tensor.device == input.device
+            and _one_dtype(tensor, input)
+            and tensor.layout is torch.strided
+            and tensor.shape == shape
+            for tensor, shape in given
+        )
     )
 
 

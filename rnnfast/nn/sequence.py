@@ -8,20 +8,23 @@ refuse included, so that the error is torch.nn's too.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import torch_private
-from rnnfast.choice import kernel_plan, tuning_file
-from rnnfast.choice.decide import Decision, cpu_is_torchs, decide, tell
+from rnnfast.choice import kernel_plan, obstacles, tuning_file
+from rnnfast.choice.decide import Decision, decide, tell
+from rnnfast.choice.gpu import known
 from rnnfast.nn import base, checks, stack
 from rnnfast.nn.base import Option, cell_of
 from rnnfast.nn.options import CallOptions
+from rnnfast.settings import BACKEND, STRICT
+from rnnfast.torch_private import constant, environment, forward_level, innermost_transform, thread
 
-__all__ = ["GRU", "LSTM", "RNN", "Sequence", "decision", "read", "shape", "weights_of"]
+__all__ = ["GRU", "LSTM", "RNN", "Call", "Sequence", "cpu_is_torchs", "decision", "read", "shape"]
 
 
 class Sequence(base.Accelerated, torch.nn.RNNBase):
@@ -55,7 +58,7 @@ class Sequence(base.Accelerated, torch.nn.RNNBase):
             try:
                 return super().forward(input, hx)
             except RuntimeError:
-                if not torch_private.is_expanded(torch_private.own_parameters(self).values()):
+                if not torch_private.is_expanded(self):
                     raise
         if no_options:
             return _call(self, input, hx, {})
@@ -69,36 +72,56 @@ class Sequence(base.Accelerated, torch.nn.RNNBase):
         return text
 
 
+_in_block, _backend_key, _strict_key = BACKEND.block, BACKEND.key, STRICT.key
+
+
+@constant
+def cpu_is_torchs(own: str | None) -> bool:
+    """Whether PyTorch's own layer runs any call on CPU tensors, as far as can be told in a fraction of a microsecond.
+
+    A call on a CPU may take 25 us, of which this question must not be a part that counts. If False, the call has to be looked
+    at as a whole. Settings may change at any time. What hinders the kernels on the CPU is known from the first call that asked.
+
+    Args:
+        own: the module's ``backend=``.
+    """
+    if _in_block.get() is not None:
+        return False
+    if own is None:
+        if _backend_key in environment or _strict_key in environment or not obstacles.known.get("cpu:None"):
+            return False
+    elif own != "torch":
+        return False
+    if thread.__dict__.get("tracing_context") is not None:  # being compiled or exported
+        return False
+    return innermost_transform() is None and forward_level() < 0
+
+
 @torch_private.skipped_by_dynamo
 def _call(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> Any:
     """A call with the options `given`, empty for none."""
-    if base.is_traced_by_fx(layer, Sequence.forward, input, hx, *given.values()):
+    plain = isinstance(input, Tensor) and hx is None and not given  # with nothing that can stand for a tensor
+    if not plain and base.is_traced_by_fx(layer, Sequence.forward, input, hx, *given.values()):
         wanted = {name: value for name, value in given.items() if value is not None and value is not False}
         return base.fx_node(layer, input, hx, **wanted)
-    cell, weights = cell_of(layer), weights_of(layer)
-    well_formed = checks.layer_fits(layer, cell, weights, input, hx)
-    read_options = None
-    if given:
-        if not well_formed:
-            _by_torch(layer, input, hx)
-            raise RuntimeError("lengths, resets, return_all_states and return_gates need an input that is not empty")
-        read_options = read(layer, cell, input, **given)
-    chosen = decision(layer, cell, weights, input, hx, well_formed, read_options)
+    call, chosen = decision(layer, input, hx, given)
+    if given and not call.fits:
+        _by_torch(layer, input, hx)
+        raise RuntimeError("lengths, resets, return_all_states and return_gates need an input that is not empty")
     if chosen.refusal:
         raise RuntimeError(chosen.refusal)
     if chosen.gives_way:
         tell(chosen.asked, chosen.asked_by, chosen.gives_way)
-    runner = chosen.runner
-    if runner == "kernels":
-        return stack.run(runner, layer, cell, weights, input, hx, read_options, layer._rnnfast_recompute)
-    # torch.func refuses PyTorch's checkpoint: inside its transforms all is kept
-    again = layer._rnnfast_recompute and torch.is_grad_enabled() and not torch_private.inside()
-    if runner == "equations":
-        return stack.run(runner, layer, cell, weights, input, hx, read_options, again)
+    again = layer._rnnfast_recompute
+    if chosen.runner != "kernels":
+        # torch.func refuses PyTorch's checkpoint: inside its transforms all is kept
+        again = again and torch.is_grad_enabled() and not chosen.inside
+    if chosen.runner in stack.LAYERS:
+        return stack.run(chosen.runner, layer, call.cell, call.weights, input, call.states, call.options, again)
     by_torch = partial(_again_by_torch if again else _by_torch, layer)
-    if runner == "packed":
-        assert read_options is not None
-        return stack.by_packing(by_torch, layer, cell, read_options.lengths, input, hx)
+    if chosen.runner == "packed":
+        assert call.options is not None
+        return stack.by_packing(by_torch, layer, call.cell, call.options.lengths, input, hx)
     return by_torch(input, hx)
 
 
@@ -112,13 +135,6 @@ def _by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
 
 def _again_by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
     return base.checkpointed(partial(_by_torch, layer), input, hx, also=torch_private.own_parameters(layer).values())
-
-
-def weights_of(layer: torch.nn.RNNBase) -> list[list[Any]]:
-    """The weights of each layer and direction, as torch.nn's ``forward`` would use them in this call."""
-    flat = torch_private.current_weights(layer)
-    count = 2 + (2 if layer.bias else 0) + (1 if layer.proj_size else 0)
-    return [list(flat[n : n + count]) for n in range(0, len(flat), count)]
 
 
 def read(
@@ -141,38 +157,57 @@ def read(
     return checks.read_options(x, *wanted, shapes=shapes, batch_first=layer.batch_first)
 
 
-def decision(
-    layer: Sequence,
-    cell: str,
-    weights: list[list[Any]],
-    input: Any,
-    hx: Any,
-    well_formed: bool,
-    read_options: CallOptions | None,
-) -> Decision:
-    """The facts about a call, put to `rnnfast.choice.decide.decide`."""
+class Call(NamedTuple):
+    """What is found of a call, once.
+
+    Attributes:
+        cell: the name of the equations.
+        weights: all that torch.nn's ``forward`` would use in this call, in its order.
+        states: those of hx; empty if absent.
+        fits: whether every tensor fits, so that a backend of ours may run the call.
+        options: read and checked; None without any.
+    """
+
+    cell: str
+    weights: list[Any]
+    states: tuple[Any, ...]
+    fits: bool
+    options: CallOptions | None
+
+
+def decision(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> tuple[Call, Decision]:
+    """What is found of a call with the options `given`, and what `rnnfast.choice.decide.decide` makes of it."""
+    cell = str(layer.mode).lower()
+    expanded = torch_private.is_expanded(layer)
+    weights = torch_private.current_weights(layer, expanded)
+    replaced = torch_private.replaced(layer, Sequence)
+    states = () if hx is None else checks.states_of(cell, hx)
+    fits = checks.layer_fits(layer, cell, weights, input, states, hx is not None)
+    options = read(layer, cell, input, **given) if given and fits else None
     tensor = input.data if isinstance(input, PackedSequence) else input
     is_tensor = isinstance(tensor, Tensor)
-    flat = [weight for group in weights for weight in group]
-    return decide(
+    trains = fits and not expanded and tensor is input and cell in checks.ONEDNN and torch.is_grad_enabled()
+    may_be_tuned = fits and options is None and is_tensor and not torch.compiler.is_compiling()
+    chosen = decide(
         layer._rnnfast_backend,
         tensor.device.type if is_tensor else None,
         tensor.device.index if is_tensor else None,
         tensor.dtype if is_tensor else None,
-        well_formed=well_formed,
-        replaced=base.replaced(layer, Sequence),
-        expanded=torch_private.is_expanded(flat),
+        well_formed=fits,
+        replaced=replaced,
+        expanded=expanded,
         padded=is_tensor and tensor is input,
-        options="none" if read_options is None else read_options.kind,
-        packable=read_options is not None and read_options.packable,
-        onednn_trains=tensor is input and checks.onednn_trains(cell, (tensor, *flat)),
-        measured=well_formed and read_options is None and _torch_is_fastest(layer, cell, input, hx),
+        options="none" if options is None else options.kind,
+        packable=options is not None and options.packable,
+        onednn_trains=trains and any([each.requires_grad for each in (tensor, *weights)]),
+        measured=may_be_tuned and known.get(("tuned", tensor.device), True) and _torch_is_fastest(layer, cell, input, hx),
     )
+    return Call(cell, weights, states, fits, options), chosen
 
 
 def _torch_is_fastest(layer: torch.nn.RNNBase, cell: str, input: Any, hx: Any) -> bool:
-    """As `rnnfast tune` measured it. Not in compiled code, where PyTorch unrolls its layer, nor inside a transform."""
-    if torch.compiler.is_compiling() or torch_private.inside() or not isinstance(input, Tensor) or layer.proj_size:
+    """As `rnnfast tune` measured it. Not inside a transform."""
+    if torch_private.inside() or not isinstance(input, Tensor) or layer.proj_size:
         return False
     return kernel_plan.measured(input) and kernel_plan.torch_wins(shape(layer, cell, input, hx), input.device)
 

@@ -41,20 +41,20 @@ def run(
     runner: str,
     layer: torch.nn.RNNBase,
     cell: str,
-    weights: list[list[Any]],
+    weights: list[Any],
     input: Any,
-    hx: Any,
+    states: tuple[Any, ...],
     options: CallOptions | None = None,
     recompute: bool = False,
 ) -> Any:
     """A call that `rnnfast.nn.checks.layer_fits`, on "kernels" or by "equations".
 
     Args:
-        weights: of each layer and direction.
+        weights: all, layer after layer and direction after direction.
+        states: those of hx; empty for zeros.
         recompute: whether the kernels keep no gates, and whether the equations run under PyTorch's checkpoint.
     """
-    directions = 2 if layer.bidirectional else 1
-    states = states_of(cell, hx)
+    directions, count = 2 if layer.bidirectional else 1, 2 + (2 if layer.bias else 0) + (1 if layer.proj_size else 0)
     packed, batched = None, True
     if isinstance(input, PackedSequence):
         packed = input
@@ -77,7 +77,7 @@ def run(
         outputs, seen = [], []
         for direction in range(directions):
             n = index * directions + direction
-            w_ih, w_hh, *rest = weights[n]
+            w_ih, w_hh, *rest = weights[n * count : (n + 1) * count]
             b_ih, b_hh = rest[:2] if layer.bias else (None, None)
             w_hr = rest[-1] if layer.proj_size else None
             start = tuple(state[n] for state in states) or None

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast import reference, torch_private
+from rnnfast import reference
 from rnnfast.ops import gradients, operators
 from rnnfast.ops.operators import Forward, Results
-from rnnfast.ops.recurrence import is_autocast
 from rnnfast.ops.schema import DIFFERENTIABLE
 from rnnfast.reference import CELLS, RESETS, STARTS
+from rnnfast.torch_private import innermost_transform
 
 __all__ = ["layer", "trace"]
 
@@ -60,9 +60,9 @@ def _run(
     marks = None
     if lengths is not None or resets is not None:
         marks = reference.marks(x, lengths, resets, reverse)
-    inside = torch_private.inside()
+    inside = not torch.compiler.is_compiling() and innermost_transform() is not None  # no transform that is compiled comes here
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr)
-    needed = bool(inside) or any([tensor is not None and tensor.requires_grad for tensor in tensors])
+    needed = inside or any([tensor is not None and tensor.requires_grad for tensor in tensors])
     call = Forward(
         cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse,
         save=details or (needed and torch.is_grad_enabled()),
@@ -70,7 +70,7 @@ def _run(
         recompute=recompute and not details,
     )  # fmt: skip
     kind = x.device.type
-    if is_autocast(kind):  # as cuDNN's layer: everything in the lower precision
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # as cuDNN's layer: everything in the lower precision
         low = torch.get_autocast_dtype(kind)
         given = {name: getattr(call, name) for name in DIFFERENTIABLE}
         call = call._replace(**{name: tensor.to(low) for name, tensor in given.items() if tensor is not None})

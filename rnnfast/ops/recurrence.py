@@ -21,42 +21,37 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rnnfast import torch_private
 from rnnfast.choice import kernel_plan
 from rnnfast.choice.kernel_plan import precision
 from rnnfast.ops.marks import entered, for_kernels, last_states, start_grads
+from rnnfast.torch_private import forward_level
 
-__all__ = ["backward", "forward", "is_autocast", "no_autocast", "on_device", "project"]
+__all__ = ["CHUNK_ROWS", "backward", "forward", "no_autocast", "on_device", "project"]
 
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Contiguous and on a 16-byte boundary, which the kernels are compiled for."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
-def _dense_or_none(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _dense(tensor)
+# Time steps x batch rows whose input side is computed by one GEMM, into one float32 buffer: enough to fill a GPU with the GEMM,
+# few enough that for H up to 1024 the buffer (4 H floats a row) stays in the L2 of an H100 and never grows with T.
+CHUNK_ROWS = 2048
 
 
-def _dense_float_or_none(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _dense(tensor.float())
-
-
-def is_autocast(kind: str) -> bool:
-    """Whether autocast is on for a kind of device. PyTorch raises where there is no autocast, as for meta tensors."""
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each contiguous and on a 16-byte boundary, which the kernels are compiled for; None for None."""
+    found = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    return [tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in found]
 
 
 def no_autocast(kind: str) -> contextlib.AbstractContextManager:
-    """Switch autocast off for a kind of device. Where it is off already, entering it again would cost microseconds."""
-    return torch.autocast(kind, enabled=False) if is_autocast(kind) else contextlib.nullcontext()
+    """Switch autocast off for a kind of device. Where it is off already, entering it again would cost microseconds. (PyTorch
+    raises where there is no autocast, as for meta tensors.)"""
+    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def on_device(tensor: Tensor) -> Iterator[None]:
     """Make the tensor's device current, because Triton launches on the current device, and switch autocast off."""
-    with no_autocast(tensor.device.type), torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+    kind = tensor.device.type
+    autocast = no_autocast(kind) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    with autocast, torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
         yield
 
 
@@ -73,11 +68,10 @@ def project(x: Tensor, w_ih: Tensor) -> Tensor:
 def _refuse_forward_mode() -> None:
     """PyTorch takes the forward-mode derivative of an operator without a rule for zero. rnnfast's layers do not come here in
     forward mode, but programs that were compiled or exported before may."""
-    if torch_private.is_forward_mode():
-        raise NotImplementedError(
-            "rnnfast's operators have no forward-mode derivative, and this program calls them itself, for it was compiled or "
-            "exported outside of forward mode: run the layer as it is, or compile within rnnfast.use_backend('reference')"
-        )
+    raise NotImplementedError(
+        "rnnfast's operators have no forward-mode derivative, and this program calls them itself, for it was compiled or "
+        "exported outside of forward mode: run the layer as it is, or compile within rnnfast.use_backend('reference')"
+    )
 
 
 def forward(
@@ -118,7 +112,8 @@ def forward(
     """
     from rnnfast.kernels import cells
 
-    _refuse_forward_mode()
+    if forward_level() >= 0:
+        _refuse_forward_mode()
     spec = cells.CELLS[cell]
     T, B, _ = x.shape
     H = w_hh.shape[1]
@@ -127,21 +122,25 @@ def forward(
         y = new(T, B, H)
         c = new(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
         saved = new((T, B, spec.saved * H) if save and spec.saved and not recompute else (0,))
-        w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
-        bias_x, bias_h = _dense_or_none(b_ih), _dense_or_none(b_hh)
-        choice = kernel_plan.pick(cell, T, B, H, x.dtype, precision(), False, save, x.device, marks is not None)
+        w, start_h, start_c, bias_x, bias_h = _dense(w_hh, h0, None if c0 is None else c0.float(), b_ih, b_hh)
+        products = precision()
+        choice = kernel_plan.pick(cell, T, B, H, x.dtype, products, False, save, x.device, marks is not None)
         options = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
             options = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.tile)
-        n = choice.plan.chunk_steps(T, B)
+        n = choice.plan.steps or max(1, CHUNK_ROWS // B)
+        wide = x.is_cuda and x.dtype != torch.float32  # a product of half precision that gives float32
+        w_x = w_ih.t() if wide else w_ih.float().t()
         for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
+            rows = x[begin : begin + n].reshape(-1, x.shape[2])
+            sides = torch.mm(rows, w_x, out_dtype=torch.float32) if wide else rows.float() @ w_x
             choice = kernel_plan.run(
                 "forward",
                 choice,
                 x.device,
                 spec,
-                project(x[begin : begin + n], w_ih),
+                sides.view(-1, B, sides.shape[1]),
                 begin,
                 w,
                 bias_x,
@@ -152,7 +151,7 @@ def forward(
                 c,
                 saved if save else None,
                 reverse=reverse,
-                precision=precision(),
+                precision=products,
                 **options,
             )
         h_n = last_states(y, h0, lengths, reverse)
@@ -200,9 +199,9 @@ def backward(
     """
     from rnnfast.kernels import cells
     from rnnfast.kernels.recompute import compute
-    from rnnfast.kernels.step.plan import chunk_steps
 
-    _refuse_forward_mode()
+    if forward_level() >= 0:
+        _refuse_forward_mode()
     spec = cells.CELLS[cell]
     T, B, H = y.shape
     with on_device(y):
@@ -213,8 +212,10 @@ def backward(
             else grad.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             for grad in (dh_n, dc_n)
         )
-        w, start_h, start_c = _dense(w_hh), _dense_or_none(h0), _dense_float_or_none(c0)
-        choice = kernel_plan.pick(cell, T, B, H, y.dtype, precision(), True, True, y.device, marks is not None)
+        start_c = None if c0 is None else c0.float()
+        w, start_h, start_c, bias_x, bias_h, dy, dcs = _dense(w_hh, h0, start_c, b_ih, b_hh, dy, dcs)
+        products = precision()
+        choice = kernel_plan.pick(cell, T, B, H, y.dtype, products, True, True, y.device, marks is not None)
         options: dict[str, Tensor | None] = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
@@ -223,9 +224,9 @@ def backward(
                 starts = options[name]
                 options[f"d_{name}"] = None if starts is None else torch.zeros_like(starts, dtype=torch.float32)
         if dcs is not None:
-            options["dcs"] = _dense(dcs)
+            options["dcs"] = dcs
         recompute = x is not None and spec.saved > 0
-        n = chunk_steps(T, B) if recompute else T
+        n = max(1, CHUNK_ROWS // B) if recompute else T
         before = entered(y, h0, reset_h, marks, reverse) if recompute and marks is not None else None
         for begin in range(0, T, n) if reverse else reversed(range(0, T, n)):
             steps = min(n, T - begin)
@@ -234,13 +235,13 @@ def backward(
                 h_before = _entering(begin, steps, y, h0, reverse) if before is None else before[begin : begin + steps]
                 saved = y.new_empty(steps, B, spec.saved * H)
                 sides = project(x[begin : begin + steps], w_ih), project(h_before, w)
-                compute(spec, *sides, _dense_or_none(b_ih), _dense_or_none(b_hh), saved)
+                compute(spec, *sides, bias_x, bias_h, saved)
             choice = kernel_plan.run(
                 "backward",
                 choice,
                 y.device,
                 spec,
-                _dense_or_none(dy),
+                dy,
                 saved,
                 y,
                 start_h,
@@ -251,7 +252,7 @@ def backward(
                 d_h,
                 d_c if spec.carries_c else None,
                 reverse=reverse,
-                precision=precision(),
+                precision=products,
                 begin=begin,
                 steps=steps,
                 **options,

@@ -1,6 +1,5 @@
 """Launch plans are pure functions: their promises hold for every size."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,9 +21,3 @@ def test_step_plan(H, itemsize, precision, B):
     assert (units - 1) * tiles.BLOCK_H < H <= units * tiles.BLOCK_H
     for size in (tiles.BLOCK_B, tiles.BLOCK_H, tiles.BLOCK_K):
         assert size >= 16 and size & (size - 1) == 0
-
-
-@pytest.mark.parametrize("T, B, steps", [(100, 16, 100), (1000, 16, 128), (10, 5000, 1), (1, 1, 1), (10**6, 1, 2048)])
-def test_chunk_steps(T, B, steps):
-    """At least one step, at most T, and otherwise about CHUNK_ROWS rows."""
-    assert plan.chunk_steps(T, B) == steps

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rnnfast import ops, reference
-from rnnfast.kernels import cells, runtime, step
+from rnnfast.kernels import cells, step
 from rnnfast.kernels.step import plan
+from rnnfast.kernels.step.launch import Launcher
 
 pytestmark = pytest.mark.numerical
 
@@ -118,13 +119,13 @@ def test_inference_saves_nothing(cell, device):
 def test_one_launch_a_step(cell, device, monkeypatch):
     """T launches forward and T backward, one of them at a time for each step, whatever T is."""
     launches = []
-    launch = runtime.Launcher.__call__
+    launch = Launcher.__call__
 
     def counted(self, *args):
         launches.append(self.kernel.__name__)
         return launch(self, *args)
 
-    monkeypatch.setattr(runtime.Launcher, "__call__", counted)
+    monkeypatch.setattr(Launcher, "__call__", counted)
     for T in (1, 6):
         launches.clear()
         run(cell, T, 2, 3, torch.float32, device)

@@ -16,7 +16,7 @@ import rnnfast
 from benchmarks.timing.cases import Case, Unknown
 from benchmarks.timing.problem import Problem, Ready, of_module
 from rnnfast import reference
-from rnnfast.choice.obstacles import tensor_obstacles
+from rnnfast.choice.decide import tensor_obstacles
 from rnnfast.settings import KERNELS
 
 BASE = "torch.nn"  # every other provider is compared with it
