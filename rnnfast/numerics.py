@@ -46,7 +46,8 @@ SIGNS = 64  # doubtful signs of relu: up to so many are judged both ways, one by
 KINDS = dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"), "product")
 KINDS |= {"sum": "sum", "add": "add", "relu": "relu", "relu_": "relu"}
 KINDS |= dict.fromkeys(("add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "addcmul", "pow", "exp"), "other")
-KINDS |= dict.fromkeys(("sigmoid", "sigmoid_", "tanh", "tanh_", "sigmoid_backward", "tanh_backward"), "other")
+KINDS |= dict.fromkeys(("sigmoid_backward", "tanh_backward"), "other")
+KINDS |= dict.fromkeys(("sigmoid", "sigmoid_", "tanh", "tanh_"), "function")
 KINDS |= dict.fromkeys(("_cudnn_rnn", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"), "whole")
 KINDS |= dict.fromkeys(("_cudnn_rnn_backward", "_thnn_fused_lstm_cell_backward_impl", "_thnn_fused_gru_cell_backward"), "whole")
 
@@ -84,6 +85,8 @@ class _Arithmetic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if kind == "whole":  # of what happens inside nothing is known: the results are rounded
             return tree_map_only(Tensor, lambda part: self._round_(part, part) if part.is_floating_point() else part, result)
+        if kind == "function" and self.sums:  # an exponential, a sum and a quotient: three roundings
+            return self._round_(result, result * math.sqrt(3))
         if kind == "sum":
             return self._sum(func, args, kwargs or {}, result)
         if kind != "add" or not isinstance(args[1], Tensor):
