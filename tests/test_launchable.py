@@ -117,7 +117,7 @@ from pathlib import Path
 HERE = os.environ["TRITON_LIBCUDA_PATH"]
 stub = ctypes.CDLL(os.path.join(HERE, "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
 import torch, triton
-from triton.obstacles.nvidia import driver as nvidia
+from triton.backends.nvidia import driver as nvidia
 import rnnfast
 from rnnfast.choice import obstacles
 from rnnfast.choice import kernel_plan
