@@ -230,5 +230,5 @@ def test_real_launcher_on_a_stub_driver(tmp_path):
     assert all(refused[code].startswith(step_kernels) for code in ("1", "701", "720", "801")), refused
     assert refused["700"] == "raised: Triton Error [CUDA]: an illegal memory access was encountered"
     assert refused["719"] == "raised: Triton Error [CUDA]: unspecified launch failure"
-    builds = hasattr(importlib.import_module("triton.obstacles.nvidia.driver"), "make_launcher")  # Triton 3.6, for each kernel
+    builds = hasattr(importlib.import_module("triton.backends.nvidia.driver"), "make_launcher")  # Triton 3.6, for each kernel
     assert found["no_compiler_any_more"][:2] == (["torch", [reasons["no_compiler"]]] if builds else ["triton", []])
