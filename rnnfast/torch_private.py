@@ -114,7 +114,7 @@ def inside() -> tuple[str, ...]:
     "jvp", "functionalize". Autograd has no public way to ask which transforms will reach an operator.
     """
     stack = _functorch.get_interpreter_stack() or ()
-    forward = ("forward",) if is_forward_mode() else ()
+    forward = ("forward",) if forward_level() >= 0 else ()
     return (*forward, *(interpreter.key().name.lower() for interpreter in stack))
 
 

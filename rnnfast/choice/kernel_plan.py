@@ -86,11 +86,6 @@ class Choice:
         """The plan of the persistent kernels if those run."""
         return cast("PersistentPlan", self.plan) if self.family == "persistent" else None
 
-    @property
-    def tile(self) -> int:
-        """Batch rows of a program."""
-        return self.plan.BLOCK_B
-
     def without(self, reason: str) -> Choice:
         """The step kernels instead, for this reason."""
         return Choice("step", self.step, self.step, self.family, reason)

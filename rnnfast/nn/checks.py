@@ -220,7 +220,7 @@ def _read_lengths(lengths: Any, x: Tensor) -> Tensor | None:
 def _is_readable(lengths: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    mapped = "vmap" in torch_private.inside() and torch_private.is_wrapped(lengths)
+    mapped = torch_private.is_wrapped(lengths) and "vmap" in torch_private.inside()
     return not mapped and not torch_private.is_fake(lengths)
 
 

@@ -56,7 +56,7 @@ class CallOptions:
 
     @property
     def kind(self) -> Options:
-        if self.resets is not None or self.details:
+        if self.resets is not None or self.all_states or self.gates:
             return "more"
         return "none" if self.lengths is None else "lengths"
 

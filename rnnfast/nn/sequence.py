@@ -127,9 +127,10 @@ def _call(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> Any:
 
 def _by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
     """torch.nn's own ``forward``. torch.nn.LSTM does not check the sizes of the states of a packed call, and crashes."""
-    states = checks.states_of(cell_of(layer), hx)
-    if isinstance(input, PackedSequence) and len(states) > 1 and all(isinstance(state, Tensor) for state in states):
-        layer.check_forward_args(input.data, hx, input.batch_sizes)
+    if isinstance(input, PackedSequence):
+        states = checks.states_of(cell_of(layer), hx)
+        if len(states) > 1 and all(isinstance(state, Tensor) for state in states):
+            layer.check_forward_args(input.data, hx, input.batch_sizes)
     return super(Sequence, layer).forward(input, hx)
 
 
@@ -187,7 +188,9 @@ def decision(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> tup
     tensor = input.data if isinstance(input, PackedSequence) else input
     is_tensor = isinstance(tensor, Tensor)
     trains = fits and not expanded and tensor is input and cell in checks.ONEDNN and torch.is_grad_enabled()
-    may_be_tuned = fits and options is None and is_tensor and not torch.compiler.is_compiling()
+    # not in compiled code, where PyTorch unrolls its layer, nor inside a transform
+    may_be_tuned = fits and options is None and not torch.compiler.is_compiling()
+    may_be_tuned = may_be_tuned and innermost_transform() is None and forward_level() < 0
     chosen = decide(
         layer._rnnfast_backend,
         tensor.device.type if is_tensor else None,
@@ -206,8 +209,8 @@ def decision(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> tup
 
 
 def _torch_is_fastest(layer: torch.nn.RNNBase, cell: str, input: Any, hx: Any) -> bool:
-    """As `rnnfast tune` measured it. Not inside a transform."""
-    if torch_private.inside() or not isinstance(input, Tensor) or layer.proj_size:
+    """As `rnnfast tune` measured it."""
+    if not isinstance(input, Tensor) or layer.proj_size:
         return False
     return kernel_plan.measured(input) and kernel_plan.torch_wins(shape(layer, cell, input, hx), input.device)
 

@@ -128,7 +128,7 @@ def forward(
         options = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
-            options = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.tile)
+            options = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.plan.BLOCK_B)
         n = choice.plan.steps or max(1, CHUNK_ROWS // B)
         wide = x.is_cuda and x.dtype != torch.float32  # a product of half precision that gives float32
         w_x = w_ih.t() if wide else w_ih.float().t()
@@ -219,7 +219,7 @@ def backward(
         options: dict[str, Tensor | None] = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
-            options = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.tile)
+            options = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.plan.BLOCK_B)
             for name in ("starts_h", "starts_c") if need_starts else ():
                 starts = options[name]
                 options[f"d_{name}"] = None if starts is None else torch.zeros_like(starts, dtype=torch.float32)
