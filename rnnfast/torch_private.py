@@ -1,7 +1,8 @@
 """Every private name of PyTorch that rnnfast uses, and the one of Python's: why, what it buys, and since when it is known.
 
-Written for torch 2.9 to 2.13, which all have them. tests/test_torch_private.py checks on the torch that is installed that each
-still means what is said here. The switch ``torch._dynamo.config.allow_rnn`` is the one such name elsewhere: users set it too.
+Written for torch 2.9 to 2.13, which all have them. On the torch that is installed, tests/choice/test_torch_private.py checks
+that each still means what is said here. The switch ``torch._dynamo.config.allow_rnn`` is the one such name elsewhere: users set
+it too.
 """
 
 from __future__ import annotations

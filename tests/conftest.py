@@ -16,7 +16,7 @@ from hypothesis import settings
 from rnnfast.choice import gpu
 
 if os.environ.get("TRITON_INTERPRET"):
-    import quick_interpreter
+    from support import quick_interpreter
 
     quick_interpreter.install()
 

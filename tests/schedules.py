@@ -23,9 +23,9 @@ from unittest import mock
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
 
-import quick_interpreter
 import torch
-from side_by_side import together
+from support import quick_interpreter
+from support.side_by_side import together
 from triton.runtime import interpreter
 
 import rnnfast

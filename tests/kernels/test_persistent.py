@@ -11,8 +11,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl  # noqa: F401 - the interpreter wants it in sight of every jit function
-from recurrence import TOLERANCE, Layer, assert_close, steps_of, tiles
-from side_by_side import together
+from support.recurrence import TOLERANCE, Layer, assert_close, steps_of, tiles
+from support.side_by_side import together
 
 from rnnfast import reference
 from rnnfast.kernels import persistent, runtime, step

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrence import TOLERANCE, Layer, steps_of, tiles
-from side_by_side import Fault, Hang, together
+from support.recurrence import TOLERANCE, Layer, steps_of, tiles
+from support.side_by_side import Fault, Hang, together
 
 from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import PersistentPlan

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from layers import run
-from recurrence import tiles
-from side_by_side import together
+from support.layers import run
+from support.recurrence import tiles
+from support.side_by_side import together
 
 import rnnfast
 from rnnfast.choice import kernel_plan

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrence import Layer, assert_close, steps_of, tiles
-from side_by_side import Fault, Hang, together
+from support.recurrence import Layer, assert_close, steps_of, tiles
+from support.side_by_side import Fault, Hang, together
 from test_persistent_parts import parts
 
 from rnnfast.kernels import marks, persistent, runtime, step

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import triton.language as tl  # noqa: F401 - the interpreter wants it in sight of every jit function
-from recurrence import TOLERANCE, Layer, assert_close, steps_of
-from side_by_side import Fault, Hang, together
+from support.recurrence import TOLERANCE, Layer, assert_close, steps_of
+from support.side_by_side import Fault, Hang, together
 
 from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import PersistentPlan

@@ -9,8 +9,8 @@ import schedules
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrence import Layer, assert_close, steps_of, tiles
-from side_by_side import together
+from support.recurrence import Layer, assert_close, steps_of, tiles
+from support.side_by_side import together
 
 from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.cells import CELLS
