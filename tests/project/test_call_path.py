@@ -15,7 +15,7 @@ MOST = {  # calls and changes of file
 
 def test_paths_stay_short():
     """In a process of its own, since Triton has to be interpreted, on a GPU machine too."""
-    done = subprocess.run([sys.executable, "-m", "tests.call_path"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.support.call_path"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {
         name.strip(): (int(calls), int(changes))

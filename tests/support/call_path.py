@@ -1,7 +1,7 @@
 """Counts the functions of ours that a call runs, and the changes of file among them, until the recurrence would be launched.
 
-    python -m tests.call_path             a table of calls
-    python -m tests.call_path "forward"   the path of the calls with this word in their name too
+    python -m tests.support.call_path             a table of calls
+    python -m tests.support.call_path "forward"   the path of the calls with this word in their name too
 
 Each call of a function in rnnfast/ or kernels/ counts, a generator once. Comprehensions do not count, nor do functions of
 PyTorch and Triton. A change of file is a function in another file than the one that ran before it. What is known after a first
