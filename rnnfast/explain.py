@@ -87,7 +87,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         found, chosen = sequence.decision(module, input, hx, options)
         read_options = found.options or CallOptions()
         may_be_tuned = isinstance(input, Tensor) and not options and not module.proj_size and not chosen.obstacles
-        to_tune = sequence.shape(module, found.cell, input, hx) if may_be_tuned and chosen.asked in (None, "triton") else None
+        to_tune = sequence.shape(module, found.cell, tensor, hx) if may_be_tuned and chosen.asked in (None, "triton") else None
     details = _how(chosen, module, input, read_options, training)
     tuning = _tuning(to_tune, tensor.device) if to_tune else ""
     return Explanation(chosen.backend, _asked(chosen), chosen.obstacles, call, details, tuning)

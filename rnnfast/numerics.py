@@ -303,12 +303,14 @@ class Contract:
         scale = expected.elements * (size / expected.rms)
         for flip in expected.flips:
             scale = scale + flip.abs() * (FACTOR / limit)
-        found.append(Verdict(name, "element", *((error.abs() / scale).max().item() for error in (mine, their)), limit))
+        largest, theirs_largest = ((error.abs() / scale).max().item() for error in (mine, their))
+        found.append(Verdict(name, "element", largest, theirs_largest, limit))
         if self.dtype.itemsize == 2 and not expected.flips:
             alike = math.sqrt(exact.numel() / expected.freedom)  # as if known from 16 more runs; the gradient of a weight leans
             lean = (self.samples * expected.lean + 16 * max(1.5, alike)) / (self.samples + 16)
             limit = SYSTEMATIC * math.sqrt(exact.count_nonzero().item()) + math.sqrt(max(1.0, lean) * 2 * math.log(2 / CHANCE))
-            found.append(Verdict(name, "bias", *(abs(_bias(e, exact, expected.elements)) for e in (mine, their)), limit))
+            ours_leans, theirs_leans = (abs(_bias(error, exact, expected.elements)) for error in (mine, their))
+            found.append(Verdict(name, "bias", ours_leans, theirs_leans, limit))
         return found
 
 

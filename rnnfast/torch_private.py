@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 _F = TypeVar("_F", bound=Callable)
-_functorch: Any = torch._C._functorch
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
 EXPANDED = "torch.nn.utils._expanded_weights.expanded_weights_impl"
 FAKE = "torch._subclasses.fake_tensor"
@@ -85,7 +85,7 @@ def skipped_by_dynamo(function: _F) -> _F:
     calls, piece by piece, which fails where a piece depends on data. torch.nn's own files are on a list that Dynamo skips. The
     public ``torch.compiler.disable`` would also end a trace that takes the layer whole.
     """
-    frames: Any = torch._C._dynamo.eval_frame
+    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
     action = frames._FrameAction.SKIP
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(action, action))
     return function

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 __all__ = ["StepPlan", "step_plan"]
 
@@ -22,7 +21,7 @@ class StepPlan:
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    steps: ClassVar[int] = 0
+    steps: int = field(default=0, init=False, repr=False, compare=False)
 
     def grid(self, B: int, H: int) -> tuple[int, int, int]:
         return -(-B // self.BLOCK_B), -(-H // self.BLOCK_H), 1

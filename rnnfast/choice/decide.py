@@ -173,7 +173,7 @@ def decide(
             known[device] if device in known else obstacles.device_obstacle(kind, index),
             None if dtype in DTYPES else f"the dtype is {dtype}: the kernels take float16, bfloat16 and float32",
             "autocast is on: on the CPU, PyTorch's own layer decides what it casts" if on_cpu_autocast else None,
-            (inside and _without_rule(inside)) or trace,
+            (_without_rule(inside) if inside else None) or trace,
             EXPANDED if expanded else None,
         )
         found = tuple([reason for reason in reasons if reason])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.proxy import TraceError
 from torch.utils.checkpoint import checkpoint
 
 from rnnfast import torch_private
@@ -133,7 +134,7 @@ def fx_node(layer: torch.nn.Module, *args: Any, **options: Any) -> Any:
     """The call as one node of a torch.fx graph, ``call_module``."""
     proxy: Any = next(part for part in _parts((*args, *options.values())) if isinstance(part, torch.fx.Proxy))
     if layer is proxy.tracer.root:
-        raise torch.fx.proxy.TraceError("torch.fx traces models that contain a layer, not a layer: torch.nn.Sequential(layer)")
+        raise TraceError("torch.fx traces models that contain a layer, not a layer: torch.nn.Sequential(layer)")
     return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(layer), args, options)
 
 

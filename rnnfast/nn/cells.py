@@ -14,6 +14,7 @@ from rnnfast import torch_private
 from rnnfast.choice.decide import Decision, decide, tell
 from rnnfast.nn import base, checks, stack
 from rnnfast.nn.base import cell_of
+from rnnfast.reference import STATES
 
 __all__ = ["Cell", "GRUCell", "LSTMCell", "RNNCell", "decision"]
 
@@ -58,7 +59,7 @@ def _run(runner: str, cell: Cell, input: Tensor, hx: Any) -> Any:
     _, last = stack.LAYERS[runner](name, x, states, w_ih, w_hh, b_ih, b_hh)
     if not batched:
         last = tuple(state[0] for state in last)
-    return last if len(last) > 1 else last[0]
+    return last if STATES[name] > 1 else last[0]
 
 
 _DOC = """One step of `rnnfast.{layer}`, a drop-in for torch.nn.{layer}Cell.

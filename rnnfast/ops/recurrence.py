@@ -214,6 +214,7 @@ def backward(
         )
         start_c = None if c0 is None else c0.float()
         w, start_h, start_c, bias_x, bias_h, dy, dcs = _dense(w_hh, h0, start_c, b_ih, b_hh, dy, dcs)
+        assert w is not None
         products = precision()
         choice = kernel_plan.pick(cell, T, B, H, y.dtype, products, True, True, y.device, marks is not None)
         options: dict[str, Tensor | None] = {}
