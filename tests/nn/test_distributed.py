@@ -1,12 +1,15 @@
 """DDP, FSDP2 and the example under torchrun: two processes on gloo give what one process gives on the whole batch.
 
-torchrun starts this file as a program. Its two processes do everything, because each takes seconds to import torch.
+torchrun starts this file as a program, once for all ways to train and once for the example. Both start at the same time,
+because importing torch takes seconds. One start cannot serve both: a second process group in the same processes would find the first
+one's addresses in torchrun's store, and may then wait for ever.
 """
 
 import contextlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,6 +33,7 @@ pytestmark = pytest.mark.same_everywhere
 
 ROOT = Path(__file__).resolve().parents[2]
 T, B, H, WORDS, STEPS = 2, 4, 4, 5, 2
+PARTS = ("ways", "example")
 WAYS = ("DDP", "DDP static_graph", "DDP no_sync", "FSDP2")
 
 
@@ -104,9 +108,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run([*launcher, __file__, str(folder)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "said").write_text(done.stdout)
+
+    def start(part):
+        return subprocess.run([*launcher, __file__, part, str(folder)], env=env, capture_output=True, text=True, timeout=900)
+
+    with ThreadPoolExecutor() as pool:
+        for part, done in zip(PARTS, pool.map(start, PARTS), strict=True):
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder / f"{part} said").write_text(done.stdout)
     return folder
 
 
@@ -125,7 +134,7 @@ def test_equal_to_one_process(way, folder):
 def test_example_under_torchrun(folder, tmp_path, capsys):
     """examples/char_lm.py: two processes learn what one learns, and one of them speaks and writes."""
     assert run_example(tmp_path) == 0
-    said = capsys.readouterr().out, (folder / "said").read_text()
+    said = capsys.readouterr().out, (folder / "example said").read_text()
     one, two = (torch.load(path / "checkpoint.pt") for path in (tmp_path, folder))
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=1e-4)
@@ -134,5 +143,5 @@ def test_example_under_torchrun(folder, tmp_path, capsys):
 
 
 if __name__ == "__main__":
-    train_every_way(Path(sys.argv[1]))
-    sys.exit(run_example(Path(sys.argv[1])))
+    part, folder = sys.argv[1], Path(sys.argv[2])
+    sys.exit(train_every_way(folder) if part == "ways" else run_example(folder))
