@@ -1,8 +1,8 @@
 """DDP, FSDP2 and the example under torchrun: two processes on gloo give what one process gives on the whole batch.
 
 torchrun starts this file as a program, once for all ways to train and once for the example. Both start at the same time,
-because importing torch takes seconds. One start cannot serve both: a second process group in the same processes would find the first
-one's addresses in torchrun's store, and may then wait for ever.
+because importing torch takes seconds. One start cannot serve both: a second process group in the same processes would find
+the addresses of the first one in torchrun's store, and may then wait for ever.
 """
 
 import contextlib
