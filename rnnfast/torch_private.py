@@ -50,6 +50,7 @@ __all__ = [
     "thread",
     "tracing",
     "tree_leaves",
+    "unpacks_one_by_one",
 ]
 
 _F = TypeVar("_F", bound=Callable)
@@ -160,6 +161,10 @@ def remove_batch_dim(tensor: Tensor, level: int) -> Tensor:
 
 def add_batch_dim(tensor: Tensor, level: int) -> Tensor:
     return torch._add_batch_dim(tensor, 0, level)
+
+
+# Whether `saved_tensor` can work. Seen in torch 2.13 and 2.14, and not in 2.9 and 2.11.
+unpacks_one_by_one = hasattr(torch._C._autograd.SavedTensor, "unpack")  # type: ignore[attr-defined]
 
 
 def saved_tensor(ctx: Any, index: int) -> Tensor | None:

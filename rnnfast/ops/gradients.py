@@ -119,12 +119,14 @@ def _saved_tensors(ctx, call: Call) -> tuple[Tensor | None, ...]:
     edited.
 
     Raises:
-        RuntimeError: PyTorch's, for an edit of a tensor that is read.
+        RuntimeError: PyTorch's, for an edit of a tensor that is read. In versions of PyTorch that unpack all saved tensors at
+            once, for an edit of any.
     """
     try:
         return ctx.saved_tensors
     except RuntimeError:
-        if not CELLS[call.cell].allows_edits or torch.is_grad_enabled() or torch_private.is_forward_mode():
+        can_tell = torch_private.unpacks_one_by_one and CELLS[call.cell].allows_edits
+        if not can_tell or torch.is_grad_enabled() or torch_private.is_forward_mode():
             raise
     read, at = reads(call), {name: n for n, name in enumerate((*INPUTS, *KEPT))}
     inputs = [torch_private.saved_tensor(ctx, at[name]) if name in read else None for name in INPUTS]
