@@ -202,7 +202,7 @@ def test_measure(tmp_path):
     [
         ("time.sleep(60)", "failed: nothing for 4 s"),
         ("sys.exit('CUDA error: an illegal memory access')", "failed: CUDA error: an illegal memory access"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "failed: exit code -11"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "failed: its process ended with SIGSEGV"),
         ("say(wrong=n, why='output: error 1')", "wrong: output: error 1"),
     ],
 )

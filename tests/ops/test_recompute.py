@@ -14,7 +14,7 @@ from rnnfast import numerics, ops, reference
 from rnnfast.choice import kernel_plan
 from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import GPUS
-from rnnfast.kernels.step import plan
+from rnnfast.ops import recurrence
 
 pytestmark = pytest.mark.numerical
 
@@ -24,7 +24,7 @@ T, B, I, H = 7, 3, 5, 6
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Three steps a chunk: the last one, which may be the first in time, has one."""
-    monkeypatch.setattr(plan, "CHUNK_ROWS", 3 * B)
+    monkeypatch.setattr(recurrence, "CHUNK_ROWS", 3 * B)
 
 
 @pytest.mark.parametrize("marked", [False, True])

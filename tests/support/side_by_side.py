@@ -367,7 +367,8 @@ def _launch(executor, args, kwargs, seed: str, fault: Fault | None, run: Run) ->
         try:
             if schedule.error is None:
                 interpreter.interpreter_builder.set_grid_idx(*index)
-                executor.fn(**bound)
+                with np.errstate(all="ignore"):  # what the launch has set holds for its own thread
+                    executor.fn(**bound)
         except _Stop:
             pass
         except BaseException as error:
