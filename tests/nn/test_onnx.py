@@ -17,8 +17,10 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="a GPU machine may lack 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("exporter", ["torch.export", pytest.param("TorchScript", marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_onnxruntime(name, exporter, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")  # the default: export refuses any other
+def test_onnxruntime(name, exporter):
+    if exporter == "torch.export" and torch.__version__.startswith("2.9."):
+        pytest.skip("PyTorch 2.9 refuses the strict export of its own layers, which this exporter asks for")
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"  # the default: export refuses any other
     ours, theirs = pair(name, "cpu", backend=None, bidirectional=True)
     x, file, model = torch.randn(T, B, I), io.BytesIO(), ours.eval()
     if exporter == "TorchScript":  # it passes the defaults of a model's keywords by position: a layer needs one around it
