@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.side_by_side import together
+from support.stand_ins import Event
 
 import rnnfast.__main__
 from rnnfast import check
@@ -29,29 +30,10 @@ MAIN = Shape("lstm", "float16", "half", 256, 16, 768, 768, 1, 1, training=False)
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="takes CPU tensors, in the interpreter")
 
 
-class Clock:
-    """In place of a device event: ticks a millisecond at each record."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        Clock.now += 1.0
-        self.time = Clock.now
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, end):
-        return end.time - self.time
-
-
 @pytest.fixture
 def pretend(monkeypatch):
     """CPU tensors pass for an H100's, whose programs run side by side, with a clock for device events."""
-    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(tune, "ROUNDS", 2)
     with kernel_plan.pretend_gpu(H100), together(1):
         yield
