@@ -53,12 +53,16 @@ class Family:
             does not wait gets None.
         waits: whether the programs of a grid wait for one another. Such a grid has to be resident as a whole, which takes a GPU
             with cooperative launch.
+        many_steps: whether a launch runs many time steps; if not, a step takes at least what its launch costs the host.
+        clocks: predicted SM clocks of a time step of the plan, from the arguments of `plan` for a GPU; None without a plan.
     """
 
     package: ModuleType
     kind: type[Plan]
     plan: Callable[[int, int, int, int, str, bool, GpuLimits | None, bool], Plan | NoPlan]
     waits: bool
+    many_steps: bool
+    clocks: Callable[[int, int, int, int, str, bool, GpuLimits, bool], float | None]
 
 
 def _any_size(gates, B, H, itemsize, precision, backward, limits, marked) -> StepPlan:
@@ -69,10 +73,20 @@ def _by_limits(*sizes) -> PersistentPlan | NoPlan:
     return persistent.plan.persistent_plan(*sizes)
 
 
+def _step_clocks(gates, B, H, itemsize, precision, backward, limits, marked) -> float:
+    return step.plan.step_clocks(gates, B, H, itemsize, precision, backward, limits.sms)
+
+
 FAMILIES = {
-    "step": Family(package=step, kind=StepPlan, plan=_any_size, waits=False),
-    "persistent": Family(package=persistent, kind=PersistentPlan, plan=_by_limits, waits=True),
-}
+    "step": Family(
+        package=step, kind=StepPlan, plan=_any_size, waits=False,
+        many_steps=False, clocks=_step_clocks,
+    ),
+    "persistent": Family(
+        package=persistent, kind=PersistentPlan, plan=_by_limits, waits=True,
+        many_steps=True, clocks=persistent.plan.persistent_clocks,
+    ),
+}  # fmt: skip
 
 
 def family_of(plan: Plan) -> str:

@@ -17,6 +17,7 @@ GHZ = {  # highest SM clock; NVIDIA's data sheets and `nvidia-smi -q -d CLOCK`
     "RTX 4090": 2.52,
     "B200": 1.965,
 }
+SLOWEST_GHZ = min(GHZ.values())
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}  # an SM holds at most, by compute capability (CUDA programming guide)
 REGISTER_BYTES = 256 << 10  # an SM's register file, all GPUs above (CUDA programming guide)
 
@@ -40,3 +41,9 @@ WGMMA = 18  # an HGMMA: 64 rows of 128 bytes from shared memory over 4 tensor co
 HMMA_LATENCY = 33  # HMMA.16816 that waits for the one before. A100, as published (arXiv 2206.02874)
 HMMA_ISSUE = 8  # HMMA.16816 that waits for its turn. A100: 8; H100: 6 or 7 (arXiv 2402.13499)
 FMAS = 128  # multiply-adds of float32 an SM and clock (data sheets)
+
+
+def gigahertz(name: str) -> float:
+    """The highest SM clock of the GPU that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; of one that `GHZ` does not
+    have, the slowest of these."""
+    return next((clock for known, clock in GHZ.items() if known in name), SLOWEST_GHZ)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import torch_private
-from rnnfast.choice import kernel_plan, tuned, tuning_file
+from rnnfast.choice import kernel_plan, trust, tuned, tuning_file
 from rnnfast.choice.decide import Decision
 from rnnfast.choice.obstacles import autocast
 from rnnfast.nn import cells, sequence
@@ -19,7 +19,7 @@ from rnnfast.nn.cells import Cell
 from rnnfast.nn.options import CallOptions
 from rnnfast.nn.sequence import Sequence
 from rnnfast.reference import SAVED
-from rnnfast.settings import strict
+from rnnfast.settings import CANARY, strict
 
 __all__ = ["Explanation", "explain"]
 
@@ -35,6 +35,8 @@ class Explanation:
         call: the layer and its input, in words.
         details: how it will run, in words.
         tuning: what `rnnfast tune` has measured for this call, in words; empty where that has no say.
+        predicted: what the models say of the kernels and of cuDNN, and whether this GPU's canary found the kernels right, in
+            words; empty where that has no say.
     """
 
     backend: str
@@ -43,10 +45,12 @@ class Explanation:
     call: str
     details: str
     tuning: str = ""
+    predicted: str = ""
 
     def __str__(self) -> str:
         lines = [self.call, f"  backend: {self.backend} ({self.asked})", f"  how: {self.details}"]
         lines += [f"  tuning: {self.tuning}"] if self.tuning else []
+        lines += [f"  predicted: {self.predicted}"] if self.predicted else []
         lines += [f"  not triton: {obstacle}" for obstacle in self.obstacles]
         return "\n".join(lines)
 
@@ -79,24 +83,40 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
     call = f"{module}, input {shape} {tensor.dtype} on {tensor.device}"
     expanded = torch_private.is_expanded(module)  # which cannot be asked
     training = torch.is_grad_enabled() and (expanded or any(each.requires_grad for each in (tensor, *module.parameters())))
-    if isinstance(module, Cell):
-        if options:
-            raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")
-        chosen, read_options, to_tune = cells.decision(module, input, hx), CallOptions(), None
-    else:
-        found, chosen = sequence.decision(module, input, hx, options)
-        read_options = found.options or CallOptions()
-        may_be_tuned = isinstance(input, Tensor) and not options and not module.proj_size and not chosen.obstacles
-        to_tune = sequence.shape(module, found.cell, tensor, hx) if may_be_tuned and chosen.asked in (None, "triton") else None
-    details = _how(chosen, module, input, read_options, training)
-    tuning = _tuning(to_tune, tensor.device) if to_tune else ""
-    return Explanation(chosen.backend, _asked(chosen), chosen.obstacles, call, details, tuning)
+    tuning = predicted = ""
+    with CANARY.within("trust" if CANARY.get() == "trust" else "off"):  # nothing is run here
+        if isinstance(module, Cell):
+            if options:
+                raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")
+            chosen, read_options = cells.decision(module, input, hx), CallOptions()
+        else:
+            found, chosen = sequence.decision(module, input, hx, options)
+            read_options = found.options or CallOptions()
+            if kernel_plan.predicts(tensor) and not chosen.obstacles and chosen.asked in (None, "triton"):
+                called = sequence.shape(module, found.cell, input, hx)
+                packed = isinstance(input, PackedSequence) or read_options.kind == "lengths"
+                predicted = _predicted(called, tensor.device, packed, bool(module.proj_size), read_options.kind)
+                if not packed and not options and not module.proj_size:
+                    tuning = _tuning(called, tensor.device)
+        details = _how(chosen, module, input, read_options, training)
+    return Explanation(chosen.backend, _asked(chosen), chosen.obstacles, call, details, tuning, predicted)
+
+
+def _predicted(shape: tuning_file.Shape, device: torch.device, packed: bool, projected: bool, kind: str) -> str:
+    """What the models predict, on the families that are trusted or, while none is, on all; and the canary's verdict."""
+    gpu = kernel_plan.limits(device)
+    assert gpu is not None
+    families = trust.trusted(device)
+    said = str(kernel_plan.predict(shape, device, gpu, families or trust.families(), packed, projected))
+    if kind == "more":
+        said = said.partition(", cuDNN")[0] + " us a time step; cuDNN has no such call"
+    return f"{said}; {trust.words(gpu)}"
 
 
 def _asked(chosen: Decision) -> str:
     """How the backend was asked for, in words."""
-    if chosen.measured:
-        return "measured as the fastest for this call by rnnfast tune"
+    if chosen.torch_wins:
+        return chosen.torch_wins
     by = f"asked for by {chosen.asked_by}" if chosen.asked else "chosen for this call"
     if chosen.asked not in (None, chosen.backend):
         by = f"{chosen.asked!r} was {by}, but cannot run this call"
@@ -130,8 +150,7 @@ def _recompute(layer: Sequence, chosen: Decision, options: CallOptions) -> str:
 
 def _tuning(shape: tuning_file.Shape, device: torch.device) -> str:
     gpu = kernel_plan.limits(device)
-    if gpu is None or kernel_plan.asked() != "auto":
-        return ""
+    assert gpu is not None
     table = tuned.table(gpu)
     command = f"rnnfast tune --cell {shape.cell} --hidden {shape.H} --input {shape.I} --batch {shape.B} --steps {shape.T}"
     command += f" --dtype {'tf32' if shape.precision == 'tf32' else shape.dtype} --layers {shape.layers}"

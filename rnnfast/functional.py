@@ -166,7 +166,7 @@ def _layer(
         x.dtype,
         options="none" if not given else "more",  # PyTorch's operator takes no lengths either
         onednn_trains=trains,
-        measured=not given and _torch_is_fastest(cell, tensors),
+        torch_wins=_torch_wins(cell, tensors, bool(given)),
     )
     if chosen.gives_way:
         tell(chosen.asked, chosen.asked_by, chosen.gives_way)
@@ -187,14 +187,15 @@ def _layer(
     return y, last, *([(y, *cells)] if wanted.all_states else []), *([gates] if wanted.gates else [])
 
 
-def _torch_is_fastest(cell: str, tensors: tuple[Tensor | None, ...]) -> bool:
+def _torch_wins(cell: str, tensors: tuple[Tensor | None, ...], has_options: bool) -> str:
     """As for a module of one layer and direction."""
     x, w_hh = tensors[0], tensors[-3]
     assert x is not None and w_hh is not None
-    if torch.compiler.is_compiling() or torch_private.inside() or not kernel_plan.measured(x):
-        return False
+    if torch.compiler.is_compiling() or torch_private.inside() or not kernel_plan.predicts(x):
+        return ""
     T, B, I = x.shape
-    return kernel_plan.torch_wins(kernel_plan.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors), x.device)
+    shape = kernel_plan.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors)
+    return kernel_plan.torch_wins(shape, x.device, kernels_only=has_options)
 
 
 def _torch_layer(

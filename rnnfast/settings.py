@@ -12,7 +12,7 @@ from contextvars import ContextVar
 
 from rnnfast.torch_private import environment
 
-__all__ = ["BACKEND", "BACKENDS", "KERNELS", "STRICT", "TUNING_FILE", "Setting", "strict"]
+__all__ = ["BACKEND", "BACKENDS", "CANARY", "KERNELS", "STRICT", "TUNING_FILE", "Setting", "strict"]
 
 
 class Setting:
@@ -58,6 +58,7 @@ BACKENDS = ("triton", "torch", "reference")
 BACKEND = Setting("RNNFAST_BACKEND", (*BACKENDS, "auto"))
 STRICT = Setting("RNNFAST_STRICT", ("0", "1"))
 KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent"))
+CANARY = Setting("RNNFAST_CANARY", ("auto", "off", "trust"))
 TUNING_FILE = Setting("RNNFAST_TUNING_FILE")
 
 

@@ -59,7 +59,9 @@ def _clean_settings(monkeypatch):
     for name in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "RNNFAST_STRICT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RNNFAST_TUNING_FILE", os.devnull + ".no-such-file")
+    monkeypatch.setenv("RNNFAST_CANARY", "trust")
     monkeypatch.setattr("rnnfast.choice.tuned._tables", {})
+    monkeypatch.setattr("rnnfast.choice.trust._verdicts", {})
     gpu.known.clear()
     torch.manual_seed(0)
     before = torch.backends.cudnn.rnn.fp32_precision

@@ -23,7 +23,7 @@ def rows(
     before its first job, every job that is left does, because the next child would fail too. A child hangs if it prints no row
     for `quiet` seconds. All is over at `until`, on `time.monotonic`'s clock. `function` is "module:name" of a generator.
     """
-    from rnnfast.commands import child  # not in the child, which loads what its function needs
+    from rnnfast.choice import child  # not in the child, which loads what its function needs
 
     left = list(range(len(jobs)))
     while left:

@@ -20,7 +20,16 @@ from rnnfast.kernels.persistent.cost_model import (
     wgmma_clocks,
 )
 
-__all__ = ["GPUS", "GpuLimits", "NoPlan", "PersistentPlan", "largest_hidden", "persistent_plan", "persistent_plans"]
+__all__ = [
+    "GPUS",
+    "GpuLimits",
+    "NoPlan",
+    "PersistentPlan",
+    "largest_hidden",
+    "persistent_clocks",
+    "persistent_plan",
+    "persistent_plans",
+]
 
 
 @dataclass(frozen=True)
@@ -402,6 +411,12 @@ def persistent_plan(
     """The first of `persistent_plans`, or why there is none. Arguments as there."""
     plans = persistent_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked)
     return plans[0] if plans else NoPlan(_rank(gates, B, H, itemsize, precision, backward, limits, marked)[1])
+
+
+def persistent_clocks(*sizes) -> float | None:
+    """Predicted SM clocks of a time step of `persistent_plan`, whose arguments these are; None where there is no plan."""
+    ranked, _ = _rank(*sizes)
+    return ranked[0][0] if ranked else None
 
 
 def largest_hidden(gates: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits) -> int:

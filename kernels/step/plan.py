@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["StepPlan", "step_plan"]
+from rnnfast.kernels.hardware import FMAS, HMMA_ISSUE, L2_BYTES, L2_TRIP, LAUNCH, PORT_BYTES
+
+__all__ = ["StepPlan", "step_clocks", "step_plan"]
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,25 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
     block_b, warps = (32, 8) if itemsize == 4 and precision == "ieee" else (64, 4)
     return StepPlan(BLOCK_B=block_b, BLOCK_H=16, BLOCK_K=block_k, num_warps=warps, num_stages=3)
+
+
+def step_clocks(gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, sms: int) -> float:
+    """Predicted SM clocks of one launch on a GPU with `sms` SMs, without what it costs the host.
+
+    A launch takes its start, the trips to L2 one after another, and the slower of the bytes that it loads and its product. The
+    counts of `benchmarks.static` take the place of these estimates once a kernel is compiled.
+    """
+    plan = step_plan(H, itemsize, precision)
+    rows = plan.BLOCK_H * (1 if backward else gates)
+    chunks = -(-H * (gates if backward else 1) // plan.BLOCK_K)
+    programs = -(-B // plan.BLOCK_B) * -(-H // plan.BLOCK_H)
+    sharing = -(-programs // sms)  # programs that one SM runs, at once or in turn
+    loaded = (rows + min(B, plan.BLOCK_B)) * plan.BLOCK_K * chunks * itemsize
+    multiplies = rows * plan.BLOCK_B * plan.BLOCK_K * chunks
+    if itemsize == 4 and precision == "ieee":
+        product = multiplies / FMAS
+    else:  # an HMMA multiplies 16 rows by 8 batch rows and 32 bytes of the sum, on each of 4 tensor cores
+        product = multiplies / (16 * 8 * 32 // itemsize) * HMMA_ISSUE / 4
+    loads = max(programs * loaded / (L2_BYTES * sms), sharing * loaded / PORT_BYTES)
+    trips = -(-chunks // (plan.num_stages - 1)) + 1
+    return LAUNCH + L2_TRIP * trips + max(loads, sharing * product)

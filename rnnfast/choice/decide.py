@@ -5,9 +5,9 @@
     "reference"  the equations in plain PyTorch (`rnnfast.reference`)
 
 A backend can be asked for, in this order: by `use_backend` around the call, by ``backend=`` on the module or function, by
-RNNFAST_BACKEND in the environment. Otherwise each call gets "triton" where that can run, unless `rnnfast tune` measured "torch"
-as faster, and "torch" where not. A backend that was asked for but cannot run gives way to "torch" with a `FallbackWarning`;
-with RNNFAST_STRICT=1, nothing gives way: a `RuntimeError` says why.
+RNNFAST_BACKEND in the environment. Otherwise each call gets "triton" where that can run, unless "torch" is the faster, as
+measured or predicted (`rnnfast.choice.kernel_plan`), and "torch" where not. A backend that was asked for but cannot run gives
+way to "torch" with a `FallbackWarning`; with RNNFAST_STRICT=1, nothing gives way: a `RuntimeError` says why.
 
 `decide` makes the decision from facts about the call. Modules, cells, functions and `rnnfast.explain` all read it.
 """
@@ -54,7 +54,7 @@ class Decision:
         asked_by: by what: "rnnfast.use_backend", "backend=" or "RNNFAST_BACKEND"; "nobody".
         obstacles: all that keeps the kernels from running this call.
         gives_way: what keeps the backend that was asked for, or else the kernels, from running it.
-        measured: whether `rnnfast tune` measured PyTorch's own layer as the fastest.
+        torch_wins: why the automatic choice is PyTorch's own layer though the kernels could run, as measured or predicted.
         stands_in: why the equations run although "torch" is the backend.
         refusal: why no backend can run the call, else empty.
         inside: the transforms that the call is inside of (`rnnfast.torch_private.inside`).
@@ -66,7 +66,7 @@ class Decision:
     asked_by: str = "nobody"
     obstacles: tuple[str, ...] = ()
     gives_way: tuple[str, ...] = ()
-    measured: bool = False
+    torch_wins: str = ""
     stands_in: str = ""
     refusal: str = ""
     inside: tuple[str, ...] = ()
@@ -142,7 +142,7 @@ def decide(
     packable: bool = True,
     onednn_trains: bool = False,
     steps: bool = True,
-    measured: bool = False,
+    torch_wins: str = "",
 ) -> Decision:
     """The decision on a call, from facts about it. It neither warns nor raises, but for settings with unknown values.
 
@@ -157,7 +157,7 @@ def decide(
         packable: whether the lengths can be read, to pack rows by them.
         onednn_trains: whether gradients will be wanted of a layer that PyTorch has one operator of oneDNN for.
         steps: whether the call runs over time, as a cell's does not.
-        measured: whether `rnnfast tune` measured PyTorch's own layer as the fastest for this call.
+        torch_wins: why PyTorch's own layer is to run if nobody asked for a backend (`rnnfast.choice.kernel_plan.torch_wins`).
     """
     is_asked = own is not None or BACKEND.block.get() is not None or BACKEND.key in environment
     name, source = asked(own) if is_asked else (None, "nobody")
@@ -182,8 +182,8 @@ def decide(
     if steps and options == "none" and trace:
         by_equations += (f"{trace}, and the equations would keep the number of steps",)
     gives_way = () if name == "torch" else by_equations if name == "reference" else found
-    measured = measured and name is None and not gives_way and well_formed
-    own_backend = name != "torch" and not gives_way and well_formed and not measured
+    torch_wins = torch_wins if name is None and not gives_way and well_formed else ""
+    own_backend = name != "torch" and not gives_way and well_formed and not torch_wins
     backend = (name or "triton") if own_backend else "torch"
     runner, stands_in, refusal = {"triton": "kernels", "reference": "equations", "torch": "torch"}[backend], "", ""
     if backend == "torch" and well_formed:
@@ -200,7 +200,7 @@ def decide(
             runner = "packed"
     if not well_formed:
         found += (FORM,)
-    return Decision(backend, runner, name, source, found, gives_way, measured, stands_in, refusal, inside)
+    return Decision(backend, runner, name, source, found, gives_way, torch_wins, stands_in, refusal, inside)
 
 
 def _stands_in(

@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["cooperative", "driver_version", "known", "limits", "pretend_gpu"]
+__all__ = ["cooperative", "devices", "driver_version", "known", "limits", "pretend_gpu"]
 
 COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 
@@ -57,6 +57,11 @@ def pretend_gpu(gpu: GpuLimits, cooperative: bool = True) -> Iterator[None]:
     finally:
         _limits[cpu], _cooperative[cpu] = before
         known.clear()
+
+
+def devices(gpu: GpuLimits) -> list[torch.device]:
+    """The devices of this process that are known to be of this kind."""
+    return [device for device, known in _limits.items() if known == gpu]
 
 
 def cooperative(device: torch.device) -> bool:

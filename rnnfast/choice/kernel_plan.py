@@ -1,13 +1,12 @@
-"""Which family of kernels runs a layer, and with what plan.
+"""Which family of kernels runs a layer, and with what plan; and whether PyTorch's own layer is the faster.
 
     "step"         one launch a time step, for any size
     "persistent"   one launch for many time steps, the recurrent weights on chip, where a plan exists on this GPU
-    "auto"         what `rnnfast tune` found faster at this size; the step kernels where nothing was measured
+    "auto"         the fastest: as `rnnfast tune` measured it, else as predicted, of those that this GPU's canary found right
 
-RNNFAST_KERNELS names one of them; "auto" is the default. It takes no persistent kernels by itself, because no GPU has run them
-yet. What "persistent" cannot run goes to the step kernels: sizes without a plan and GPUs without cooperative launch silently
-(`rnnfast.explain` says why), a launch that the driver refuses with a `FallbackWarning`. With RNNFAST_STRICT=1 such a GPU and
-such a launch raise.
+RNNFAST_KERNELS names one of them; "auto" is the default. What a family that was asked for cannot run goes to the step kernels:
+sizes without a plan and GPUs without cooperative launch silently (`rnnfast.explain` says why), a launch that the driver refuses
+with a `FallbackWarning`. With RNNFAST_STRICT=1 such a GPU and such a launch raise.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from rnnfast.choice import tuned, tuning_file
+from rnnfast.choice import trust, tuned, tuning_file
+from rnnfast.choice.forecast import MARGIN, Forecast, best_family, forecast
 from rnnfast.choice.gpu import cooperative, known, limits, pretend_gpu
 from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
 from rnnfast.reference import GATES
-from rnnfast.settings import KERNELS, STRICT, strict
+from rnnfast.settings import CANARY, KERNELS, STRICT, strict
 from rnnfast.torch_private import environment
 
 if TYPE_CHECKING:
@@ -37,9 +37,10 @@ __all__ = [
     "asked",
     "choose",
     "limits",
-    "measured",
     "pick",
     "precision",
+    "predict",
+    "predicts",
     "pretend_gpu",
     "run",
     "shape",
@@ -129,8 +130,7 @@ def pick(
 ) -> Choice:  # fmt: skip
     """What runs as things stand: by the environment, what was measured, the device, and what its driver has refused. `marked`:
     the call has lengths or resets."""
-    settings = KERNELS.block.get(), environment.get(KERNELS.key), STRICT.block.get(), environment.get(STRICT.key)
-    key = (cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked, *settings)
+    key = (cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked, *_settings())
     choice = known.get(key)
     if choice is None:
         if len(known) >= MOST_KNOWN:
@@ -139,6 +139,14 @@ def pick(
     if _refused and not choice.strict and (refusal := _refused.get((device, choice.plan))):
         return choice.without(refusal)
     return choice
+
+
+def _settings() -> tuple:
+    """What of the settings a choice depends on."""
+    return (
+        KERNELS.block.get(), environment.get(KERNELS.key), STRICT.block.get(), environment.get(STRICT.key),
+        CANARY.block.get(), environment.get(CANARY.key),
+    )  # fmt: skip
 
 
 def _choice(
@@ -151,7 +159,9 @@ def _choice(
     family, plan = asked(), None
     gpu = None if family == "step" else limits(device)
     if family == "auto":
-        family, plan = _measured_plan(gpu, cell, T, B, H, dtype, precision, backward, training)
+        sizes = GATES[cell], B, H, dtype.itemsize, precision, backward
+        measured = _measured_plan(gpu, cell, T, B, H, dtype, precision, backward, training)
+        family, plan = measured or (_predicted_family(device, gpu, *sizes, marked), None)
         if marked:  # what was measured was without marks, and may have no room for them
             plan = None
     choice = choose(family, GATES[cell], B, H, dtype.itemsize, precision, backward, gpu, marked)
@@ -165,31 +175,92 @@ def _choice(
 
 def _measured_plan(
     gpu: GpuLimits | None, cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool
-) -> tuple[str, Plan | None]:
-    """The family that was measured as the fastest and its plan; the step kernels where nothing was measured."""
+) -> tuple[str, Plan | None] | None:
+    """The family that was measured as the fastest and its plan; None where nothing was measured."""
     from rnnfast.kernels.families import family_of
 
     names = tuning_file.names(dtype, precision)
     entry = None if gpu is None else tuned.kernels(gpu, cell, T, B, H, *names, training)
-    plan = None if entry is None else entry.backward if backward else entry.forward
+    if entry is None:
+        return None
+    plan = entry.backward if backward else entry.forward
     return ("step", None) if plan is None else (family_of(plan), plan)
 
 
-def measured(x: torch.Tensor) -> bool:
+def _predicted_family(
+    device: torch.device, gpu: GpuLimits | None, gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool,
+    marked: bool,
+) -> str:  # fmt: skip
+    """The family with the least predicted time of those that are trusted; the step kernels where none is."""
+    if gpu is None:
+        return "step"
+    families = _able(device, trust.trusted(device, run=False))
+    return best_family(families, gates, B, H, itemsize, precision, backward, gpu, marked)[0] or "step"
+
+
+def _able(device: torch.device, families: Iterable[str]) -> tuple[str, ...]:
+    """Those of `families` whose grids the device can launch."""
+    from rnnfast.kernels.families import FAMILIES
+
+    return tuple([family for family in families if not FAMILIES[family].waits or cooperative(device)])
+
+
+def predicts(x: torch.Tensor) -> bool:
     """Whether `torch_wins` can be true of any call with an input like `x`."""
-    gpu = limits(x.device)
-    if gpu is not None and (x.dtype not in tuning_file.DTYPES or asked() != "auto"):
-        return False
-    key = "tuned", x.device
+    return x.dtype in tuning_file.DTYPES and limits(x.device) is not None and asked() == "auto"
+
+
+def torch_wins(
+    shape: tuning_file.Shape, device: torch.device, packed: bool = False, projected: bool = False, kernels_only: bool = False
+) -> str:
+    """Why the automatic choice is PyTorch's own layer for this call, in words; empty if it is the kernels.
+
+    What `rnnfast tune` measured counts first. Else the kernels run where the families that are trusted on this GPU are
+    predicted faster than cuDNN, by `MARGIN` as long as nothing was measured on it. This may run the canary
+    (`rnnfast.choice.trust`).
+
+    Args:
+        shape: the call.
+        device: of its input.
+        packed: its sequences have lengths of their own, for which cuDNN takes packed input.
+        projected: the LSTM has a projection.
+        kernels_only: the call has options that cuDNN does not know, so that nothing on the GPU competes with the kernels.
+    """
+    gpu = limits(device)
+    if gpu is None:
+        return ""
+    rounded = replace(shape, T=1 << (shape.T.bit_length() - 1))
+    key = "torch wins", rounded, device, packed, projected, kernels_only, *_settings()
     if key not in known:
-        known[key] = gpu is not None and bool(tuned.table(gpu).entries)
+        words = _torch_wins(rounded, device, gpu, packed, projected, kernels_only)  # which may forget what is known
+        known[key] = words
     return known[key]
 
 
-def torch_wins(shape: tuning_file.Shape, device: torch.device) -> bool:
-    """Whether the automatic choice is PyTorch's own layer, because `rnnfast tune` measured it as the fastest for this call."""
-    gpu = limits(device)
-    return gpu is not None and tuned.torch_wins(gpu, shape)
+def _torch_wins(
+    shape: tuning_file.Shape, device: torch.device, gpu: GpuLimits, packed: bool, projected: bool, kernels_only: bool
+) -> str:
+    winner = None if packed or projected or kernels_only else tuned.winner(gpu, shape)
+    if winner is not None:
+        return "measured as the fastest for this call by rnnfast tune" if winner == "torch" else ""
+    margin = 1.0 if tuned.table(gpu).entries else MARGIN
+    predicted = predict(shape, device, gpu, trust.families(), packed, projected)
+    if kernels_only or predicted.kernels * margin <= predicted.torch:
+        families = trust.trusted(device)
+        if not families:
+            return trust.words(gpu)
+        predicted = predict(shape, device, gpu, families, packed, projected)
+    if kernels_only or predicted.kernels * margin <= predicted.torch:
+        return ""
+    return f"chosen for this call: the kernels are not predicted {f'{margin} times ' if margin > 1 else ''}faster"
+
+
+def predict(
+    shape: tuning_file.Shape, device: torch.device, gpu: GpuLimits, families: Iterable[str], packed: bool = False,
+    projected: bool = False,
+) -> Forecast:  # fmt: skip
+    """The prediction for a call, on those of `families` that the device can launch."""
+    return forecast(shape, gpu, _able(device, families), packed, projected)
 
 
 def shape(

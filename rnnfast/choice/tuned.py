@@ -22,7 +22,7 @@ from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["Table", "TuningWarning", "kernels", "override_tuning", "table", "torch_wins"]
+__all__ = ["Table", "TuningWarning", "kernels", "override_tuning", "table", "winner"]
 
 _tables: dict[GpuLimits, Table] = {}
 
@@ -85,16 +85,16 @@ def _distance(T: int, shape: Shape) -> int:
     return abs(T.bit_length() - shape.T.bit_length())
 
 
-def torch_wins(gpu: GpuLimits, shape: Shape) -> bool:
-    """Whether PyTorch's own layer was the fastest for this very shape, but for T."""
+def winner(gpu: GpuLimits, shape: Shape) -> str | None:
+    """What was the fastest for this very shape, but for T: "torch", PyTorch's own layer, or "triton"; None if not measured."""
     here = table(gpu)
     if not here.entries:
-        return False
+        return None
     key = replace(shape, T=1), shape.T.bit_length()
     if key not in here.found:
         near = [e for e in here.entries if replace(e.shape, T=shape.T) == shape and _long_enough(shape.T, e.shape)]
         near.sort(key=lambda entry: _distance(shape.T, entry.shape))
-        here.found[key] = bool(near) and near[0].winner == "torch"
+        here.found[key] = near[0].winner if near else None
     return here.found[key]
 
 

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rnnfast.choice import gpu, tuned, tuning_file
+from rnnfast.choice import child, gpu, tuned, tuning_file
 from rnnfast.choice.tuning_file import Entry, Shape
-from rnnfast.commands import child
 from rnnfast.reference import GATES
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ DTYPES = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf3
 QUIET = 120  # seconds that a candidate may take to compile, run and be checked
 CHECK_STEPS = 512  # steps of a sequence that are checked, of a longer one the first: the float64 reference is slow
 ROUNDS = 9
+CHOSEN = ("RNNFAST_BACKEND", "RNNFAST_CANARY", "RNNFAST_KERNELS", "TRITON_INTERPRET")  # variables that the child is not given
 
 
 # What is measured
@@ -179,7 +179,7 @@ def measure(
 ) -> dict[int, float | str]:
     """The median time of each candidate of one shape, in microseconds a time step, or why it has none."""
     command = command or (sys.executable, "-m", "rnnfast.commands.tune")
-    env = {k: v for k, v in os.environ.items() if k not in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "TRITON_INTERPRET")}
+    env = {k: v for k, v in os.environ.items() if k not in CHOSEN}
     env["PYTHONSAFEPATH"] = "1"  # not an rnnfast that happens to be in this folder
     env["RNNFAST_STRICT"] = "1"  # a launch that the driver refuses is no time of the step kernels
     failed: dict[int, float | str] = {}

@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnfast import torch_private
 from rnnfast.choice import kernel_plan, obstacles, tuning_file
 from rnnfast.choice.decide import Decision, decide, tell
-from rnnfast.choice.gpu import known
 from rnnfast.nn import base, checks, stack
 from rnnfast.nn.base import Option, cell_of
 from rnnfast.nn.options import CallOptions
@@ -189,8 +188,7 @@ def decision(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> tup
     is_tensor = isinstance(tensor, Tensor)
     trains = fits and not expanded and tensor is input and cell in checks.ONEDNN and torch.is_grad_enabled()
     # not in compiled code, where PyTorch unrolls its layer, nor inside a transform
-    may_be_tuned = fits and options is None and not torch.compiler.is_compiling()
-    may_be_tuned = may_be_tuned and innermost_transform() is None and forward_level() < 0
+    may_choose = fits and not torch.compiler.is_compiling() and innermost_transform() is None and forward_level() < 0
     chosen = decide(
         layer._rnnfast_backend,
         tensor.device.type if is_tensor else None,
@@ -203,24 +201,30 @@ def decision(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> tup
         options="none" if options is None else options.kind,
         packable=options is not None and options.packable,
         onednn_trains=trains and any([each.requires_grad for each in (tensor, *weights)]),
-        measured=may_be_tuned and known.get(("tuned", tensor.device), True) and _torch_is_fastest(layer, cell, input, hx),
+        torch_wins=_torch_wins(layer, cell, input, hx, options) if may_choose else "",
     )
     return Call(cell, weights, states, fits, options), chosen
 
 
-def _torch_is_fastest(layer: torch.nn.RNNBase, cell: str, input: Any, hx: Any) -> bool:
-    """As `rnnfast tune` measured it."""
-    if not isinstance(input, Tensor) or layer.proj_size:
-        return False
-    return kernel_plan.measured(input) and kernel_plan.torch_wins(shape(layer, cell, input, hx), input.device)
+def _torch_wins(layer: torch.nn.RNNBase, cell: str, input: Any, hx: Any, options: CallOptions | None) -> str:
+    """Why PyTorch's own layer is the automatic choice, as measured or predicted; empty if it is not."""
+    if not kernel_plan.predicts(input.data):
+        return ""
+    kind = "none" if options is None else options.kind
+    packed = isinstance(input, PackedSequence) or kind == "lengths"
+    called = shape(layer, cell, input, hx)
+    return kernel_plan.torch_wins(called, input.data.device, packed, bool(layer.proj_size), kernels_only=kind == "more")
 
 
-def shape(layer: torch.nn.RNNBase, cell: str, input: Tensor, hx: Any) -> tuning_file.Shape:
+def shape(layer: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, hx: Any) -> tuning_file.Shape:
     """The shape of a well-formed call without options, as it is tuned for."""
-    T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
-    if input.dim() == 3 and layer.batch_first:
-        T, B = B, T
-    tensors = (input, *checks.states_of(cell, hx), *layer.parameters())
+    if isinstance(input, PackedSequence):
+        T, B = input.batch_sizes.numel(), int(input.batch_sizes[0])
+    else:
+        T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
+        if input.dim() == 3 and layer.batch_first:
+            T, B = B, T
+    tensors = (input.data, *checks.states_of(cell, hx), *layer.parameters())
     sizes = (T, B, layer.input_size, layer.hidden_size, layer.num_layers, 1 + layer.bidirectional)
     return kernel_plan.shape(cell, *sizes, tensors)
 

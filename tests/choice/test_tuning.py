@@ -273,10 +273,10 @@ def test_plans_are_made_for_the_batch(B):
 def test_torch_wins_for_the_very_shape():
     """PyTorch's own layer is taken only where it was measured: cuDNN's fast paths come and go with every size."""
     with tuned.override_tuning(H100, [entry(winner="torch"), entry(replace(SHAPE, T=32))]):
-        assert tuned.torch_wins(H100, SHAPE) and tuned.torch_wins(H100, replace(SHAPE, T=200))
-        assert not tuned.torch_wins(H100, replace(SHAPE, T=32)) and not tuned.torch_wins(H100, replace(SHAPE, T=7))
+        assert tuned.winner(H100, SHAPE) == tuned.winner(H100, replace(SHAPE, T=200)) == "torch"
+        assert tuned.winner(H100, replace(SHAPE, T=32)) == "triton" and tuned.winner(H100, replace(SHAPE, T=7)) is None
         for changes in ({"B": 15}, {"I": 512}, {"layers": 2}, {"directions": 2}, {"training": True}, {"dtype": "bfloat16"}):
-            assert not tuned.torch_wins(H100, replace(SHAPE, **changes))
+            assert tuned.winner(H100, replace(SHAPE, **changes)) is None
 
 
 # The automatic choice
@@ -327,12 +327,12 @@ def weights():
 
 @on_cpu
 def test_modules_follow(ran, path):
-    """Nothing measured: the step kernels. Then the plans that were measured, of inference and of training each their own; or
-    PyTorch's own layer. The file is read once."""
+    """Nothing measured: PyTorch's own layer, as predicted for so few steps. Then the plans that were measured, of inference and
+    of training each their own; or PyTorch's own layer. The file is read once."""
     layer, x = layer_and_input()
     with torch.no_grad():
         layer(x)
-    assert ran == ["step"]
+    assert ran == ["torch"]
     ran.clear()
     trained = replace(entry(replace(SMALL, training=True)), forward=plans(SMALL)[0])
     tuning_file.store([entry(SMALL), trained], path, H100)
@@ -350,16 +350,16 @@ def test_modules_follow(ran, path):
 
 @on_cpu
 def test_functions_follow(ran, monkeypatch):
-    """As the modules."""
+    """As the modules. What was not measured goes by the prediction."""
     x, (w_ih, w_hh) = layer_and_input()[1], weights()
+    monkeypatch.setattr(functional, "_torch_layer", lambda *args, **options: ran.append("torch") or (x, (x, x)))
     functional.lstm(x, None, w_ih, w_hh)
     with tuned.override_tuning(H100, [entry(SMALL)]):
         functional.lstm(x, None, w_ih, w_hh)
-    monkeypatch.setattr(functional, "_torch_layer", lambda *args, **options: ran.append("torch") or (x, (x, x)))
     with tuned.override_tuning(H100, [entry(SMALL, winner="torch")]):
         functional.lstm(x, None, w_ih, w_hh)
         functional.lstm(x, None, w_ih.requires_grad_(), w_hh)  # training, which was not measured
-    assert ran == ["step", entry(SMALL).forward, "torch", "step"]
+    assert ran == ["torch", entry(SMALL).forward, "torch", "torch"]
 
 
 @on_cpu

@@ -14,9 +14,9 @@ from support.stand_ins import Event
 
 import rnnfast.__main__
 from rnnfast import check
-from rnnfast.choice import kernel_plan, tuning_file
+from rnnfast.choice import child, kernel_plan, tuning_file
 from rnnfast.choice.tuning_file import Entry, Shape
-from rnnfast.commands import child, tune
+from rnnfast.commands import tune
 from rnnfast.kernels import persistent
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plans
 

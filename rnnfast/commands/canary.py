@@ -1,0 +1,81 @@
+"""The canary: whether each family of kernels computes right results on this GPU, and comes to an end.
+
+    python -m rnnfast.commands.canary INDEX FAMILY...
+
+is the process in which `rnnfast.choice.trust` has it run. It prints JSON lines: ``{"family": name}`` before a family is
+touched, ``{"family": name, "fault": words}`` after, with no words if nothing was wrong. A family that has no plan for any of
+the layers is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from rnnfast import check, numerics
+from rnnfast.check import Case
+from rnnfast.choice import kernel_plan
+from rnnfast.settings import KERNELS
+
+__all__ = ["CASES", "examine", "main"]
+
+CASES = (  # a layer that fits one program; one of many programs, with a batch that fills no tile; float32
+    Case("LSTM", 40, 8, 64, 64, torch.float16),
+    Case("GRU", 24, 20, 96, 256, torch.bfloat16),
+    Case("LSTM", 24, 8, 64, 96, torch.float32),
+)
+STREAMS = 3
+
+
+def examine(family: str, device: str) -> Iterator[str]:
+    """What is wrong with each of `CASES` that the family has plans for, in words; empty where nothing is."""
+    with KERNELS.within(family):
+        for case in CASES:
+            if _runs(family, case, device):
+                yield _fault(case, device)
+
+
+def _runs(family: str, case: Case, device: str) -> bool:
+    """Whether the family has plans for the case, forward and backward."""
+    cell = case.cell.lower()
+    sizes = cell, case.T, case.B, case.H, case.dtype, kernel_plan.precision()
+    choices = [kernel_plan.pick(*sizes, backward, True, torch.device(device)) for backward in (False, True)]
+    return all(choice.family == family for choice in choices)
+
+
+def _fault(case: Case, device: str) -> str:
+    """What is wrong with the case alone, or on several streams at once, by the numerics contract; empty if nothing is."""
+    import rnnfast
+
+    contract, alone = check.contract_of(case, device)
+    problem = check.Problem(case, device)
+    layer = problem.module(rnnfast, backend="triton")
+    torch.cuda.synchronize()
+    results = []
+    for stream in [torch.cuda.Stream() for _ in range(STREAMS)]:
+        with torch.cuda.stream(stream):
+            results.append(problem.run(layer))
+    torch.cuda.synchronize()
+    for result, where in ((alone, ""), *[(result, f" with {STREAMS} streams at once") for result in results]):
+        worst = numerics.worst(contract.judge(result))
+        if not worst.ok:
+            return f"{case}{where}: {numerics.words(worst)}"
+    return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    index, *families = sys.argv[1:] if argv is None else argv
+    torch.cuda.set_device(int(index))
+    for family in families:
+        print(json.dumps({"family": family}), flush=True)
+        faults = list(examine(family, f"cuda:{index}"))
+        if faults:
+            print(json.dumps({"family": family, "fault": next(filter(None, faults), "")}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
