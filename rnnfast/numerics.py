@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+from rnnfast.torch_private import TorchDispatchMode, tree_map_only
 
 __all__ = ["Contract", "Verdict", "fault", "named", "rms", "samples_for", "tail", "words", "worst"]
 
