@@ -1,10 +1,10 @@
-"""The figures of docs/numerics.md, in Triton's interpreter.
+"""Computes the figures of docs/numerics.md, in Triton's interpreter.
 
     python -m benchmarks.numerics [--round-input-side]
     python -m benchmarks.numerics --power [--draws 10000]
 
-Without arguments: our error over torch.nn's, geometric mean over 10 seeds. With --round-input-side, W_ih x is rounded to the
-dtype of the tensors, to see what keeping it in float32 is worth. With --power: the study in tests/power.py.
+Without arguments it prints the ratio of our error to torch.nn's, as a geometric mean over 10 seeds. --round-input-side rounds
+W_ih x to the dtype of the tensors, to show what keeping it in float32 gains. --power runs the study in tests/power.py.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What one compiled kernel does in a time step: counted in its machine code, compared with what its plan needs, and predicted.
+"""Counts what one compiled kernel does in a time step, compares it with what its plan needs, and predicts the time.
 
 A row is a flat dict. docs/static.md says what each key means. `rnnfast.kernels.hardware` has the constants of the predictions.
 """
@@ -20,7 +20,7 @@ UNITS = ("HMMA", "HGMMA", "UTCHMMA")
 
 
 def code_of(built: CompiledKernel) -> dict:
-    """What the machine code says. Bytes are those that one program with a full tile asks for."""
+    """The figures that follow from the machine code. Bytes are those that one program with a full tile loads or stores."""
     registers, stack, text = machine_code.disassemble(built.asm["cubin"])
     code = machine_code.Code(text)
     loop, polls = code.loops()

@@ -1,7 +1,7 @@
-"""Compiles the kernels for GPUs that are not there, through the functions that launch them.
+"""Compiles the kernels for absent GPUs, through the functions that launch them.
 
 A stand-in replaces Triton's GPU driver. It names the target, accepts the machine code, and counts each launch without running
-it. So argument types, alignment specialisation, tile minimums and options are those of a real launch.
+it. The types, alignments, tiles and options are therefore those of a real launch.
 """
 
 import os
@@ -39,7 +39,7 @@ class Launch(NamedTuple):
 
 
 class StandInDriver(DriverBase):
-    """Answers without a GPU what Triton asks of a GPU driver."""
+    """Answers the questions that Triton asks a GPU driver, without a GPU."""
 
     def __init__(self, arch: int):
         self.arch = arch

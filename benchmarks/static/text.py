@@ -65,7 +65,7 @@ def _step(row: dict, reasons: dict[str, int]) -> dict[str, str]:
 
 
 def violations(rows: list[dict]) -> list[str]:
-    """What should not be: spills, weights loaded again by a persistent kernel, products computed twice, variants."""
+    """The faults of the rows: spills, weights that a persistent kernel reads again, products computed twice, more variants."""
     found = []
     for row in rows:
         wrong = [f"{row['stack_bytes']} bytes of stack, {row['spills']} spill accesses"] * _spilled(row)

@@ -1,6 +1,6 @@
-"""What is measured. A `Case` is one layer or stack on one input in one mode; a named set is a list of cases.
+"""What is measured. A `Case` is one layer or stack on one input in one mode. A named set is a list of cases.
 
-A case is the same on every machine. sets.txt has the sets. Only "quick" is another list on a CPU: its shapes are smaller there.
+sets.txt has the sets. A case has the same sizes on every machine. Only the set "quick" has other, smaller cases on a CPU.
 """
 
 import configparser
@@ -103,7 +103,7 @@ class Case:
 
 
 def _cases(pattern: str) -> list[Case]:
-    """The cases that `pattern`, a line of sets.txt, stands for."""
+    """The cases that a line of sets.txt, `pattern`, describes."""
     if braces := re.search(r"\{(.*?)\}", pattern):
         parts = braces[1].split(",")
         return [case for part in parts for case in _cases(pattern.replace(braces[0], part, 1))]
