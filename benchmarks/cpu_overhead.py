@@ -28,7 +28,7 @@ from rnnfast.choice.decide import tensor_obstacles
 CELLS = ("LSTM", "GRU", "RNN")
 SIZES = ((1, 1, 8), (1, 1, 128), (16, 4, 32), (32, 8, 128), (64, 16, 256), (128, 32, 512))  # (T, B, H)
 MOST_PART, MOST_MICROSECONDS = 0.02, 10.0
-TOLERANCES = {"call_ratio": 0.3}  # of `figures`, between runs and machines
+TOLERANCES = {"call_ratio": 0.3}  # how much `figures` may differ between runs and machines
 
 
 def compare(case: Case, seconds: float) -> dict:
@@ -68,8 +68,8 @@ def figures() -> dict[str, dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_overhead", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing a case; default %(default)s")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; default 1, which is the least noisy")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of timing for a case; default %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch; default 1, which is the least noisy")
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)

@@ -40,13 +40,13 @@ from rnnfast.choice import gpu, tuning_file
 from rnnfast.choice.tuning_file import Shape
 from rnnfast.commands import tune
 
-MARK = "pytest.mark.same_everywhere"  # of a test file that says nothing of a GPU, and may need what the machine lacks
+MARK = "pytest.mark.same_everywhere"  # marks a test file that does not depend on the GPU, and may need what is not installed
 TEST_SECONDS = CHECK_SECONDS = 240  # side by side
 ENDS = {"time": 410, "stress": 460, "tune": 565}  # seconds from the start after which a part has no time left
 QUIET = 60  # seconds that one case may take, compilation included
-SECONDS = 0.1  # of timing for a provider in one way of calling
+SECONDS = 0.1  # time for timing a provider in one way of calling
 PROVIDERS = ("torch.nn", "rnnfast-step", "rnnfast-persistent")
-PROCESSES = 8  # that check side by side
+PROCESSES = 8  # processes that check at the same time
 AT_ONCE = 4  # cases of one child process: to start one takes as long as some of them
 SHAPES = ((512, 16, 768, "float16"), (512, 64, 512, "bfloat16"), (256, 32, 512, "float32"), (128, 128, 1024, "float16"))
 MODES = ("inference", "training")

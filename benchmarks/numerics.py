@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.numerics", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--round-input-side", action="store_true", help="round W_ih x to the dtype of the tensors")
     parser.add_argument("--power", action="store_true", help="false alarms of the contract, and the faults that it finds")
-    parser.add_argument("--draws", type=int, default=10_000, help="of the study of power, over all sets of instructions")
+    parser.add_argument("--draws", type=int, default=10_000, help="draws of the study, over all sets of instructions")
     args = parser.parse_args(argv)
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     if args.power:

@@ -273,7 +273,7 @@ class Contract:
         return self.expected[name].exact
 
     def judge(self, ours: Results) -> list[Verdict]:
-        """Of each tensor the figure that is nearest to its limit, or furthest beyond."""
+        """The figure of each tensor that is nearest to its limit, or furthest beyond it."""
         if odd := self.expected.keys() ^ ours.keys():
             raise ValueError(f"the results differ in {', '.join(sorted(odd))}")
         return [worst(self.figures(name, ours[name])) for name in self.expected]

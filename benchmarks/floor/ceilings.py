@@ -20,11 +20,11 @@ class Ceilings:
 
     name: str
     sms: int
-    sm_bytes: int  # that an SM can hold: shared memory and registers, with the tensor memory of sm_100
+    sm_bytes: int  # what an SM can hold: shared memory and registers, with the tensor memory of sm_100
     l2_size: int
     hbm_bytes_per_s: float
     l2_bytes_per_s: float
-    flops_per_s: dict[str, float]  # by "float16", "bfloat16", "tf32", "float32"
+    flops_per_s: dict[str, float]  # keys: "float16", "bfloat16", "tf32", "float32"
     exchange_us: float
     source: str
 

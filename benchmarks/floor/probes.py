@@ -16,7 +16,7 @@ from benchmarks.timing.measure import Call, stopwatch
 from benchmarks.timing.problem import tf32
 from rnnfast.kernels.persistent.exchange import clear_kernel, poll, publish
 
-WORDS = 32  # of a message: one for each lane of a warp
+WORDS = 32  # words of a message: one for each lane of a warp
 HOPS = 4096
 READ_BLOCK = 4096
 

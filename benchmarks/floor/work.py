@@ -12,8 +12,8 @@ from rnnfast.reference import GATES, SAVED
 class Work(NamedTuple):
     """The work that every program has to do for one call of a case."""
 
-    flops: float  # of the products: input side and recurrence, and in backward twice as many
-    loop_flops: float  # of them, those to be done step by step: W_hh h, and in backward W_hh^T times the gate gradients
+    flops: float  # FLOPs of the products, input side and recurrence; backward has twice as many
+    loop_flops: float  # the part that runs step by step: W_hh h, and in backward W_hh^T times the gate gradients
     # moved between the program and the memory outside: x, y and all parameters once, in backward dy, dx and the gradients of
     # the parameters too. Activations kept for backward do not count: they could be computed again
     bytes: float

@@ -14,7 +14,7 @@ from rnnfast.choice import kernel_plan
 
 DEVICE = "cuda"
 OTHER = 2048  # size of the products that keep the GPU busy
-LAUNCHES = 10_000  # of a stress run, forward and backward together
+LAUNCHES = 10_000  # launches of a stress run, forward and backward together
 SIZES = (  # T, B, I, H, directions
     (20, 16, 64, 768, 1),
     (33, 5, 29, 50, 2),

@@ -105,7 +105,7 @@ def persistent_row(
     rows = plan.BLOCK_H * (plan.PARTS if backward else gate_rows)
     needed_rows = plan.BLOCK_H * (plan.PARTS if backward else cell.gates)
     needed_columns = -(-H * (cell.gates if backward else 1) // plan.PARTS)
-    blocks = 1 if not backward else cell.grads if plan.H_PAD == H else cell.gates  # of units in a row of the exchange
+    blocks = 1 if not backward else cell.grads if plan.H_PAD == H else cell.gates  # blocks of units in a row of the exchange
     sum_bytes = 4 * plan.PARTS * plan.H_PAD if plan.PARTS > 1 else 0
     second_bytes = code["polled_bytes"] - code["largest_poll_bytes"]
     partial_bytes = 0 if plan.SPLIT == 1 else 2 * plan.SPLIT * rows * plan.BLOCK_B * 4  # half written, half read

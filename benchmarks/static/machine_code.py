@@ -46,9 +46,9 @@ class Instruction:
 class Products(NamedTuple):
     """The matrix products in a loop, of all warps of a program together."""
 
-    instructions: int  # of a warp (HMMA), of a warp group (HGMMA) or of the program (UTCHMMA)
+    instructions: int  # counted for a warp (HMMA), a warp group (HGMMA) or the program (UTCHMMA)
     multiplies: int  # without tensor cores those of FFMA and FFMA2, which include the cell's own few
-    read_bytes: int  # that HGMMA and UTCHMMA read from shared memory, 32 of each row of A and of B
+    read_bytes: int  # bytes that HGMMA and UTCHMMA read from shared memory: 32 of each row of A and of B
     deep: int  # the most HMMA one after another on one accumulator
 
 
@@ -119,8 +119,8 @@ class Code:
 
     def products(self, loop: list[Instruction], warps: int) -> Products:
         instructions = multiplies = read = 0
-        constants = {}  # of the uniform registers, as they stand when UTCHMMA reads its sizes from one
-        deep: dict[str, int] = {}  # of the accumulator in a register
+        constants = {}  # the current constants in uniform registers; UTCHMMA reads its sizes from one
+        deep: dict[str, int] = {}  # the instructions so far that add to the accumulator in a register
         for each in loop:
             if constant := re.match(r"(UR\d+), (0x[0-9a-f]+)$", each.operands) if each.is_a("UMOV") else None:
                 constants[constant[1]] = int(constant[2], 16)

@@ -44,7 +44,7 @@ class StandInDriver(DriverBase):
     def __init__(self, arch: int):
         self.arch = arch
         self.launches: list[Launch] = []
-        self.seconds: dict[str, float | None] = {}  # of compiling, by hash; None if Triton's cache on disk had the kernel
+        self.seconds: dict[str, float | None] = {}  # seconds of compiling, by hash; None if it was in Triton's cache
         self.utils = self
 
     is_active = classmethod(lambda cls: True)
@@ -99,7 +99,7 @@ def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     driver = StandInDriver(arch)
     triton.runtime.driver.set_active(driver)
     knobs.compilation.listener = driver.listener
-    triton.compiler.compiler.max_shared_mem.cache_clear()  # of the GPU before, which may have less
+    triton.compiler.compiler.max_shared_mem.cache_clear()  # it holds the value of the last GPU, which may have less
     for kernel in kernels():
         kernel.device_caches.clear()
     try:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}  # to the names that rnnfast.reference and the kernels have
-DTYPES = {  # of the tensors, and whether float32 products may use TF32
+CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}  # the names in rnnfast.reference and in the kernels
+DTYPES = {  # the dtype of the tensors, and whether float32 products may use TF32
     "float16": (torch.float16, False),
     "bfloat16": (torch.bfloat16, False),
     "float32": (torch.float32, False),
