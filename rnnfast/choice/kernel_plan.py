@@ -7,9 +7,9 @@
 
 RNNFAST_KERNELS names one of them. The default is "auto".
 
-The step kernels run what the family that was asked for cannot run. This happens silently for a size without a plan and on a GPU
-without cooperative launch; `rnnfast.explain` says why. If the driver refuses a launch, it happens with a `FallbackWarning`. With
-RNNFAST_STRICT=1 such a GPU and such a launch raise a `RuntimeError`.
+The step kernels run what the family that was asked for cannot run. This happens silently for a size without a plan and on a
+GPU without cooperative launch; `rnnfast.explain` says why. If the driver refuses a launch, it happens with a `FallbackWarning`.
+With RNNFAST_STRICT=1 such a GPU and such a launch raise a `RuntimeError`.
 """
 
 from __future__ import annotations

@@ -89,8 +89,10 @@ def _distance(T: int, shape: Shape) -> int:
 
 
 def winner(gpu: GpuLimits, shape: Shape) -> str | None:
-    """What was the fastest for this shape: "torch", PyTorch's own layer, or "triton"; None if it was not measured. The entry may
-    have another T, the nearest one counts."""
+    """What was the fastest for this shape: "torch", PyTorch's own layer, or "triton"; None if it was not measured.
+
+    The entry may have another T, the nearest one counts.
+    """
     here = table(gpu)
     if not here.entries:
         return None
