@@ -96,7 +96,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
 def _asked(chosen: Decision) -> str:
     """How the backend was asked for, in words."""
     if chosen.measured:
-        return "measured as the fastest for this call by rnnfast tune"
+        return "measured as the fastest for this call"
     by = f"asked for by {chosen.asked_by}" if chosen.asked else "chosen for this call"
     if chosen.asked not in (None, chosen.backend):
         by = f"{chosen.asked!r} was {by}, but cannot run this call"
@@ -133,15 +133,16 @@ def _tuning(shape: tuning_file.Shape, device: torch.device) -> str:
     if gpu is None or kernel_plan.asked() != "auto":
         return ""
     table = tuned.table(gpu)
+    entry = tuned.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training)
+    if entry is not None:
+        source = "torch.backends.cudnn.benchmark in this process" if entry.shape in table.own else table.path
+        return f"by {source}, measured at {entry.shape}"
     command = f"rnnfast tune --cell {shape.cell} --hidden {shape.H} --input {shape.I} --batch {shape.B} --steps {shape.T}"
     command += f" --dtype {'tf32' if shape.precision == 'tf32' else shape.dtype} --layers {shape.layers}"
     advice = f"to measure it: {command}{' --bidirectional' if shape.directions > 1 else ''}"
     if table.unused:
         return f"not measured here ({table.unused}); {advice}"
-    entry = tuned.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training)
-    if entry is None:
-        return f"{table.path} has nothing near this call; {advice}"
-    return f"by {table.path}, measured at {entry.shape}"
+    return f"{table.path} has nothing near this call; {advice}"
 
 
 def _torch(module: Any, input: Tensor | PackedSequence, runner: str) -> str:

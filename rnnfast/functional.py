@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from rnnfast import ops, reference, torch_private
-from rnnfast.choice import kernel_plan
-from rnnfast.choice.decide import check_backend, decide, tell
+from rnnfast.choice import calls, kernel_plan, tuning_file
+from rnnfast.choice.decide import Decision, check_backend, decide, tell
 from rnnfast.nn import options as call_options
 from rnnfast.nn.base import checkpointed
 from rnnfast.nn.checks import ONEDNN, check_function, check_recompute, read_options
@@ -159,15 +159,21 @@ def _layer(
         given = {"lengths": wanted.lengths, "resets": wanted.resets, "reset_to": wanted.reset_to or None}
     tensors = (x, *(hx or ()), w_ih, w_hh, b_ih, b_hh)
     trains = cell in ONEDNN and torch.is_grad_enabled() and any([each is not None and each.requires_grad for each in tensors])
-    chosen = decide(
-        backend,
-        x.device.type,
-        x.device.index,
-        x.dtype,
-        options="none" if not given else "more",  # PyTorch's operator takes no lengths either
-        onednn_trains=trains,
-        measured=not given and _torch_is_fastest(cell, tensors),
-    )
+
+    def decision() -> Decision:
+        return decide(
+            backend,
+            x.device.type,
+            x.device.index,
+            x.dtype,
+            options="none" if not given else "more",  # PyTorch's operator takes no lengths either
+            onednn_trains=trains,
+            measured=not given and _torch_is_fastest(cell, tensors),
+        )
+
+    chosen = decision()
+    if calls.matters() and calls.before(None, cell, x, chosen, not given, lambda: _shape(cell, tensors)):
+        chosen = decision()
     if chosen.gives_way:
         tell(chosen.asked, chosen.asked_by, chosen.gives_way)
     arguments = (cell, x, hx, w_ih, w_hh, b_ih, b_hh)
@@ -189,12 +195,19 @@ def _layer(
 
 def _torch_is_fastest(cell: str, tensors: tuple[Tensor | None, ...]) -> bool:
     """As for a module of one layer and direction."""
-    x, w_hh = tensors[0], tensors[-3]
-    assert x is not None and w_hh is not None
+    x = tensors[0]
+    assert x is not None
     if torch.compiler.is_compiling() or torch_private.inside() or not kernel_plan.measured(x):
         return False
+    return kernel_plan.torch_wins(_shape(cell, tensors), x.device)
+
+
+def _shape(cell: str, tensors: tuple[Tensor | None, ...]) -> tuning_file.Shape:
+    """The shape of a call of one layer and direction, as it is tuned for. `tensors`: the input, the states and the weights."""
+    x, w_hh = tensors[0], tensors[-3]
+    assert x is not None and w_hh is not None
     T, B, I = x.shape
-    return kernel_plan.torch_wins(kernel_plan.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors), x.device)
+    return kernel_plan.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors)
 
 
 def _torch_layer(

@@ -130,7 +130,7 @@ def pick(
     """What runs as things stand: by the environment, what was measured, the device, and what its driver has refused. `marked`:
     the call has lengths or resets."""
     settings = KERNELS.block.get(), environment.get(KERNELS.key), STRICT.block.get(), environment.get(STRICT.key)
-    key = (cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked, *settings)
+    key = (cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked, tuned.candidate.get(), *settings)
     choice = known.get(key)
     if choice is None:
         if len(known) >= MOST_KNOWN:
@@ -170,7 +170,8 @@ def _measured_plan(
     from rnnfast.kernels.families import family_of
 
     names = tuning_file.names(dtype, precision)
-    entry = None if gpu is None else tuned.kernels(gpu, cell, T, B, H, *names, training)
+    trial = tuned.candidate.get()
+    entry = trial.entry if trial else None if gpu is None else tuned.kernels(gpu, cell, T, B, H, *names, training)
     plan = None if entry is None else entry.backward if backward else entry.forward
     return ("step", None) if plan is None else (family_of(plan), plan)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,19 @@ from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["Table", "TuningWarning", "kernels", "override_tuning", "table", "torch_wins"]
+__all__ = [
+    "Candidate",
+    "Table",
+    "TuningWarning",
+    "candidate",
+    "has",
+    "kernels",
+    "learn",
+    "only",
+    "override_tuning",
+    "table",
+    "torch_wins",
+]
 
 _tables: dict[GpuLimits, Table] = {}
 
@@ -39,11 +52,13 @@ class Table:
         entries: none where no file is used.
         path: of the file.
         unused: why it is not used, else empty.
+        own: the shapes that a first call in this process measured, or tried to measure without a result. No file has them.
     """
 
     entries: list[Entry]
     path: Path | None = None
     unused: str = ""
+    own: frozenset[Shape] = frozenset()
     found: dict[tuple, Any] = field(default_factory=dict)  # what lookups gave, by their arguments
 
 
@@ -74,6 +89,49 @@ def override_tuning(gpu: GpuLimits, entries: list[Entry]) -> Iterator[None]:
         known.clear()
         if before is not None:
             _tables[gpu] = before
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An entry that is being measured. Each is equal to itself alone, so that choices made for it are kept apart."""
+
+    entry: Entry
+
+
+candidate: ContextVar[Candidate | None] = ContextVar("rnnfast candidate", default=None)
+
+
+@contextmanager
+def only(trial: Candidate) -> Iterator[None]:
+    """Run the kernels of this candidate, whatever was measured, within the ``with`` block and in this thread."""
+    token = candidate.set(trial)
+    try:
+        yield
+    finally:
+        candidate.reset(token)
+
+
+def learn(gpu: GpuLimits, entries: Iterable[Entry], own: Iterable[Shape] = ()) -> None:
+    """Follow these entries from now on in this process, in place of those of the same shapes. Writes no file.
+
+    Args:
+        own: as in `Table`.
+    """
+    before = table(gpu)
+    merged = {entry.shape: entry for entry in (*before.entries, *entries)}
+    # a new table, because another thread may be adding to what lookups in the old one gave
+    _tables[gpu] = Table([*merged.values()], before.path, "" if merged else before.unused, before.own.union(own))
+    known.clear()
+
+
+def has(gpu: GpuLimits, shape: Shape) -> bool:
+    """Whether this very shape was measured, or tried in this process. T counts by powers of two."""
+    here = table(gpu)
+    key = "has", replace(shape, T=1), shape.T.bit_length()
+    if key not in here.found:
+        shapes = (*(entry.shape for entry in here.entries), *here.own)
+        here.found[key] = any(_distance(shape.T, each) == 0 and replace(each, T=shape.T) == shape for each in shapes)
+    return here.found[key]
 
 
 def _long_enough(T: int, shape: Shape) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import torch_private
-from rnnfast.choice import kernel_plan, obstacles, tuning_file
+from rnnfast.choice import calls, kernel_plan, obstacles, tuning_file
 from rnnfast.choice.decide import Decision, decide, tell
 from rnnfast.choice.gpu import known
 from rnnfast.nn import base, checks, stack
@@ -105,6 +105,8 @@ def _call(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> Any:
         wanted = {name: value for name, value in given.items() if value is not None and value is not False}
         return base.fx_node(layer, input, hx, **wanted)
     call, chosen = decision(layer, input, hx, given)
+    if calls.matters() and call.fits and _measured_now(layer, call, chosen, input, hx):
+        call, chosen = decision(layer, input, hx, given)
     if given and not call.fits:
         _by_torch(layer, input, hx)
         raise RuntimeError("lengths, resets, return_all_states and return_gates need an input that is not empty")
@@ -123,6 +125,13 @@ def _call(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> Any:
         assert call.options is not None
         return stack.by_packing(by_torch, layer, call.cell, call.options.lengths, input, hx)
     return by_torch(input, hx)
+
+
+def _measured_now(layer: Sequence, call: Call, chosen: Decision, input: Any, hx: Any) -> bool:
+    """Whether the call was measured just now, so that the decision may be another: see `rnnfast.choice.calls`."""
+    x = input.data if isinstance(input, PackedSequence) else input
+    plain = x is input and call.options is None and not layer.proj_size
+    return calls.before(layer, call.cell, x, chosen, plain, lambda: shape(layer, call.cell, input, hx))
 
 
 def _by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
@@ -215,12 +224,15 @@ def _torch_is_fastest(layer: torch.nn.RNNBase, cell: str, input: Any, hx: Any) -
     return kernel_plan.measured(input) and kernel_plan.torch_wins(shape(layer, cell, input, hx), input.device)
 
 
-def shape(layer: torch.nn.RNNBase, cell: str, input: Tensor, hx: Any) -> tuning_file.Shape:
-    """The shape of a well-formed call without options, as it is tuned for."""
-    T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
-    if input.dim() == 3 and layer.batch_first:
-        T, B = B, T
-    tensors = (input, *checks.states_of(cell, hx), *layer.parameters())
+def shape(layer: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, hx: Any) -> tuning_file.Shape:
+    """The shape of a well-formed call, as it is tuned for: without its options, and of a PackedSequence with all rows full."""
+    if isinstance(input, PackedSequence):
+        x, T, B = input.data, input.batch_sizes.numel(), int(input.batch_sizes[0])
+    else:
+        x, (T, B) = input, (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
+        if input.dim() == 3 and layer.batch_first:
+            T, B = B, T
+    tensors = (x, *checks.states_of(cell, hx), *layer.parameters())
     sizes = (T, B, layer.input_size, layer.hidden_size, layer.num_layers, 1 + layer.bidirectional)
     return kernel_plan.shape(cell, *sizes, tensors)
 
