@@ -172,7 +172,7 @@ def _layer(
         )
 
     chosen = decision()
-    if calls.matters() and calls.before(None, cell, x, chosen, not given, lambda: _shape(cell, tensors)):
+    if chosen.watched and calls.before(None, cell, x, chosen, not given, lambda: _shape(cell, tensors)):
         chosen = decision()
     if chosen.gives_way:
         tell(chosen.asked, chosen.asked_by, chosen.gives_way)

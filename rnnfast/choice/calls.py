@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +18,10 @@ from torch import Tensor
 
 from rnnfast import torch_private
 from rnnfast.choice import kernel_plan, tuned
-from rnnfast.choice.decide import Decision
+from rnnfast.choice.decide import Decision, watcher
 from rnnfast.choice.tuning_file import Entry, Shape
-from rnnfast.torch_private import constant
 
-__all__ = ["Seen", "before", "matters", "watched"]
+__all__ = ["Seen", "before", "watched"]
 
 measure: Callable[[Shape, torch.device], Entry | None] | None = None
 _lock = threading.Lock()
@@ -50,26 +48,17 @@ class Seen:
     shape: Shape | None
 
 
-_watcher: ContextVar[Callable[[Seen], None] | None] = ContextVar("rnnfast watcher", default=None)
-
-
 @contextmanager
 def watched(tell: Callable[[Seen], None]) -> Iterator[None]:
     """Tell of each recurrent call of rnnfast, within the ``with`` block and in this thread.
 
     No call is measured meanwhile.
     """
-    token = _watcher.set(tell)
+    token = watcher.set(tell)
     try:
         yield
     finally:
-        _watcher.reset(token)
-
-
-@constant
-def matters() -> bool:
-    """Whether `before` may have something to do. False while anything is traced or compiled."""
-    return (torch_private.cudnn_benchmark() or _watcher.get() is not None) and not torch_private.tracing()
+        watcher.reset(token)
 
 
 def before(
@@ -77,14 +66,16 @@ def before(
 ) -> bool:
     """Tell of a well-formed call, or measure it if it should be. Returns whether it was measured: decide again then.
 
+    It is for calls whose decision says that they are `watched`.
+
     Args:
         layer, cell, chosen, plain: as in `Seen`.
         x: its input.
         shape: gives its shape. It is called only if the kernels can run the call.
     """
-    watcher = _watcher.get()
-    if watcher is not None:
-        watcher(Seen(layer, cell, x.device, chosen, plain, None if chosen.obstacles else shape()))
+    tell = watcher.get()
+    if tell is not None:
+        tell(Seen(layer, cell, x.device, chosen, plain, None if chosen.obstacles else shape()))
         return False
     if measure is None or not plain or not _may_measure(chosen, x):
         return False

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from rnnfast import torch_private
 from rnnfast.choice import obstacles
 from rnnfast.choice.obstacles import FallbackWarning, user_level
 from rnnfast.settings import BACKEND, strict
-from rnnfast.torch_private import constant, environment, forward_level, innermost_transform
+from rnnfast.torch_private import constant, cudnn_benchmark, environment, forward_level, innermost_transform
 
 __all__ = ["Decision", "Options", "asked", "check_backend", "decide", "is_backend", "tell", "tensor_obstacles", "use_backend"]
 
@@ -58,6 +59,8 @@ class Decision:
         stands_in: why the equations run although "torch" is the backend.
         refusal: why no backend can run the call, else empty.
         inside: the transforms that the call is inside of (`rnnfast.torch_private.inside`).
+        watched: whether `rnnfast.choice.calls.before` may have something to do before the call runs. False while anything is
+            traced or compiled.
     """
 
     backend: str
@@ -70,6 +73,11 @@ class Decision:
     stands_in: str = ""
     refusal: str = ""
     inside: tuple[str, ...] = ()
+    watched: bool = False
+
+
+# Whoever is told of calls: see `rnnfast.choice.calls`
+watcher: ContextVar[Callable[[Any], None] | None] = ContextVar("rnnfast watcher", default=None)
 
 
 def is_backend(name: object) -> bool:
@@ -200,7 +208,8 @@ def decide(
             runner = "packed"
     if not well_formed:
         found += (FORM,)
-    return Decision(backend, runner, name, source, found, gives_way, measured, stands_in, refusal, inside)
+    watched = (cudnn_benchmark() or watcher.get() is not None) and not torch_private.tracing()
+    return Decision(backend, runner, name, source, found, gives_way, measured, stands_in, refusal, inside, watched)
 
 
 def _stands_in(

@@ -105,7 +105,7 @@ def _call(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> Any:
         wanted = {name: value for name, value in given.items() if value is not None and value is not False}
         return base.fx_node(layer, input, hx, **wanted)
     call, chosen = decision(layer, input, hx, given)
-    if calls.matters() and call.fits and _measured_now(layer, call, chosen, input, hx):
+    if chosen.watched and call.fits and _measured_now(layer, call, chosen, input, hx):
         call, chosen = decision(layer, input, hx, given)
     if given and not call.fits:
         _by_torch(layer, input, hx)
