@@ -84,7 +84,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
             raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")
         chosen, read_options, to_tune = cells.decision(module, input, hx), CallOptions(), None
     else:
-        found, chosen = sequence.decision(module, input, hx, options)
+        found, chosen = sequence.decision(module, input, hx, CallOptions(**options) if options else None)
         read_options = found.options or CallOptions()
         may_be_tuned = isinstance(input, Tensor) and not options and not module.proj_size and not chosen.obstacles
         to_tune = sequence.shape(module, found.cell, tensor, hx) if may_be_tuned and chosen.asked in (None, "triton") else None
