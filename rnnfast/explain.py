@@ -87,7 +87,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         found, chosen = sequence.decision(module, input, hx, CallOptions(**options) if options else None)
         read_options = found.options or CallOptions()
         may_be_tuned = isinstance(input, Tensor) and not options and not module.proj_size and not chosen.obstacles
-        to_tune = sequence.shape(module, found.cell, tensor, hx) if may_be_tuned and chosen.asked in (None, "triton") else None
+        may_be_tuned = may_be_tuned and chosen.asked in (None, "triton")
+        to_tune = sequence.shape(module, found.cell, found.weights, tensor, hx) if may_be_tuned else None
     details = _how(chosen, module, input, read_options, training)
     tuning = _tuning(to_tune, tensor.device) if to_tune else ""
     return Explanation(chosen.backend, _asked(chosen), chosen.obstacles, call, details, tuning)

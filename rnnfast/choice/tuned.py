@@ -127,11 +127,17 @@ def learn(gpu: GpuLimits, entries: Iterable[Entry], own: Iterable[Shape] = ()) -
 def has(gpu: GpuLimits, shape: Shape) -> bool:
     """Whether this very shape was measured, or tried in this process. T counts by powers of two."""
     here = table(gpu)
-    key = "has", replace(shape, T=1), shape.T.bit_length()
+    key = "has", *_key(shape)
     if key not in here.found:
         shapes = (*(entry.shape for entry in here.entries), *here.own)
         here.found[key] = any(_distance(shape.T, each) == 0 and replace(each, T=shape.T) == shape for each in shapes)
     return here.found[key]
+
+
+def _key(shape: Shape) -> tuple:
+    """What a lookup depends on. `dataclasses.replace` would take ten times as long."""
+    sizes = shape.T.bit_length(), shape.B, shape.I, shape.H, shape.layers, shape.directions
+    return shape.cell, shape.dtype, shape.precision, *sizes, shape.training
 
 
 def _long_enough(T: int, shape: Shape) -> bool:
@@ -148,7 +154,7 @@ def torch_wins(gpu: GpuLimits, shape: Shape) -> bool:
     here = table(gpu)
     if not here.entries:
         return False
-    key = replace(shape, T=1), shape.T.bit_length()
+    key = _key(shape)
     if key not in here.found:
         near = [e for e in here.entries if replace(e.shape, T=shape.T) == shape and _long_enough(shape.T, e.shape)]
         near.sort(key=lambda entry: _distance(shape.T, entry.shape))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,11 +31,8 @@ CHECK_STEPS = 32
 ROUNDS = 3
 
 
-def candidates(shape: Shape, limits: GpuLimits) -> list[Entry]:
-    """PyTorch's own layer, and one candidate of each way to combine the families that are trusted."""
-    forward = None
-    if shape.training:
-        forward = tuned.kernels(limits, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, False)
+def candidates(shape: Shape, limits: GpuLimits, forward: Entry | None = None) -> list[Entry]:
+    """PyTorch's own layer, and a candidate of each family that is trusted. `forward`: as in `rnnfast.commands.tune`."""
     return [
         entry
         for entry in tune.candidates(shape, limits, forward, most=1)
@@ -47,7 +45,7 @@ def measure(shape: Shape, device: torch.device) -> Entry | None:
     limits = gpu.limits(device)
     if limits is None or shape.cell not in MODULES:
         return None
-    entries = candidates(shape, limits)
+    entries = candidates(shape, limits, _forward(shape, limits, device))
     if len(entries) < 2:
         return None
     stopped = threading.Event()
@@ -75,6 +73,15 @@ def measure(shape: Shape, device: torch.device) -> Entry | None:
 
     _in_a_thread(run, stopped)
     return tune.best(entries, found)
+
+
+def _forward(shape: Shape, limits: GpuLimits, device: torch.device) -> Entry | None:
+    """For training, what is the fastest in inference, measured if it is not known and there is more than the step kernels."""
+    inference = replace(shape, training=False)
+    if not shape.training or all(entry.forward is None for entry in candidates(inference, limits)):
+        return None
+    known = tuned.kernels(limits, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, False)
+    return known or measure(inference, device)
 
 
 def _in_a_thread(run: Callable[[], None], stopped: threading.Event) -> None:

@@ -129,7 +129,7 @@ def _measured_now(layer: Sequence, call: Call, chosen: Decision, input: Any, hx:
     """Whether the call was measured just now, so that the decision may be another: see `rnnfast.choice.calls`."""
     x = input.data if isinstance(input, PackedSequence) else input
     plain = x is input and call.options is None and not layer.proj_size
-    return calls.before(layer, call.cell, x, chosen, plain, lambda: shape(layer, call.cell, input, hx))
+    return calls.before(layer, call.cell, x, chosen, plain, lambda: shape(layer, call.cell, call.weights, input, hx))
 
 
 def _by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
@@ -190,19 +190,21 @@ def decision(layer: Sequence, input: Any, hx: Any, given: CallOptions | None) ->
         options=() if options is None else tuple(options.given),
         packable=options is not None and options.packable,
         onednn_trains=trains and any([each.requires_grad for each in (tensor, *weights)]),
-        measured=may_be_tuned and known.get(("tuned", tensor.device), True) and _torch_is_fastest(layer, cell, input, hx),
+        measured=may_be_tuned
+        and known.get(("tuned", tensor.device), True)
+        and _torch_is_fastest(layer, cell, weights, input, hx),
     )
     return Call(cell, weights, states, fits, options), chosen
 
 
-def _torch_is_fastest(layer: torch.nn.RNNBase, cell: str, input: Any, hx: Any) -> bool:
+def _torch_is_fastest(layer: torch.nn.RNNBase, cell: str, weights: list[Any], input: Any, hx: Any) -> bool:
     """As `rnnfast tune` measured it."""
     if not isinstance(input, Tensor) or layer.proj_size:
         return False
-    return kernel_plan.measured(input) and kernel_plan.torch_wins(shape(layer, cell, input, hx), input.device)
+    return kernel_plan.measured(input) and kernel_plan.torch_wins(shape(layer, cell, weights, input, hx), input.device)
 
 
-def shape(layer: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, hx: Any) -> tuning_file.Shape:
+def shape(layer: torch.nn.RNNBase, cell: str, weights: list[Any], input: Tensor | PackedSequence, hx: Any) -> tuning_file.Shape:
     """The shape of a well-formed call, as it is tuned for: without its options, and of a PackedSequence with all rows full."""
     if isinstance(input, PackedSequence):
         x, T, B = input.data, input.batch_sizes.numel(), int(input.batch_sizes[0])
@@ -210,7 +212,7 @@ def shape(layer: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, hx
         x, (T, B) = input, (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
         if input.dim() == 3 and layer.batch_first:
             T, B = B, T
-    tensors = (x, *checks.states_of(cell, hx), *layer.parameters())
+    tensors = (x, *checks.states_of(cell, hx), *weights)
     sizes = (T, B, layer.input_size, layer.hidden_size, layer.num_layers, 1 + layer.bidirectional)
     return kernel_plan.shape(cell, *sizes, tensors)
 

@@ -41,7 +41,7 @@ def persistent_entry(shape):
 
 
 def test_candidates(pretend):
-    """Persistent kernels only where the tuning file has some for this GPU: one plan, and the forward plan that won there."""
+    """Persistent kernels only where the tuning file has some for this GPU, and one plan of them."""
     plain = [Entry(SHAPE, "torch"), Entry(SHAPE, "triton")]
     assert first_call.candidates(SHAPE, H100) == plain
     assert trusted(H100, "step") and not trusted(H100, "persistent")
@@ -50,10 +50,26 @@ def test_candidates(pretend):
     with tuned.override_tuning(H100, [other]):
         assert trusted(H100, "persistent")
         assert first_call.candidates(SHAPE, H100) == [*plain, Entry(SHAPE, "triton", None, backward)]
-    near = persistent_entry(replace(SHAPE, training=False))
-    with tuned.override_tuning(H100, [near]):
-        found = first_call.candidates(SHAPE, H100)
+        near = persistent_entry(replace(SHAPE, training=False))
+        found = first_call.candidates(SHAPE, H100, near)
     assert [(entry.forward, entry.backward) for entry in found[2:]] == [(near.forward, None), (near.forward, backward)]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_forward_comes_first(known, pretend, monkeypatch):
+    """In training with persistent kernels: the forward kernels are those that win in inference, measured if need be."""
+    near = persistent_entry(replace(SHAPE, training=False))
+    asked = []
+
+    def medians(entries, rows):
+        asked.append(entries)
+        return {n: 10.0 - n for n in range(len(entries))}
+
+    monkeypatch.setattr(first_call, "medians", medians)
+    with tuned.override_tuning(H100, [near if known else replace(near, shape=replace(near.shape, H=64))]):
+        entry = first_call.measure(SHAPE, CPU)
+    assert [entries[0].shape.training for entries in asked] == ([True] if known else [False, True])
+    assert entry.forward == near.forward and entry.backward == asked[-1][-1].backward is not None
 
 
 def test_measured_once(pretend, tmp_path, monkeypatch):
