@@ -1,10 +1,12 @@
 """Measures the candidates of one shape: checks each against float64, then times them all.
 
-`measure` does it in a process of its own, because a candidate may hang or crash. The candidates are timed in turn, by device
-events, so that a change of clocks meets all. A candidate at which the process hangs or crashes is dropped, and the others are
-run again without it.
+`measure` does it in a separate process, because a candidate may hang or crash:
 
-    python -m rnnfast.commands.measure JOB DEVICE       is that process; it prints JSON lines
+1. The process first compares each candidate with the float64 reference, by the numerics contract. A wrong one is not timed.
+2. It then times the others in turn, with device events. They alternate, so that a change of the GPU's clock affects all alike.
+3. If the process hangs or crashes, the candidate that it was at is dropped, and a new process runs the others.
+
+The process is ``python -m rnnfast.commands.measure JOB DEVICE``. It prints JSON lines.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ __all__ = ["MODULES", "QUIET", "Rows", "measure", "medians", "microseconds", "wo
 
 MODULES = {"lstm": ("LSTM", {}), "gru": ("GRU", {}), "rnn_tanh": ("RNN", {}), "rnn_relu": ("RNN", {"nonlinearity": "relu"})}
 QUIET = 120  # seconds that a candidate may take to compile, run and be checked
-CHECK_STEPS = 512  # steps of a sequence that are checked, of a longer one the first: the float64 reference is slow
+CHECK_STEPS = 512  # at most this many steps are checked, because the float64 reference is slow
 ROUNDS = 9
 
 Rows = Generator[dict, None, None]
 
 
 def microseconds(call: Callable[[], object], steps: int) -> float:
-    """A time step's share of one call, by device events."""
+    """The time of one call divided by its number of time steps, in microseconds, by device events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -62,7 +64,9 @@ def work(entries: list[Entry], device: str, check_steps: int, rounds: int) -> Ro
         rounds: how often each candidate is timed.
 
     Yields:
-        ``{"doing": n}`` before candidate n is touched; ``{"wrong": n, "why": ...}`` if it is; ``{"timed": n, "us": ...}``.
+        ``{"doing": n}`` before it starts on candidate n.
+        ``{"wrong": n, "why": ...}`` if candidate n is wrong.
+        ``{"timed": n, "us": ...}`` for each time of candidate n, in microseconds per time step.
     """
     from rnnfast import check
 
@@ -86,7 +90,7 @@ def work(entries: list[Entry], device: str, check_steps: int, rounds: int) -> Ro
             yield {"doing": n}
             with _running(trials[n]):
                 us = microseconds(call, shape.T)
-            if turn >= 0:  # before, compiled code is loaded and algorithms are picked
+            if turn >= 0:  # the first two turns load compiled code and choose algorithms
                 yield {"timed": n, "us": us}
 
 
@@ -129,7 +133,7 @@ def _call(shape: Shape, device: str) -> Callable[[], object]:
 
 
 def worker(job: str, device: str) -> int:
-    """`work` as `measure` asks for it on CUDA device number `device`, a JSON line for each thing that it yields."""
+    """Run `work` on a job from `measure`, on CUDA device number `device`, and print what it yields as JSON lines."""
     index = int(device)
     torch.cuda.set_device(index)
     limits = gpu.limits(torch.device("cuda", index))
@@ -161,7 +165,7 @@ def measure(
     command = command or (sys.executable, "-m", "rnnfast.commands.measure")
     env = {k: v for k, v in os.environ.items() if k not in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "TRITON_INTERPRET")}
     env["PYTHONSAFEPATH"] = "1"  # not an rnnfast that happens to be in this folder
-    env["RNNFAST_STRICT"] = "1"  # a launch that the driver refuses is no time of the step kernels
+    env["RNNFAST_STRICT"] = "1"  # otherwise the step kernels would be timed in place of a launch that the driver refuses
 
     def rows(left: list[Entry]) -> Rows:
         job = json.dumps([tuning_file.encode(entry) for entry in left])
@@ -195,7 +199,7 @@ def medians(
                         times.setdefault(left[row["timed"]], []).append(row["us"])
             return {n: statistics.median(each) for n, each in times.items()} | failed
         except child.Failed as error:
-            if doing is None:  # not a candidate's fault
+            if doing is None:  # it failed before the first candidate
                 return failed | {n: f"not run: {error}" for n in left}
             failed[doing] = f"failed: {error}"
     return failed

@@ -1,7 +1,8 @@
-"""`rnnfast tune`: measures what is the fastest for given shapes on this GPU, kernels or PyTorch's own layer, and remembers it.
+"""`rnnfast tune` measures which implementation is the fastest for given shapes on this GPU, and stores the result.
 
-The candidates of each shape are checked against float64 and timed in a process of their own (`rnnfast.commands.measure`).
-`rnnfast.tune` takes the shapes from a model instead (`rnnfast.commands.tune_model`).
+The candidates are PyTorch's own layer, the step kernels and the persistent kernels with several plans. A separate process
+checks and times those of each shape (`rnnfast.commands.measure`). `rnnfast.tune` takes the shapes from a model instead
+(`rnnfast.commands.tune_model`).
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ __all__ = [
     "writable",
 ]
 
-DTYPES = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}  # as the options name them: the precision
+DTYPES = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}  # --dtype: the precision of `Shape`
 MOST = 4  # persistent plans
 NO_GPU = "rnnfast tune needs an NVIDIA GPU, and PyTorch sees none here: run it on the machine that has the GPU"
 
 
-# What is measured
+# Shapes and candidates
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
-    """Every combination of the options, in inference and in training."""
+    """Every combination of the options, each for inference and then for training."""
     found = []
     for cell, dtype, T, B, H, layers in itertools.product(
         args.cell, args.dtype, args.steps, args.batch, args.hidden, args.layers
@@ -67,7 +68,7 @@ def candidates(shape: Shape, limits: GpuLimits, forward: Entry | None = None, mo
     """PyTorch's own layer, the step kernels, and the persistent plans worth measuring.
 
     Args:
-        forward: for training, what was found for inference: its forward kernels are taken, and backward varies.
+        forward: for training, the result for inference. All candidates use its forward kernels and vary the backward kernels.
         most: how many persistent plans, at most.
     """
     from rnnfast.kernels.persistent.plan import persistent_plans
@@ -103,7 +104,7 @@ def families(entry: Entry) -> set[str]:
 
 
 def best(entries: list[Entry], found: dict[int, float | str]) -> Entry | None:
-    """The entry to remember: the fastest of rnnfast's kernels, and whether PyTorch's own layer is faster still."""
+    """The entry to store: the fastest of rnnfast's kernels, and whether PyTorch's own layer is faster. None without a time."""
     times = {n: time for n, time in found.items() if isinstance(time, float)}
     ours = min((n for n in times if entries[n].winner == "triton"), key=times.__getitem__, default=None)
     if not times:
@@ -114,7 +115,7 @@ def best(entries: list[Entry], found: dict[int, float | str]) -> Entry | None:
 
 
 def report(entries: list[Entry], found: dict[int, float | str], chosen: Entry | None) -> Iterator[str]:
-    """A line a candidate: its time, that time over torch.nn's, and a star if it is the one."""
+    """A line for each candidate: its time, the ratio to torch.nn's time, and a star if it is the fastest."""
     base = next((found.get(n) for n, entry in enumerate(entries) if entry.winner == "torch"), None)
     for n, entry in enumerate(entries):
         time = found.get(n, "not run")
@@ -154,7 +155,7 @@ def time_left(started: float, done: int, count: int) -> str:
 
 
 def tune(wanted: list[Shape], path: Path, limits: GpuLimits, run: Callable[[list[Entry]], dict] = measure) -> int:
-    """Measure each shape and store what was found, one after another. Exit code: 0, or 1 if a shape gave nothing."""
+    """Measure each shape and store its result before the next. Returns the exit code: 1 if a shape gave no result, else 0."""
     started, missing = time.monotonic(), 0
     forward = None
     for number, shape in enumerate(wanted, 1):
@@ -171,7 +172,7 @@ def tune(wanted: list[Shape], path: Path, limits: GpuLimits, run: Callable[[list
 
 
 def show(path: Path, limits: GpuLimits) -> int:
-    """Print what a file holds."""
+    """Print the entries of a file. Returns the exit code."""
     try:
         entries = tuning_file.read(path, limits)
     except FileNotFoundError:
@@ -189,7 +190,7 @@ def show(path: Path, limits: GpuLimits) -> int:
 
 
 def forget(path: Path) -> int:
-    """Remove a file."""
+    """Remove a file. Returns the exit code."""
     try:
         path.unlink()
     except FileNotFoundError:
@@ -253,7 +254,7 @@ def writable(path: Path, limits: GpuLimits) -> None:
         Unready: if it cannot.
     """
     try:
-        tuning_file.store([], path, limits)
+        tuning_file.store([], path, limits)  # so that an error shows before the first measurement
     except (tuning_file.Unusable, OSError) as error:
         advice = "name another file in RNNFAST_TUNING_FILE, or remove it: rnnfast tune --forget"
         raise Unready(f"{error}\n{advice}") from error
