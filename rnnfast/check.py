@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,8 +20,9 @@ import torch
 from torch import Tensor
 
 from rnnfast import numerics
+from rnnfast.choice.decide import tensor_obstacles, use_backend
 
-__all__ = ["Case", "Result", "compare", "fault", "main"]
+__all__ = ["Case", "Result", "compare", "fault", "forget", "main", "products_in_tf32"]
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,26 @@ def compare(case: Case, device: str, backend: str | None = "triton", tf32: bool 
     `tf32`: whether both may use TF32 for the products of float32 (which the CPU does not have). `training`: gradients too; else
     the outputs of inference alone.
     """
-    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
-    try:
+    with products_in_tf32(tf32):
         return _compare(case, device, backend, tf32 and case.dtype == torch.float32, training)
+
+
+@contextmanager
+def products_in_tf32(tf32: bool) -> Iterator[None]:
+    """Let recurrent layers use TF32 for the products of float32, or not, within the ``with`` block.
+
+    The setting is the whole process's. It is left alone where it is right already.
+    """
+    rnn = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision  # type: ignore[attr-defined]
+    if (before == "tf32") == tf32:
+        yield
+        return
+    rnn.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
+    try:
+        yield
     finally:
-        torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
+        rnn.fp32_precision = before  # type: ignore[attr-defined]
 
 
 def _compare(case: Case, device: str, backend: str | None, tf32: bool, training: bool) -> list[Result]:
@@ -106,10 +123,15 @@ def contract_of(
     case: Case, device: str, backend: str | None = "triton", tf32: bool = False, training: bool = True
 ) -> tuple[numerics.Contract, dict[str, Tensor]]:
     """The contract of a case, and what `backend` computes."""
-    import rnnfast
+    from rnnfast import nn
 
     problem, contract = _prepared(case, device, tf32, training)
-    return contract, problem.run(problem.module(rnnfast, backend=backend), training=training)
+    return contract, problem.run(problem.module(nn, backend=backend), training=training)
+
+
+def forget() -> None:
+    """Free the tensors of the last case, which are kept for the case that it comes again."""
+    _prepared.cache_clear()
 
 
 @lru_cache(maxsize=1)  # the tuner asks for one case again and again
@@ -122,46 +144,60 @@ def _prepared(case: Case, device: str, tf32: bool, training: bool) -> tuple[Prob
 
 
 class Problem:
-    """A case made of numbers: weights as torch.nn draws them, input, states and upstream gradients, all exact in its dtype."""
+    """A case made of numbers: weights as torch.nn draws them, input, states and upstream gradients, all exact in its dtype.
+
+    They come from a generator of its own. PyTorch's generators stay as they are.
+    """
 
     def __init__(self, case: Case, device: str) -> None:
-        import rnnfast
+        from rnnfast import nn
 
-        torch.manual_seed(case.seed)
+        draws = torch.Generator(device).manual_seed(case.seed)
         self.case, self.device, self._weights = case, device, None
-        self._exact = self.module(rnnfast, torch.float64, backend="reference")
+        self._exact = self.module(nn, torch.float64, backend="reference")
+        for weight in self._exact.parameters():
+            torch.nn.init.uniform_(weight, -(case.H**-0.5), case.H**-0.5, generator=draws)
         self._exact.to(case.dtype).double()
         self._weights = self._exact.state_dict()
         D = 2 if case.bidirectional else 1
         count = 2 if case.cell == "LSTM" else 1
         lead = (case.B, case.T) if case.batch_first else (case.T, case.B)
         shape = (D * case.layers, case.B, case.H)
-        self.x = (torch.randn(*lead, case.I, device=device) * case.scale).to(case.dtype)
-        self.hx = tuple(torch.randn(shape, device=device).to(case.dtype) for _ in range(count if case.states else 0))
-        self.upstream = [torch.randn(*lead, D * case.H, device=device).to(case.dtype)]
-        self.upstream += [torch.randn(shape, device=device).to(case.dtype) for _ in range(count)]
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device, generator=draws)
+
+        self.x = (normal(*lead, case.I) * case.scale).to(case.dtype)
+        self.hx = tuple(normal(*shape).to(case.dtype) for _ in range(count if case.states else 0))
+        self.upstream = [normal(*lead, D * case.H).to(case.dtype)]
+        self.upstream += [normal(*shape).to(case.dtype) for _ in range(count)]
 
     def module(self, space, dtype: torch.dtype | None = None, **options) -> torch.nn.Module:
-        """The layer of `space`, torch.nn or rnnfast, with the weights of this problem."""
+        """The layer of `space`, torch.nn or rnnfast.nn, with the weights of this problem."""
         case = self.case
         options |= {"num_layers": case.layers, "bidirectional": case.bidirectional, "batch_first": case.batch_first}
         options |= {"bias": case.bias} | ({"nonlinearity": case.nonlinearity} if case.cell == "RNN" else {})
-        layer = getattr(space, case.cell)(case.I, case.H, **options, device=self.device, dtype=dtype or case.dtype)
+        layer = getattr(space, case.cell)(case.I, case.H, **options, device="meta", dtype=dtype or case.dtype)
+        layer.to_empty(device=self.device)
         if self._weights is not None:
             layer.load_state_dict(self._weights)
         return layer
 
     def exactly(self, training: bool = True) -> dict[str, Tensor]:
         """The reference in float64."""
-        return self.run(self._exact, torch.float64, training)
+        with use_backend("reference"):  # whatever backend the caller has around this
+            return self.run(self._exact, torch.float64, training)
 
     def run(self, layer: torch.nn.Module, dtype: torch.dtype | None = None, training: bool = True) -> dict[str, Tensor]:
-        """All outputs and, in training, the gradients of everything, under the given upstream gradients."""
+        """All outputs and, in training, the gradients of everything, under the given upstream gradients.
+
+        ``forward`` is called as it is, so that hooks that the user has on all modules do not run.
+        """
         dtype = dtype or self.case.dtype
         x = self.x.to(dtype, copy=True).requires_grad_(training)
         hx = tuple(state.to(dtype, copy=True).requires_grad_(training) for state in self.hx)
         with torch.set_grad_enabled(training):
-            y, last = layer(x, None if not hx else hx if len(hx) == 2 else hx[0])
+            y, last = layer.forward(x, None if not hx else hx if len(hx) == 2 else hx[0])
         last = last if isinstance(last, tuple) else (last,)
         outputs: dict[str, Tensor] = dict(zip(("output", "h_n", "c_n"), (y, *last), strict=False))
         if not training:
@@ -206,8 +242,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
-    from rnnfast.choice.decide import tensor_obstacles
-
     obstacles = tensor_obstacles(torch.empty(1, device=device))
     if obstacles:
         print(f"the Triton kernels cannot be checked here: {'; '.join(obstacles)}", file=sys.stderr)

@@ -93,7 +93,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
             found, chosen = sequence.decision(module, input, hx, CallOptions(**options) if options else None)
             read_options = found.options or CallOptions()
             if kernel_plan.predicts(tensor) and not chosen.obstacles and chosen.asked in (None, "triton"):
-                called = sequence.shape(module, found.cell, input, hx)
+                called = sequence.shape(module, found.cell, found.weights, input, hx)
                 packed = isinstance(input, PackedSequence) or read_options.lengths is not None
                 predicted = _predicted(called, tensor.device, packed, bool(module.proj_size), read_options)
                 if not packed and not options and not module.proj_size:
@@ -152,15 +152,16 @@ def _tuning(shape: tuning_file.Shape, device: torch.device) -> str:
     gpu = kernel_plan.limits(device)
     assert gpu is not None
     table = tuned.table(gpu)
+    entry = tuned.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training)
+    if entry is not None:
+        source = "torch.backends.cudnn.benchmark in this process" if entry.shape in table.own else table.path
+        return f"by {source}, measured at {entry.shape}"
     command = f"rnnfast tune --cell {shape.cell} --hidden {shape.H} --input {shape.I} --batch {shape.B} --steps {shape.T}"
     command += f" --dtype {'tf32' if shape.precision == 'tf32' else shape.dtype} --layers {shape.layers}"
     advice = f"to measure it: {command}{' --bidirectional' if shape.directions > 1 else ''}"
     if table.unused:
         return f"not measured here ({table.unused}); {advice}"
-    entry = tuned.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training)
-    if entry is None:
-        return f"{table.path} has nothing near this call; {advice}"
-    return f"by {table.path}, measured at {entry.shape}"
+    return f"{table.path} has nothing near this call; {advice}"
 
 
 def _torch(module: Any, input: Tensor | PackedSequence, runner: str) -> str:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from rnnfast import ops, reference, torch_private
-from rnnfast.choice import kernel_plan
-from rnnfast.choice.decide import check_backend, decide, tell
+from rnnfast.choice import calls, kernel_plan, tuning_file
+from rnnfast.choice.decide import Decision, check_backend, decide, tell
 from rnnfast.nn.base import checkpointed
 from rnnfast.nn.checks import ONEDNN, check_function, check_recompute
 from rnnfast.nn.options import CallOptions, read
@@ -157,16 +157,22 @@ def _layer(
         options = read(x, options, shapes=((x.shape[1], w_hh.shape[1]),) * STATES[cell])
     tensors = (x, *(hx or ()), w_ih, w_hh, b_ih, b_hh)
     trains = cell in ONEDNN and torch.is_grad_enabled() and any([each is not None and each.requires_grad for each in tensors])
-    chosen = decide(
-        backend,
-        x.device.type,
-        x.device.index,
-        x.dtype,
-        options=given,
-        packable=False,  # PyTorch's operator takes no lengths
-        onednn_trains=trains,
-        torch_wins=_torch_wins(cell, tensors, bool(given)),
-    )
+
+    def decision() -> Decision:
+        return decide(
+            backend,
+            x.device.type,
+            x.device.index,
+            x.dtype,
+            options=given,
+            packable=False,  # PyTorch's operator takes no lengths
+            onednn_trains=trains,
+            torch_wins=_torch_wins(cell, tensors, bool(given)),
+        )
+
+    chosen = decision()
+    if chosen.watched and calls.before(None, cell, x, chosen, not given, lambda: _shape(cell, tensors)):
+        chosen = decision()
     if chosen.gives_way:
         tell(chosen.asked, chosen.asked_by, chosen.gives_way)
     arguments = (cell, x, hx, w_ih, w_hh, b_ih, b_hh)
@@ -190,13 +196,19 @@ def _layer(
 
 def _torch_wins(cell: str, tensors: tuple[Tensor | None, ...], has_options: bool) -> str:
     """As for a module of one layer and direction."""
-    x, w_hh = tensors[0], tensors[-3]
-    assert x is not None and w_hh is not None
+    x = tensors[0]
+    assert x is not None
     if torch.compiler.is_compiling() or torch_private.inside() or not kernel_plan.predicts(x):
         return ""
+    return kernel_plan.torch_wins(_shape(cell, tensors), x.device, kernels_only=has_options)
+
+
+def _shape(cell: str, tensors: tuple[Tensor | None, ...]) -> tuning_file.Shape:
+    """The shape of a call of one layer and direction, as it is tuned for. `tensors`: the input, the states and the weights."""
+    x, w_hh = tensors[0], tensors[-3]
+    assert x is not None and w_hh is not None
     T, B, I = x.shape
-    shape = kernel_plan.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors)
-    return kernel_plan.torch_wins(shape, x.device, kernels_only=has_options)
+    return kernel_plan.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors)
 
 
 def _torch_layer(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,11 +26,13 @@ __all__ = [
     "add_batch_dim",
     "batch_dim_level",
     "constant",
+    "cudnn_benchmark",
     "current_weights",
     "dynamo_refuses_layers",
     "environment",
     "forward_level",
     "has_operator",
+    "in_backward",
     "innermost_transform",
     "inside",
     "is_expanded",
@@ -52,6 +55,7 @@ __all__ = [
     "tracing",
     "tree_leaves",
     "tree_map_only",
+    "uncompiled",
     "unpacks_one_by_one",
 ]
 
@@ -73,6 +77,18 @@ forward_level = partial(getattr, forward_ad, "_current_level")
 
 # The transform of torch.func that is innermost, or None. There is no public way to ask.
 innermost_transform = _functorch.peek_interpreter_stack
+
+
+# torch.backends.cudnn.benchmark, whose property takes 1 us. This takes 0.05 us.
+cudnn_benchmark: Callable[[], bool] = torch._C._get_cudnn_benchmark  # type: ignore[attr-defined]
+
+
+def in_backward() -> bool:
+    """Whether autograd is running backward in this thread. There is no public way to ask.
+
+    A backward that another thread started, and that this thread waited for, would wait for this thread.
+    """
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
 
 
 def constant(function: _F) -> _F:
@@ -103,6 +119,11 @@ def tracing() -> bool:
 def dynamo_refuses_layers() -> bool:
     """Whether Dynamo is tracing and refuses RNN layers, for ``torch._dynamo.config.allow_rnn`` is off."""
     return tracing() and not torch._dynamo.config.allow_rnn
+
+
+def uncompiled() -> AbstractContextManager:
+    """A context in which compiled code runs as it was written. Does not import Dynamo: before that nothing is compiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def is_forward_mode() -> bool:

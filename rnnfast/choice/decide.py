@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from rnnfast import torch_private
 from rnnfast.choice import obstacles
 from rnnfast.choice.obstacles import FallbackWarning, user_level
 from rnnfast.settings import BACKEND, strict
-from rnnfast.torch_private import constant, environment, forward_level, innermost_transform
+from rnnfast.torch_private import constant, cudnn_benchmark, environment, forward_level, innermost_transform
 
 __all__ = [
     "Decision",
@@ -75,6 +76,8 @@ class Decision:
         stands_in: why the equations run although "torch" is the backend. Empty if they do not.
         refusal: why no backend can run the call. Empty if one can.
         inside: the transforms around the call, the outermost first (`rnnfast.torch_private.inside`).
+        watched: whether `rnnfast.choice.calls.before` may have something to do before the call runs. False while anything is
+            traced or compiled.
     """
 
     backend: str
@@ -87,6 +90,11 @@ class Decision:
     stands_in: str = ""
     refusal: str = ""
     inside: tuple[str, ...] = ()
+    watched: bool = False
+
+
+# Whoever is told of calls: see `rnnfast.choice.calls`
+watcher: ContextVar[Callable[[Any], None] | None] = ContextVar("rnnfast watcher", default=None)
 
 
 def is_backend(name: object) -> bool:
@@ -223,7 +231,8 @@ def decide(
             runner = "packed"
     if not well_formed:
         found += (FORM,)
-    return Decision(backend, runner, name, source, found, gives_way, torch_wins, stands_in, refusal, inside)
+    watched = (cudnn_benchmark() or watcher.get() is not None) and not torch_private.tracing()
+    return Decision(backend, runner, name, source, found, gives_way, torch_wins, stands_in, refusal, inside, watched)
 
 
 def _stands_in(

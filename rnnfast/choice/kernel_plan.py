@@ -151,7 +151,7 @@ def _settings() -> tuple:
     """What of the settings a choice depends on."""
     return (
         KERNELS.block.get(), environment.get(KERNELS.key), STRICT.block.get(), environment.get(STRICT.key),
-        CANARY.block.get(), environment.get(CANARY.key),
+        CANARY.block.get(), environment.get(CANARY.key), tuned.candidate.get(),
     )  # fmt: skip
 
 
@@ -186,7 +186,8 @@ def _measured_plan(
     from rnnfast.kernels.families import family_of
 
     names = tuning_file.names(dtype, precision)
-    entry = None if gpu is None else tuned.kernels(gpu, cell, T, B, H, *names, training)
+    trial = tuned.candidate.get()
+    entry = trial.entry if trial else None if gpu is None else tuned.kernels(gpu, cell, T, B, H, *names, training)
     if entry is None:
         return None
     plan = entry.backward if backward else entry.forward
@@ -248,7 +249,7 @@ def _torch_wins(
 ) -> str:
     winner = None if packed or projected or kernels_only else tuned.winner(gpu, shape)
     if winner is not None:
-        return "measured as the fastest for this call by rnnfast tune" if winner == "torch" else ""
+        return "measured as the fastest for this call" if winner == "torch" else ""
     margin = 1.0 if tuned.table(gpu).entries else MARGIN
     predicted = predict(shape, device, gpu, trust.families(), packed, projected)
     if kernels_only or predicted.kernels * margin <= predicted.torch:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,19 @@ from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["Table", "TuningWarning", "kernels", "override_tuning", "table", "winner"]
+__all__ = [
+    "Candidate",
+    "Table",
+    "TuningWarning",
+    "candidate",
+    "has",
+    "kernels",
+    "learn",
+    "only",
+    "override_tuning",
+    "table",
+    "winner",
+]
 
 _tables: dict[GpuLimits, Table] = {}
 
@@ -36,14 +49,16 @@ class Table:
     """The entries for one GPU, and where they come from.
 
     Attributes:
-        entries: the entries of the file. Empty if no file is used.
+        entries: the entries of the file, and those that this process measured. Empty if no file is used.
         path: the path of the file.
         unused: why the file is not used, else empty.
+        own: the shapes that a first call in this process measured, or tried to measure without a result. No file has them.
     """
 
     entries: list[Entry]
     path: Path | None = None
     unused: str = ""
+    own: frozenset[Shape] = frozenset()
     found: dict[tuple, Any] = field(default_factory=dict)  # results of lookups, by their arguments
 
 
@@ -76,6 +91,55 @@ def override_tuning(gpu: GpuLimits, entries: list[Entry]) -> Iterator[None]:
             _tables[gpu] = before
 
 
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An entry that is being measured. Each is equal to itself alone, so that choices made for it are kept apart."""
+
+    entry: Entry
+
+
+candidate: ContextVar[Candidate | None] = ContextVar("rnnfast candidate", default=None)
+
+
+@contextmanager
+def only(trial: Candidate) -> Iterator[None]:
+    """Run the kernels of this candidate, whatever was measured, within the ``with`` block and in this thread."""
+    token = candidate.set(trial)
+    try:
+        yield
+    finally:
+        candidate.reset(token)
+
+
+def learn(gpu: GpuLimits, entries: Iterable[Entry], own: Iterable[Shape] = ()) -> None:
+    """Follow these entries from now on in this process, in place of those of the same shapes. Writes no file.
+
+    Args:
+        own: as in `Table`.
+    """
+    before = table(gpu)
+    merged = {entry.shape: entry for entry in (*before.entries, *entries)}
+    # a new table, because another thread may be adding to what lookups in the old one gave
+    _tables[gpu] = Table([*merged.values()], before.path, "" if merged else before.unused, before.own.union(own))
+    known.clear()
+
+
+def has(gpu: GpuLimits, shape: Shape) -> bool:
+    """Whether this very shape was measured, or tried in this process. T counts by powers of two."""
+    here = table(gpu)
+    key = "has", *_key(shape)
+    if key not in here.found:
+        shapes = (*(entry.shape for entry in here.entries), *here.own)
+        here.found[key] = any(_distance(shape.T, each) == 0 and replace(each, T=shape.T) == shape for each in shapes)
+    return here.found[key]
+
+
+def _key(shape: Shape) -> tuple:
+    """What a lookup depends on. `dataclasses.replace` would take ten times as long."""
+    sizes = shape.T.bit_length(), shape.B, shape.I, shape.H, shape.layers, shape.directions
+    return shape.cell, shape.dtype, shape.precision, *sizes, shape.training
+
+
 def _long_enough(T: int, shape: Shape) -> bool:
     """Whether a measurement at `shape.T` steps serves `T` steps. It does not serve much shorter sequences.
 
@@ -96,7 +160,7 @@ def winner(gpu: GpuLimits, shape: Shape) -> str | None:
     here = table(gpu)
     if not here.entries:
         return None
-    key = replace(shape, T=1), shape.T.bit_length()
+    key = _key(shape)
     if key not in here.found:
         near = [e for e in here.entries if replace(e.shape, T=shape.T) == shape and _long_enough(shape.T, e.shape)]
         near.sort(key=lambda entry: _distance(shape.T, entry.shape))

@@ -1,48 +1,51 @@
 """`rnnfast tune` measures which implementation is the fastest for given shapes on this GPU, and stores the result.
 
-The candidates are PyTorch's own layer, the step kernels and the persistent kernels with several plans. For each shape:
-
-1. A separate process runs all candidates.
-2. It first compares each with the float64 reference, by the numerics contract. A wrong candidate is not timed.
-3. It then times the others in turn, with device events. They alternate, so that a change of the GPU's clock affects all alike.
-4. If the process hangs or crashes, the candidate that it was at is dropped, and a new process runs the others.
-
-The process is ``python -m rnnfast.commands.tune JOB``. It prints JSON lines.
+The candidates are PyTorch's own layer, the step kernels and the persistent kernels with several plans. A separate process
+checks and times those of each shape (`rnnfast.commands.measure`). `rnnfast.tune` takes the shapes from a model instead
+(`rnnfast.commands.tune_model`).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import math
-import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from rnnfast.choice import child, gpu, tuned, tuning_file
+from rnnfast.choice import gpu, tuned, tuning_file
+from rnnfast.choice.decide import decide
 from rnnfast.choice.tuning_file import Entry, Shape
+from rnnfast.commands.measure import MODULES, measure
 from rnnfast.reference import GATES
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["candidates", "main", "measure", "microseconds", "tune", "work"]
+__all__ = [
+    "NO_GPU",
+    "Unready",
+    "best",
+    "candidates",
+    "families",
+    "main",
+    "measure",
+    "measure_and_store",
+    "name",
+    "ready",
+    "time_left",
+    "tune",
+    "writable",
+]
 
-MODULES = {"lstm": ("LSTM", {}), "gru": ("GRU", {}), "rnn_tanh": ("RNN", {}), "rnn_relu": ("RNN", {"nonlinearity": "relu"})}
 DTYPES = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}  # --dtype: the precision of `Shape`
-QUIET = 120  # seconds that a candidate may take to compile, run and be checked
-CHECK_STEPS = 512  # at most this many steps are checked, because the float64 reference is slow
-ROUNDS = 9
-CHOSEN = ("RNNFAST_BACKEND", "RNNFAST_CANARY", "RNNFAST_KERNELS", "TRITON_INTERPRET")  # variables that the child is not given
+MOST = 4  # persistent plans
+NO_GPU = "rnnfast tune needs an NVIDIA GPU, and PyTorch sees none here: run it on the machine that has the GPU"
 
 
 # Shapes and candidates
@@ -61,18 +64,19 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
     return found
 
 
-def candidates(shape: Shape, limits: GpuLimits, forward: Entry | None = None) -> list[Entry]:
+def candidates(shape: Shape, limits: GpuLimits, forward: Entry | None = None, most: int = MOST) -> list[Entry]:
     """PyTorch's own layer, the step kernels, and the persistent plans worth measuring.
 
     Args:
         forward: for training, the result for inference. All candidates use its forward kernels and vary the backward kernels.
+        most: how many persistent plans, at most.
     """
     from rnnfast.kernels.persistent.plan import persistent_plans
 
     itemsize = 4 if shape.dtype == "float32" else 2
     sizes = (GATES[shape.cell], shape.B, shape.H, itemsize, shape.precision, shape.training, limits)
     found = [Entry(shape, "torch"), Entry(shape, "triton")]
-    plans = persistent_plans(*sizes)
+    plans = persistent_plans(*sizes, most)
     if shape.training:
         best = forward.forward if forward else None
         pairs = [(best, plan) for plan in (None, *plans)]
@@ -89,131 +93,14 @@ def name(entry: Entry) -> str:
     return f"{forward}; backward {backward}" if entry.shape.training else forward
 
 
-def microseconds(call: Callable[[], object], steps: int) -> float:
-    """The time of one call divided by its number of time steps, in microseconds, by device events."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1000 / steps
+def families(entry: Entry) -> set[str]:
+    """The families of the kernels that a candidate runs. None for PyTorch's own layer."""
+    from rnnfast.kernels.families import family_of
 
-
-# The process that measures
-
-
-def work(entries: list[Entry], device: str, limits: GpuLimits) -> Iterator[dict]:
-    """Check and time the candidates of one shape.
-
-    Yields:
-        ``{"doing": n}`` before it starts on candidate n.
-        ``{"wrong": n, "why": ...}`` if candidate n is wrong.
-        ``{"timed": n, "us": ...}`` for each time of candidate n, in microseconds per time step.
-    """
-    from rnnfast import check
-
-    shape = entries[0].shape
-    torch.backends.cudnn.rnn.fp32_precision = "tf32" if shape.precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-    module, options = MODULES[shape.cell]
-    dtype = getattr(torch, shape.dtype)
-    sizes = {"T": min(shape.T, CHECK_STEPS), "B": shape.B, "I": shape.I, "H": shape.H, "dtype": dtype}
-    sizes |= {"layers": shape.layers, "bidirectional": shape.directions == 2}
-    case = check.Case(module, **sizes, **options)
-    right = []
-    for n, entry in enumerate(entries):
-        yield {"doing": n}
-        with _running(entry, limits):
-            why = check.fault(check.compare(case, device, None, shape.precision == "tf32", shape.training))
-        if why:
-            yield {"wrong": n, "why": why}
-        else:
-            right.append(n)
-    call = _call(shape, device)
-    for turn, n in itertools.product(range(-2, ROUNDS), right):
-        yield {"doing": n}
-        with _running(entries[n], limits):
-            us = microseconds(call, shape.T)
-        if turn >= 0:  # the first two turns load compiled code and choose algorithms
-            yield {"timed": n, "us": us}
-
-
-def _running(entry: Entry, limits: GpuLimits) -> AbstractContextManager[None]:
-    """A context in which the automatic choice is this candidate, whatever the number of steps."""
-    return tuned.override_tuning(limits, [replace(entry, shape=replace(entry.shape, T=1))])
-
-
-def _call(shape: Shape, device: str) -> Callable[[], object]:
-    """A function that calls a layer, forward or forward and backward. The layer chooses its backend automatically."""
-    import rnnfast
-
-    module, options = MODULES[shape.cell]
-    dtype = getattr(torch, shape.dtype)
-    torch.manual_seed(0)
-    layer = getattr(rnnfast, module)(
-        shape.I, shape.H, shape.layers, bidirectional=shape.directions == 2, **options, device=device, dtype=dtype
-    )
-    x = torch.randn(shape.T, shape.B, shape.I, device=device, dtype=dtype)
-    dy = torch.randn(shape.T, shape.B, shape.directions * shape.H, device=device, dtype=dtype)
-    inputs = [x.clone().requires_grad_(), *layer.parameters()]
-
-    def inference() -> object:
-        with torch.no_grad():
-            return layer(x)
-
-    def training() -> object:
-        return torch.autograd.grad(layer(inputs[0])[0], inputs, dy)
-
-    return training if shape.training else inference
-
-
-def worker(job: str) -> int:
-    """Run `work` on a job from `measure`, and print what it yields as JSON lines."""
-    asked = json.loads(job)
-    limits = gpu.limits(torch.device("cuda", torch.cuda.current_device()))
-    assert limits is not None
-    for row in work([tuning_file.decode(raw, limits) for raw in asked], "cuda", limits):
-        print(json.dumps(row), flush=True)
-    return 0
-
-
-# The command
-
-
-def measure(
-    entries: list[Entry], quiet: float = QUIET, command: tuple[str, ...] = (), until: float = math.inf
-) -> dict[int, float | str]:
-    """The median time of each candidate of one shape, in microseconds per time step, or the reason why it has none.
-
-    Args:
-        entries: the candidates.
-        quiet: seconds without a word from the process, after which it counts as hung.
-        command: the command that runs a job. The default runs this module.
-        until: the time by which all has to end, on the clock of `time.monotonic`.
-    """
-    command = command or (sys.executable, "-m", "rnnfast.commands.tune")
-    env = {k: v for k, v in os.environ.items() if k not in CHOSEN}
-    env["PYTHONSAFEPATH"] = "1"  # not an rnnfast that happens to be in this folder
-    env["RNNFAST_STRICT"] = "1"  # otherwise the step kernels would be timed in place of a launch that the driver refuses
-    failed: dict[int, float | str] = {}
-    while left := [n for n in range(len(entries)) if n not in failed]:
-        times: dict[int, list[float]] = {}
-        doing = None
-        job = json.dumps([tuning_file.encode(entries[n]) for n in left])
-        try:
-            with closing(child.rows([*command, job], quiet, env, until)) as rows:
-                for row in rows:
-                    if "doing" in row:
-                        doing = left[row["doing"]]
-                    elif "wrong" in row:
-                        failed[left[row["wrong"]]] = f"wrong: {row['why']}"
-                    elif "timed" in row:
-                        times.setdefault(left[row["timed"]], []).append(row["us"])
-            return {n: statistics.median(each) for n, each in times.items()} | failed
-        except child.Failed as error:
-            if doing is None:  # it failed before the first candidate
-                return failed | {n: f"not run: {error}" for n in left}
-            failed[doing] = f"failed: {error}"
-    return failed
+    if entry.winner == "torch":
+        return set()
+    plans = (entry.forward, entry.backward) if entry.shape.training else (entry.forward,)
+    return {"step" if plan is None else family_of(plan) for plan in plans}
 
 
 def best(entries: list[Entry], found: dict[int, float | str]) -> Entry | None:
@@ -240,23 +127,46 @@ def report(entries: list[Entry], found: dict[int, float | str], chosen: Entry | 
             yield f"    {time}: {name(entry)}"
 
 
+def measure_and_store(
+    shape: Shape, forward: Entry | None, path: Path, limits: GpuLimits, run: Callable[[list[Entry]], dict]
+) -> tuple[list[Entry], dict[int, float | str], Entry | None]:
+    """Measure one shape, store what was found, and follow it in this process.
+
+    Args:
+        forward: as in `candidates`.
+        run: measures candidates, as `measure` does.
+
+    Returns:
+        The candidates, what `run` found, and the entry that was stored; None if nothing was found.
+    """
+    entries = candidates(shape, limits, forward if shape.training else None)
+    found = run(entries)
+    chosen = best(entries, found)
+    if chosen is not None:
+        tuning_file.store([chosen], path, limits)
+        tuned.learn(limits, [chosen])
+    return entries, found, chosen
+
+
+def time_left(started: float, done: int, count: int) -> str:
+    """In words, after `done` of `count` shapes, begun at `started` on `time.monotonic`'s clock."""
+    seconds = (time.monotonic() - started) / done * (count - done)
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+
 def tune(wanted: list[Shape], path: Path, limits: GpuLimits, run: Callable[[list[Entry]], dict] = measure) -> int:
     """Measure each shape and store its result before the next. Returns the exit code: 1 if a shape gave no result, else 0."""
     started, missing = time.monotonic(), 0
     forward = None
     for number, shape in enumerate(wanted, 1):
         print(f"[{number}/{len(wanted)}] {shape}", flush=True)
-        entries = candidates(shape, limits, forward if shape.training else None)
-        found = run(entries)
-        chosen = best(entries, found)
+        entries, found, chosen = measure_and_store(shape, forward, path, limits, run)
         forward = None if shape.training else chosen
         print("\n".join(report(entries, found, chosen)), flush=True)
         if chosen is None:
             missing += 1
             continue
-        tuning_file.store([chosen], path, limits)
-        left = (time.monotonic() - started) / number * (len(wanted) - number)
-        print(f"    stored; about {left / 60:.0f} min left" if number < len(wanted) else "    stored", flush=True)
+        print(f"    stored; {time_left(started, number, len(wanted))}" if number < len(wanted) else "    stored", flush=True)
     print(f"{len(wanted) - missing} of {len(wanted)} measured, in {path}")
     return 1 if missing else 0
 
@@ -316,27 +226,50 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    if not torch.cuda.is_available():
-        print("rnnfast tune needs an NVIDIA GPU, and PyTorch sees none here", file=sys.stderr)
-        return 2
-    from rnnfast.choice.decide import tensor_obstacles
+class Unready(RuntimeError):
+    """Nothing can be measured here; the message says why and what to do."""
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    obstacles = tensor_obstacles(torch.empty(1, device=device))
+
+def ready(device: torch.device | None = None) -> GpuLimits:
+    """The limits of the GPU `device`, or of the current one.
+
+    Raises:
+        Unready: if PyTorch sees no GPU, or the kernels cannot run on it.
+    """
+    if not torch.cuda.is_available():
+        raise Unready(NO_GPU)
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    obstacles = decide("triton", device.type, device.index, torch.float32).obstacles
     if obstacles:
-        print(f"the Triton kernels cannot be tuned here: {'; '.join(obstacles)}", file=sys.stderr)
-        return 2
+        raise Unready(f"the Triton kernels cannot be tuned here: {'; '.join(obstacles)}")
     limits = gpu.limits(device)
     assert limits is not None
-    path = tuning_file.where(limits)
-    if args.show or args.forget:
-        return forget(path) if args.forget else show(path, limits)
+    return limits
+
+
+def writable(path: Path, limits: GpuLimits) -> None:
+    """Make sure, before anything is measured, that the tuning file can be written.
+
+    Raises:
+        Unready: if it cannot.
+    """
     try:
         tuning_file.store([], path, limits)  # so that an error shows before the first measurement
     except (tuning_file.Unusable, OSError) as error:
-        print(f"{error}\nname another file in RNNFAST_TUNING_FILE, or remove it: rnnfast tune --forget", file=sys.stderr)
+        advice = "name another file in RNNFAST_TUNING_FILE, or remove it: rnnfast tune --forget"
+        raise Unready(f"{error}\n{advice}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        limits = ready()
+        path = tuning_file.where(limits)
+        if args.show or args.forget:
+            return forget(path) if args.forget else show(path, limits)
+        writable(path, limits)
+    except Unready as error:
+        print(error, file=sys.stderr)
         return 2
     try:
         return tune(shapes(args), path, limits)
@@ -346,7 +279,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted: what was measured is in {path}", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(worker(sys.argv[1]))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import torch_private
-from rnnfast.choice import kernel_plan, obstacles, tuning_file
+from rnnfast.choice import calls, kernel_plan, obstacles, tuning_file
 from rnnfast.choice.decide import Decision, decide, tell, unknown_to_torch
 from rnnfast.nn import base, checks, stack
 from rnnfast.nn.base import Option, cell_of
@@ -102,6 +102,8 @@ def _call(layer: Sequence, input: Any, hx: Any, options: CallOptions | None) -> 
     if not plain and base.is_traced_by_fx(layer, Sequence.forward, input, hx, *given.values()):
         return base.fx_node(layer, input, hx, **given)
     call, chosen = decision(layer, input, hx, options)
+    if chosen.watched and call.fits and _measured_now(layer, call, chosen, input, hx):
+        call, chosen = decision(layer, input, hx, options)
     if given and not call.fits:
         _by_torch(layer, input, hx)
         raise RuntimeError(f"the options of this call ({', '.join(given)}) need an input that is not empty")
@@ -120,6 +122,13 @@ def _call(layer: Sequence, input: Any, hx: Any, options: CallOptions | None) -> 
         assert call.options is not None
         return stack.by_packing(by_torch, layer, call.cell, call.options.lengths, input, hx)
     return by_torch(input, hx)
+
+
+def _measured_now(layer: Sequence, call: Call, chosen: Decision, input: Any, hx: Any) -> bool:
+    """Whether the call was measured just now, so that the decision may be another: see `rnnfast.choice.calls`."""
+    x = input.data if isinstance(input, PackedSequence) else input
+    plain = x is input and call.options is None and not layer.proj_size
+    return calls.before(layer, call.cell, x, chosen, plain, lambda: shape(layer, call.cell, call.weights, input, hx))
 
 
 def _by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
@@ -179,30 +188,32 @@ def decision(layer: Sequence, input: Any, hx: Any, given: CallOptions | None) ->
         options=() if options is None else tuple(options.given),
         packable=options is not None and options.packable,
         onednn_trains=trains and any([each.requires_grad for each in (tensor, *weights)]),
-        torch_wins=_torch_wins(layer, cell, input, hx, options) if may_choose else "",
+        torch_wins=_torch_wins(layer, cell, weights, input, hx, options) if may_choose else "",
     )
     return Call(cell, weights, states, fits, options), chosen
 
 
-def _torch_wins(layer: torch.nn.RNNBase, cell: str, input: Any, hx: Any, options: CallOptions | None) -> str:
+def _torch_wins(
+    layer: torch.nn.RNNBase, cell: str, weights: list[Any], input: Any, hx: Any, options: CallOptions | None
+) -> str:
     """Why PyTorch's own layer is the automatic choice, as measured or predicted; empty if it is not."""
     if not kernel_plan.predicts(input.data):
         return ""
     packed = isinstance(input, PackedSequence) or (options is not None and options.lengths is not None)
     kernels_only = options is not None and bool(unknown_to_torch(options.given))
-    called = shape(layer, cell, input, hx)
+    called = shape(layer, cell, weights, input, hx)
     return kernel_plan.torch_wins(called, input.data.device, packed, bool(layer.proj_size), kernels_only)
 
 
-def shape(layer: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, hx: Any) -> tuning_file.Shape:
-    """The shape of a well-formed call without options, as it is tuned for."""
+def shape(layer: torch.nn.RNNBase, cell: str, weights: list[Any], input: Tensor | PackedSequence, hx: Any) -> tuning_file.Shape:
+    """The shape of a well-formed call, as it is tuned for: without its options, and of a PackedSequence with all rows full."""
     if isinstance(input, PackedSequence):
-        T, B = input.batch_sizes.numel(), int(input.batch_sizes[0])
+        x, T, B = input.data, input.batch_sizes.numel(), int(input.batch_sizes[0])
     else:
-        T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
+        x, (T, B) = input, (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
         if input.dim() == 3 and layer.batch_first:
             T, B = B, T
-    tensors = (input.data, *checks.states_of(cell, hx), *layer.parameters())
+    tensors = (x, *checks.states_of(cell, hx), *weights)
     sizes = (T, B, layer.input_size, layer.hidden_size, layer.num_layers, 1 + layer.bidirectional)
     return kernel_plan.shape(cell, *sizes, tensors)
 

@@ -182,3 +182,38 @@ def test_skipped_by_dynamo():
         return inner(x)
 
     assert torch.equal(torch.compile(outer, backend="eager")(torch.zeros(1)), torch.ones(1)) and seen == [False]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_cudnn_benchmark(on, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", on)
+    assert torch_private.cudnn_benchmark() is on is torch.backends.cudnn.benchmark
+
+
+def test_in_backward():
+    """Only while autograd runs backward in this thread."""
+    found = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: found.append(torch_private.in_backward()))
+    found.append(torch_private.in_backward())
+    (x * 2).sum().backward()
+    found.append(torch_private.in_backward())
+    assert found == [False, True, False]
+
+
+def test_uncompiled():
+    """Compiled code runs as it was written, within the block alone."""
+    torch._dynamo.reset()
+    ran = []
+
+    def backend(graph, inputs):
+        return lambda *args: ran.append("compiled") or graph(*args)
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    x = torch.ones(2)
+    compiled(x)
+    with torch_private.uncompiled():
+        compiled(x)
+    compiled(x)
+    assert ran == ["compiled"] * 2
+    torch._dynamo.reset()

@@ -431,7 +431,7 @@ def test_explain(ran, path):
         tuning_file.store([entry(SMALL, winner="torch")], path, H100)
         forget()
         explained = rnnfast.explain(layer, x)
-        assert explained.backend == "torch" and explained.asked == "measured as the fastest for this call by rnnfast tune"
+        assert explained.backend == "torch" and explained.asked == "measured as the fastest for this call"
         assert explained.tuning == f"by {path}, measured at lstm float16 T=4 B=16 I=32 H=32, inference"
         with rnnfast.use_backend("triton"):
             explained = rnnfast.explain(layer, x)

@@ -16,7 +16,7 @@ import rnnfast.__main__
 from rnnfast import check
 from rnnfast.choice import child, kernel_plan, tuning_file
 from rnnfast.choice.tuning_file import Entry, Shape
-from rnnfast.commands import tune
+from rnnfast.commands import measure, tune
 from rnnfast.kernels import persistent
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plans
 
@@ -34,7 +34,6 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="takes CPU tensors
 def pretend(monkeypatch):
     """CPU tensors pass for an H100's, whose programs run side by side, with a clock for device events."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(tune, "ROUNDS", 2)
     with kernel_plan.pretend_gpu(H100), together(1):
         yield
 
@@ -109,7 +108,7 @@ def test_work(shape, pretend, monkeypatch):
         Entry(shape, "triton"),
         Entry(shape, "triton", forward, backward if shape.training else None),
     ]
-    rows = list(tune.work(entries, "cpu", H100))
+    rows = list(measure.work(entries, "cpu", 512, 2))
     assert rows[:3] == [{"doing": 0}, {"doing": 1}, {"doing": 2}]
     turn = [{"doing": n} for n in range(3)]
     assert rows[3:9] == 2 * turn  # warm-up
@@ -123,7 +122,7 @@ def test_what_is_wrong_is_not_timed(pretend, monkeypatch):
     result = check.Result(check.Case("GRU", 1, 1, 1, 1, torch.float32), "output", 1.0, 0.1, 0.3)
     compared = iter([[], [result]])
     monkeypatch.setattr(check, "compare", lambda *args: next(compared))
-    rows = list(tune.work([Entry(SHAPE, "torch"), Entry(SHAPE, "triton")], "cpu", H100))
+    rows = list(measure.work([Entry(SHAPE, "torch"), Entry(SHAPE, "triton")], "cpu", 512, 2))
     assert rows[:3] == [{"doing": 0}, {"doing": 1}, {"wrong": 1, "why": "output: error 1.0e+00, allowed 3.0e-01"}]
     assert {row["timed"] for row in rows if "timed" in row} == {0}
 
@@ -132,19 +131,21 @@ def test_what_is_wrong_is_not_timed(pretend, monkeypatch):
 @pytest.mark.parametrize("cell", ["lstm", "rnn_relu"])
 def test_work_of_other_cells(cell, pretend):
     shape = replace(SHAPE, cell=cell, layers=2, directions=2, dtype="bfloat16", precision="half")
-    rows = list(tune.work([Entry(shape, "torch"), Entry(shape, "triton")], "cpu", H100))
+    rows = list(measure.work([Entry(shape, "torch"), Entry(shape, "triton")], "cpu", 512, 2))
     assert not [row for row in rows if "wrong" in row] and len([row for row in rows if "timed" in row]) == 4
 
 
 def test_worker(monkeypatch, capsys):
     """The candidates that it is given, for the GPU that it is on; a line a row."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr("rnnfast.choice.gpu.limits", lambda device: H100 if device == torch.device("cuda", 1) else None)
-    monkeypatch.setattr(tune, "work", lambda *args: iter([{"doing": 0}, {"given": repr(args)}]))
+    monkeypatch.setattr(measure, "work", lambda *args: iter([{"doing": 0}, {"given": repr(args)}]))
     entries = tune.candidates(MAIN, H100)
-    assert tune.worker(json.dumps([tuning_file.encode(entry) for entry in entries])) == 0
+    assert measure.worker(json.dumps([tuning_file.encode(entry) for entry in entries]), "1") == 0
+    assert current == [1]
     lines = capsys.readouterr().out.splitlines()
-    assert [json.loads(line) for line in lines] == [{"doing": 0}, {"given": repr((entries, "cuda", H100))}]
+    assert [json.loads(line) for line in lines] == [{"doing": 0}, {"given": repr((entries, "cuda:1", 512, 9))}]
 
 
 # The command, with a stand-in for that process
@@ -175,7 +176,7 @@ ENTRIES = tune.candidates(MAIN, H100)[:4]
 
 def test_measure(tmp_path):
     """Medians, and lines of other programs are passed over."""
-    found = tune.measure(ENTRIES[:2], 30, stand_in(tmp_path, "print('a library speaks')\nprint('[1]')" + TIMES.format("")))
+    found = measure.measure(ENTRIES[:2], 30, stand_in(tmp_path, "print('a library speaks')\nprint('[1]')" + TIMES.format("")))
     assert found == {0: 6.0, 1: 7.0}
 
 
@@ -191,16 +192,16 @@ def test_measure(tmp_path):
 def test_one_bad_candidate(fault, message, tmp_path):
     """It is dropped, whatever it does, and the others have their times."""
     bad = f"    if n == 2 and len(names) > 3: {fault}"
-    found = tune.measure(ENTRIES, 4, stand_in(tmp_path, TIMES.format(bad)))
+    found = measure.measure(ENTRIES, 4, stand_in(tmp_path, TIMES.format(bad)))
     assert found[2] == message
     assert isinstance(found[0], float) and isinstance(found[1], float) and isinstance(found[3], float)
 
 
 def test_all_bad_candidates(tmp_path):
     """It ends, and nothing is best."""
-    found = tune.measure(ENTRIES, 5, stand_in(tmp_path, "say(doing=0)\nsys.exit('no')"))
+    found = measure.measure(ENTRIES, 5, stand_in(tmp_path, "say(doing=0)\nsys.exit('no')"))
     assert set(found.values()) == {"failed: no"} and tune.best(ENTRIES, found) is None
-    found = tune.measure(ENTRIES, 5, stand_in(tmp_path, "sys.exit('no such module')"))
+    found = measure.measure(ENTRIES, 5, stand_in(tmp_path, "sys.exit('no such module')"))
     assert set(found.values()) == {"not run: no such module"}
 
 
@@ -235,7 +236,7 @@ def test_environment_of_the_process(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     body = "said = {k: v for k, v in os.environ.items() if k.startswith('RNNFAST_') or k == 'TRITON_INTERPRET'}\n"
     body += "said.pop('RNNFAST_TUNING_FILE')\nsay(doing=0)\nsys.exit(json.dumps(said))"
-    assert tune.measure(ENTRIES[:1], 20, stand_in(tmp_path, body)) == {0: 'failed: {"RNNFAST_STRICT": "1"}'}
+    assert measure.measure(ENTRIES[:1], 20, stand_in(tmp_path, body)) == {0: 'failed: {"RNNFAST_STRICT": "1"}'}
 
 
 def test_best():
@@ -266,7 +267,7 @@ def test_tune(tmp_path, capsys):
     assert first.shape == MAIN and first.forward == asked[0][-1].forward and first.winner == "triton"
     assert second.forward == first.forward and second.backward == asked[1][-1].backward is not None
     out = capsys.readouterr().out
-    assert "[1/3] lstm float16 T=256 B=16 I=768 H=768, inference\n" in out and "min left" in out
+    assert "[1/3] lstm float16 T=256 B=16 I=768 H=768, inference\n" in out and "s left" in out
     assert "       10.00 us/step   1.00 of torch.nn  torch.nn" in out and "failed: no: step kernels" in out
     assert f"  * {10.0 - len(asked[0]) + 1:9.2f} us/step" in out and f"2 of 3 measured, in {path}" in out
 
@@ -276,8 +277,7 @@ def on_an_h100(monkeypatch, tmp_path):
     """As far as the command can see."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch, "empty", lambda *args, device: torch.zeros(1))
-    monkeypatch.setattr("rnnfast.choice.decide.tensor_obstacles", lambda tensor: ())
+    monkeypatch.setattr("rnnfast.choice.obstacles.device_obstacle", lambda kind, index: None)
     monkeypatch.setattr("rnnfast.choice.gpu.limits", lambda device: H100)
     monkeypatch.setenv("RNNFAST_TUNING_FILE", str(tmp_path / "tuning.json"))
     return tmp_path / "tuning.json"

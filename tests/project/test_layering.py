@@ -95,8 +95,8 @@ def test_modules_know_no_triton(path):
 # flow of a call is nn -> choice -> ops -> kernels; in imports the operators stand above choice, for they ask it for plans.
 FLOW = (
     ("__main__",),
-    ("commands", "check"),
     ("",),  # rnnfast itself
+    ("commands", "check"),
     ("accelerate", "explain", "functional"),
     ("nn",),
     ("ops",),
