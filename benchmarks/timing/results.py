@@ -16,7 +16,7 @@
            "peak_bytes": int | null,  above those allocated before the call
            "saved_bytes": int | null, kept for backward besides input, parameters and output
            "compile_s": float | null, of the first call, where it compiles
-           "kernels": [names]}        the GPU kernels of one call
+           "kernels": [{"name", "us", "launches"}]}   the GPU kernels of one call: time of all launches of each
 
 Only a row whose status is "ok" has timings.
 """

@@ -1,8 +1,8 @@
 """What `rnnfast tune` found says of a call: on which kernels it runs, or that PyTorch's own layer is faster.
 
-The tuning file of a GPU (`rnnfast.choice.tuning_file`) is read once a process, when a call first runs on that GPU. A file that
-is damaged, of another GPU or of other versions is not used, with one `TuningWarning`. docs/tuning.md says which calls an entry
-serves.
+The tuning file of a GPU (`rnnfast.choice.tuning_file`) is read once a process, when a call first runs on that GPU. So is the
+table that the package may bring for that kind of GPU, for what the user's file does not say. One that is damaged, of another
+GPU or of other versions is not used, with one `TuningWarning`. docs/tuning.md says which calls an entry serves.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from rnnfast.choice.gpu import known
 from rnnfast.choice.obstacles import user_level
-from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, tiles, where
+from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, slug, tiles, where
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["Table", "TuningWarning", "kernels", "override_tuning", "table", "winner"]
+__all__ = ["Table", "TuningWarning", "kernels", "override_tuning", "shipped", "table", "winner"]
 
 _tables: dict[GpuLimits, Table] = {}
 
 
 class TuningWarning(UserWarning):
-    """The tuning file of this GPU is not used; the message says why."""
+    """The tuning file of this GPU, or the package's table for it, is not used; the message says why."""
 
 
 @dataclass
@@ -36,13 +36,13 @@ class Table:
     """The entries for one GPU, and where they come from.
 
     Attributes:
-        entries: none where no file is used.
-        path: of the file.
-        unused: why it is not used, else empty.
+        entries: none where no file is used. The user's come before those of the package.
+        path: of the user's file, of the package's table, or of both in words, as used.
+        unused: why neither is used, else empty.
     """
 
     entries: list[Entry]
-    path: Path | None = None
+    path: Path | str | None = None
     unused: str = ""
     found: dict[tuple, Any] = field(default_factory=dict)  # what lookups gave, by their arguments
 
@@ -50,15 +50,30 @@ class Table:
 def table(gpu: GpuLimits) -> Table:
     """What is known of `gpu`, read when first asked for."""
     if gpu not in _tables:
-        path = where(gpu)
-        try:
-            _tables[gpu] = Table(read(path, gpu), path)
-        except FileNotFoundError:
-            _tables[gpu] = Table([], path, f"there is no {path}")
-        except Unusable as error:
-            _tables[gpu] = Table([], path, str(error))
-            warnings.warn(f"{error}; it is not used", TuningWarning, stacklevel=user_level())
+        own, ours = _read(where(gpu), gpu, False), _read(shipped(gpu), gpu, True)
+        if own.unused and not ours.unused:
+            own = Table([], ours.path)
+        elif not ours.unused:
+            own.path = f"{own.path} and {ours.path}"
+        measured = {replace(entry.shape, T=1) for entry in own.entries}
+        own.entries += [entry for entry in ours.entries if replace(entry.shape, T=1) not in measured]
+        _tables[gpu] = own
     return _tables[gpu]
+
+
+def shipped(gpu: GpuLimits) -> Path:
+    """The table for this kind of GPU that comes with the package, there or not."""
+    return Path(__file__).parents[1] / "tuned" / f"{slug(gpu)}.json"
+
+
+def _read(path: Path, gpu: GpuLimits, is_shipped: bool) -> Table:
+    try:
+        return Table(read(path, gpu, is_shipped), path)
+    except FileNotFoundError:
+        return Table([], path, f"there is no {path}")
+    except Unusable as error:
+        warnings.warn(f"{error}; it is not used", TuningWarning, stacklevel=user_level())
+        return Table([], path, str(error))
 
 
 @contextmanager
