@@ -215,9 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     if device == "cuda":
         from rnnfast.choice import trust
 
-        print(
-            f"each family of kernels, in a process of its own: {trust.examine(torch.empty(1, device=device).device, again=True)}"
-        )
+        found = trust.examine(torch.empty(1, device=device).device, again=True)
+        print(f"each family of kernels, in a process of its own: {found}")
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, interpreted"
     print(f"Triton kernels on {where}: of each case the tensor nearest to its limit, and in what figure (docs/numerics.md)")
     print(f"{'case':58} {'tensor':28} {'figure':>8} {'rnnfast':>9} {'torch.nn':>9} {'allowed':>9}")

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import torch_private
 from rnnfast.choice import kernel_plan, trust, tuned, tuning_file
-from rnnfast.choice.decide import Decision
+from rnnfast.choice.decide import Decision, unknown_to_torch
 from rnnfast.choice.obstacles import autocast
 from rnnfast.nn import cells, sequence
 from rnnfast.nn.base import cell_of
@@ -90,25 +90,25 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
                 raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")
             chosen, read_options = cells.decision(module, input, hx), CallOptions()
         else:
-            found, chosen = sequence.decision(module, input, hx, options)
+            found, chosen = sequence.decision(module, input, hx, CallOptions(**options) if options else None)
             read_options = found.options or CallOptions()
             if kernel_plan.predicts(tensor) and not chosen.obstacles and chosen.asked in (None, "triton"):
                 called = sequence.shape(module, found.cell, input, hx)
-                packed = isinstance(input, PackedSequence) or read_options.kind == "lengths"
-                predicted = _predicted(called, tensor.device, packed, bool(module.proj_size), read_options.kind)
+                packed = isinstance(input, PackedSequence) or read_options.lengths is not None
+                predicted = _predicted(called, tensor.device, packed, bool(module.proj_size), read_options)
                 if not packed and not options and not module.proj_size:
                     tuning = _tuning(called, tensor.device)
         details = _how(chosen, module, input, read_options, training)
     return Explanation(chosen.backend, _asked(chosen), chosen.obstacles, call, details, tuning, predicted)
 
 
-def _predicted(shape: tuning_file.Shape, device: torch.device, packed: bool, projected: bool, kind: str) -> str:
+def _predicted(shape: tuning_file.Shape, device: torch.device, packed: bool, projected: bool, options: CallOptions) -> str:
     """What the models predict, on the families that are trusted or, while none is, on all; and the canary's verdict."""
     gpu = kernel_plan.limits(device)
     assert gpu is not None
     families = trust.trusted(device)
     said = str(kernel_plan.predict(shape, device, gpu, families or trust.families(), packed, projected))
-    if kind == "more":
+    if unknown_to_torch(options.given):
         said = said.partition(", cuDNN")[0] + " us a time step; cuDNN has no such call"
     return f"{said}; {trust.words(gpu)}"
 

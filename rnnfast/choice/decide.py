@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,16 +30,29 @@ from rnnfast.choice.obstacles import FallbackWarning, user_level
 from rnnfast.settings import BACKEND, strict
 from rnnfast.torch_private import constant, environment, forward_level, innermost_transform
 
-__all__ = ["Decision", "Options", "asked", "check_backend", "decide", "is_backend", "tell", "tensor_obstacles", "use_backend"]
-
-Options = Literal["none", "lengths", "more"]  # "more": resets, or the states or gates of every step
+__all__ = [
+    "Decision",
+    "asked",
+    "check_backend",
+    "decide",
+    "is_backend",
+    "tell",
+    "tensor_obstacles",
+    "unknown_to_torch",
+    "use_backend",
+]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EXPANDED = "the weights are those of call_for_per_sample_grads, which the kernels do not know"
 FORM = "torch.nn itself serves or refuses a call of this form"
 JIT_TRACE = "torch.jit.trace is on: a trace should hold PyTorch's own operators only"
 ONNX_EXPORT = "the model is being exported to ONNX, which knows PyTorch's own operators only"
-NO_OPERATOR = "PyTorch's own layer has no resets, states or gates"
+PACKED = "lengths"  # the one option that PyTorch's own layer can serve, on packed rows
+
+
+def unknown_to_torch(options: Iterable[str]) -> list[str]:
+    """Those of the options, by name, that PyTorch's own layer cannot serve."""
+    return [option for option in options if option != PACKED]
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,7 @@ def decide(
     replaced: str = "",
     expanded: bool = False,
     padded: bool = True,
-    options: Options = "none",
+    options: Iterable[str] = (),
     packable: bool = True,
     onednn_trains: bool = False,
     steps: bool = True,
@@ -153,7 +166,7 @@ def decide(
         replaced: what of torch.nn's forward was overridden or replaced, in words, so that only torch.nn itself will do.
         expanded: whether the weights are those of call_for_per_sample_grads.
         padded: whether the input is no PackedSequence.
-        options: which options the call has.
+        options: the names of the options that the call has.
         packable: whether the lengths can be read, to pack rows by them.
         onednn_trains: whether gradients will be wanted of a layer that PyTorch has one operator of oneDNN for.
         steps: whether the call runs over time, as a cell's does not.
@@ -179,7 +192,7 @@ def decide(
         found = tuple([reason for reason in reasons if reason])
     found += (replaced,) if replaced else ()
     by_equations = (replaced,) if replaced else ()
-    if steps and options == "none" and trace:
+    if steps and not options and trace:
         by_equations += (f"{trace}, and the equations would keep the number of steps",)
     gives_way = () if name == "torch" else by_equations if name == "reference" else found
     torch_wins = torch_wins if name is None and not gives_way and well_formed else ""
@@ -187,16 +200,17 @@ def decide(
     backend = (name or "triton") if own_backend else "torch"
     runner, stands_in, refusal = {"triton": "kernels", "reference": "equations", "torch": "torch"}[backend], "", ""
     if backend == "torch" and well_formed:
-        if options == "more":
-            runner, stands_in = "equations", NO_OPERATOR
+        missing = unknown_to_torch(options)
+        if missing:
+            runner, stands_in = "equations", f"PyTorch's own layer has no {', no '.join(missing)}"
             if replaced:
-                refusal = f"{replaced}, and {NO_OPERATOR}"
+                refusal = f"{replaced}, and {stands_in}"
         elif not replaced:
             stands_in = _stands_in(inside, kind, padded, expanded, onednn_trains, dtype)
-            if not stands_in and options == "lengths" and not packable:
+            if not stands_in and options and not packable:
                 stands_in = "lengths cannot be read here, as packing would"
             runner = "equations" if stands_in else "torch"
-        if options == "lengths" and runner == "torch":
+        if options and runner == "torch":
             runner = "packed"
     if not well_formed:
         found += (FORM,)

@@ -352,7 +352,7 @@ def test_overridden_helpers(name, helper, where, device, monkeypatch):
     assert equal(found, expected) and len(calls) % 2 == 0 and calls
     explained = rnnfast.explain(ours, x)
     assert explained.backend == "torch" and any(helper in obstacle for obstacle in explained.obstacles)
-    with pytest.raises(RuntimeError, match="has no resets, states or gates"):
+    with pytest.raises(RuntimeError, match="has no return_gates"):
         ours(x, return_gates=True)
     ours.backend = "triton"
     with pytest.warns(rnnfast.FallbackWarning, match=helper):

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import rnnfast
 from rnnfast import functional, ops, reference
-from rnnfast.nn.checks import state_shapes
+from rnnfast.nn.options import state_shapes
 
 T, B, N = 2, 2, 3
 BACKENDS = ["triton", "torch"]
