@@ -26,6 +26,7 @@ OTHER = 2048  # size of the products that keep the GPU busy
 LAUNCHES = 10_000  # of a stress run, forward and backward together
 SIZES = (  # T, B, I, H, directions
     (20, 16, 64, 768, 1),
+    (60, 16, 32, 128, 1),  # its weights fit one SM
     (33, 5, 29, 50, 2),
     (140, 64, 32, 512, 1),  # two chunks of the input side
     (7, 200, 33, 129, 1),
