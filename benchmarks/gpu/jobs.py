@@ -55,7 +55,7 @@ STRESS = {  # family, case, and with other work on the GPU or not, by name, of t
     if FAMILIES[family].waits
 }
 TIMED = timing.named_set("gpu-check", "cuda")
-TUNED = [  # inference and then training. 320 steps: fewer than half of what a tuned shape is checked on take half the time
+TUNED = [  # inference and then training; of 320 steps, as `rnnfast tune` checks up to 512 against float64, which takes seconds
     Shape(cell, dtype, "half", 320, B, H, H, 1, 1, training)
     for cell, dtype, B, H in (
         ("lstm", "float16", 16, 768), ("gru", "float16", 16, 768), ("lstm", "bfloat16", 16, 768),
