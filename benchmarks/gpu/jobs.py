@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -92,7 +92,7 @@ def canary_cases() -> list[timing.Case]:
     return [timing.Case(case.cell, case.T, case.B, case.I, case.H, dtype=dtypes[case.dtype]) for case in canary.CASES]
 
 
-def build(limits: dict, family: str, cell: str, dtype: str, H: int, B: int, entries: list[dict] = ()) -> Iterator[dict]:
+def build(limits: dict, family: str, cell: str, dtype: str, H: int, B: int, entries: Sequence[dict] = ()) -> Iterator[dict]:
     """Compile the kernels of a layer for the GPU with these limits into Triton's cache, without using the GPU.
 
     Args:
