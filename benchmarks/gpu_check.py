@@ -1,4 +1,4 @@
-"""The whole check of a GPU machine in one command: is everything right there, and how fast.
+"""Checks and times everything on a GPU machine, in one command.
 
     make gpu-check                      (or python -m benchmarks.gpu_check --out DIR)
 
@@ -11,8 +11,9 @@ Every finding is written at once: gpu-check.json, gpu-check.md, gpu-check-times.
 tuning table of this kind of GPU, ready to ship (docs/tuning.md). A second call goes on where the first stopped. The report
 names what there was no time for.
 
-It installs nothing. The report has the GPU, the versions and the commit (of a copy without its .git: RNNFAST_COMMIT in the
-environment). Exit code 0 if everything ran and was right, 1 if not or if there is no GPU, 2 if DIR holds other findings.
+It installs nothing. The report names the GPU, the versions and the commit. In a copy without .git, set the environment variable
+RNNFAST_COMMIT to the commit. The exit code is 0 if everything ran and was right, else 1. It is 1 without a GPU, and 2 if DIR
+holds the findings of another GPU, version or commit.
 """
 
 import argparse
@@ -61,16 +62,16 @@ PLAN = {  # the parts, their seconds, and what they are
 ENDS = dict(zip(PLAN, accumulate(seconds for seconds, _ in PLAN.values()), strict=True))  # seconds from the start
 BUDGET = ENDS["end"]
 MODES = tuple(dict.fromkeys(case.mode for case in jobs.TIMED))
-MARK = "pytest.mark.same_everywhere"  # of a test file that says nothing of a GPU, and may need what the machine lacks
+MARK = "pytest.mark.same_everywhere"  # marks a test file that does not depend on the GPU, and may need what is not installed
 QUIET = 30  # seconds without a finding after which a child process is taken to hang
 CASE = 45  # seconds that a layer may take, all contestants together, and a check, compilation included
-SECONDS = 0.1  # of timing for a provider in one way of calling
+SECONDS = 0.1  # time for timing a provider in one way of calling
 CHECK_STEPS = 64  # of what is timed, against float64
 PROCESSES = min(14, max(1, len(os.sched_getaffinity(0)) - 2))  # that compile or check side by side
 
 
 def child_env() -> dict[str, str]:
-    """The environment of the child processes, in which what runs is what was asked for."""
+    """The environment of the child processes. In it, a call fails instead of falling back to another backend."""
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "RNNFAST_BACKEND")}
     return kept | {"RNNFAST_STRICT": "1"}
 
@@ -129,8 +130,8 @@ def prepare(report: Report, until: float) -> None:
 
 
 def time_all(report: Report, until: float) -> None:
-    """Time every family beside torch.nn, layer by layer, each in a process of its own. Families whose programs wait for one
-    another are left out after one of them has hung."""
+    """Time every family beside torch.nn, layer by layer, each in a process of its own. If a family whose programs wait for one
+    another hangs, later layers leave such families out."""
     path = report.folder / "gpu-check-times.json"
     now = new_results("cuda", {"seconds": SECONDS, "threads": 0, "interpret": False, "check_steps": CHECK_STEPS})
     now["ceilings"] = next((row for row in report.found["probes"].get("ceilings", ()) if "error" not in row), None)
@@ -160,7 +161,7 @@ def shapes_left(report: Report) -> list[Shape]:
 
 
 def tune_all(report: Report, until: float) -> None:
-    """What `rnnfast tune` finds for a few shapes, in a file of the report's folder."""
+    """Run `rnnfast tune` on a few shapes. Its file stays in the folder of the report."""
 
     def measure(entries: list[tuning_file.Entry]) -> dict[int, float | str]:
         name = str(entries[0].shape)

@@ -1,4 +1,4 @@
-"""`explain`: what will run for a call, and why not another backend."""
+"""`explain` says what will run for a call, and why another backend will not."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["Explanation", "explain"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. ``print`` it.
+    """What `explain` found. ``print`` shows it.
 
     Attributes:
         backend: the backend that will run: "triton", "torch" or "reference".
-        asked: how that was asked for, in words.
-        obstacles: all that keeps the Triton kernels from running this call; empty if nothing does.
+        asked: how this backend was chosen, in words.
+        obstacles: every reason why the Triton kernels cannot run this call. Empty if they can.
         call: the layer and its input, in words.
-        details: how it will run, in words.
-        tuning: what `rnnfast tune` has measured for this call, in words; empty where that has no say.
-        predicted: what the models say of the kernels and of cuDNN, and whether this GPU's canary found the kernels right, in
-            words; empty where that has no say.
+        details: how the call will run, in words.
+        tuning: what `rnnfast tune` measured for this call, in words. Empty if a measurement would not matter.
+        predicted: the predicted times of the kernels and of cuDNN, and whether this GPU's canary found the kernels right, in
+            words. Empty if a prediction would not matter.
     """
 
     backend: str

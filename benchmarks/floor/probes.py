@@ -23,8 +23,11 @@ CLUSTERS = (2, 4, 8, 16)  # CTAs
 
 @triton.jit(do_not_specialize=["steps"])
 def hop_kernel(exchange_ptr, out_ptr, steps, PROGRAMS: tl.constexpr, WORDS: tl.constexpr):
-    """Each program hands a row of words to all others, at each of `steps`, and waits for theirs. That is the exchange of the
-    persistent kernels with nothing else around it. Its last row is in `out`, (PROGRAMS, PROGRAMS * WORDS): all `steps`."""
+    """Each program sends a row of words to all others, at each of `steps`, and waits for theirs.
+
+    They use the exchange of the persistent kernels and do nothing else. `out` (PROGRAMS, PROGRAMS * WORDS) gets what each
+    program saw at the last step: every word is `steps`.
+    """
     own = tl.program_id(0)
     words = exchange_ptr.to(tl.pointer_type(tl.int32))
     lanes, everyone = tl.arange(0, WORDS)[None, :], tl.arange(0, PROGRAMS * WORDS)[None, :]
@@ -41,7 +44,7 @@ def hop_kernel(exchange_ptr, out_ptr, steps, PROGRAMS: tl.constexpr, WORDS: tl.c
 
 @triton.jit(do_not_specialize=["blocks", "rounds"])
 def read_kernel(source_ptr, out_ptr, blocks, rounds, BLOCK: tl.constexpr):
-    """Each program reads `rounds` blocks of float32 past L1, from a place of its own on, and keeps their sum."""
+    """Each program reads `rounds` blocks of float32, bypassing L1, and keeps their sum. Each starts at another block."""
     pid = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(rounds):
@@ -64,7 +67,8 @@ def hop(device: str, steps: int, programs: int = 2, words: int = 32, warps: int 
 def hop_us(only: int | None = None) -> dict[str, float]:
     """Microseconds of a step of `hop_kernel`, by what is handed over, for the first `only` of `HOPS` or all.
 
-    Of two programs a step is the latency of a hop. A long run minus a short one, so that launch and clearing drop out; medians.
+    With two programs, a step is the latency of a hop. The median of short runs is subtracted from that of long ones, which
+    removes the time of the launch and of clearing the buffer.
     """
     found = {}
     for programs, words, warps in HOPS[:only]:
@@ -106,7 +110,7 @@ def measure() -> dict:
     """The ceilings of the current CUDA device, in the form of a results file.
 
     - HBM: a copy of 1 GiB, read and written.
-    - L2: every SM reads a quarter of L2 over and over, past L1.
+    - L2: every SM reads a quarter of L2 again and again, bypassing L1.
     - FLOPs: a product of 8192 x 8192 matrices.
     - Exchange: a step of two programs that hand each other 32 words (`hop_us`).
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_check` does on the GPU besides timing: it compiles, probes, checks many shapes, compares many launches.
+"""The jobs of `benchmarks.gpu_check` besides timing: it compiles, probes, checks many shapes and compares many launches.
 
 `benchmarks.timing.isolated` runs these generators in a child process, which may hang or crash.
 """
@@ -23,7 +23,7 @@ from rnnfast.kernels.persistent.plan import GpuLimits
 
 DEVICE = "cuda"
 OTHER = 2048  # size of the products that keep the GPU busy
-LAUNCHES = 10_000  # of a stress run, forward and backward together
+LAUNCHES = 10_000  # launches of a stress run, forward and backward together
 SIZES = (  # T, B, I, H, directions
     (20, 16, 64, 768, 1),
     (60, 16, 32, 128, 1),  # its weights fit one SM
@@ -146,7 +146,7 @@ def missing(family: str, case: Case) -> list[str]:
 
 
 def check(name: str) -> Iterator[dict]:
-    """A case of `CHECKS`: training and inference keep the numerics contract, and two runs give the same bits.
+    """Check a case of `CHECKS`: training and inference meet the numerics contract, and two runs give the same bits.
 
     Yields the largest error over what is allowed, its share, and where that is.
     """

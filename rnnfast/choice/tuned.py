@@ -1,8 +1,8 @@
-"""What `rnnfast tune` found says of a call: on which kernels it runs, or that PyTorch's own layer is faster.
+"""Looks up what `rnnfast tune` measured: which kernels run a call, or that PyTorch's own layer is faster.
 
-The tuning file of a GPU (`rnnfast.choice.tuning_file`) is read once a process, when a call first runs on that GPU. So is the
-table that the package may bring for that kind of GPU, for what the user's file does not say. One that is damaged, of another
-GPU or of other versions is not used, with one `TuningWarning`. docs/tuning.md says which calls an entry serves.
+A process reads the tuning file of a GPU (`rnnfast.choice.tuning_file`) once, at the first call on that GPU. It also reads the
+table that the package may bring for this kind of GPU, for what the user's file does not have. A file that is damaged, or from
+another GPU or other versions, is not used. One `TuningWarning` then says why. docs/tuning.md says which calls an entry serves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _tables: dict[GpuLimits, Table] = {}
 
 
 class TuningWarning(UserWarning):
-    """The tuning file of this GPU, or the package's table for it, is not used; the message says why."""
+    """The tuning file of this GPU, or the package's table for it, is not used. The message says why."""
 
 
 @dataclass
@@ -36,19 +36,19 @@ class Table:
     """The entries for one GPU, and where they come from.
 
     Attributes:
-        entries: none where no file is used. The user's come before those of the package.
-        path: of the user's file, of the package's table, or of both in words, as used.
+        entries: the entries of the user's file, then those of the package's table. Empty if neither is used.
+        path: the path of the file that is used, or both paths in words.
         unused: why neither is used, else empty.
     """
 
     entries: list[Entry]
     path: Path | str | None = None
     unused: str = ""
-    found: dict[tuple, Any] = field(default_factory=dict)  # what lookups gave, by their arguments
+    found: dict[tuple, Any] = field(default_factory=dict)  # results of lookups, by their arguments
 
 
 def table(gpu: GpuLimits) -> Table:
-    """What is known of `gpu`, read when first asked for."""
+    """The table for `gpu`. Its files are read at the first call."""
     if gpu not in _tables:
         own, ours = _read(where(gpu), gpu, False), _read(shipped(gpu), gpu, True)
         if own.unused and not ours.unused:
@@ -78,7 +78,7 @@ def _read(path: Path, gpu: GpuLimits, is_shipped: bool) -> Table:
 
 @contextmanager
 def override_tuning(gpu: GpuLimits, entries: list[Entry]) -> Iterator[None]:
-    """Within the ``with`` block these entries, and no file, say what runs on `gpu`."""
+    """Use these entries for `gpu` in place of its file, within the ``with`` block."""
     before = _tables.get(gpu)
     _tables[gpu] = Table(entries)
     known.clear()
@@ -92,7 +92,10 @@ def override_tuning(gpu: GpuLimits, entries: list[Entry]) -> Iterator[None]:
 
 
 def _long_enough(T: int, shape: Shape) -> bool:
-    """Whether what was measured at `shape.T` holds for `T`: the time a step tells little of a much shorter sequence."""
+    """Whether a measurement at `shape.T` steps serves `T` steps. It does not serve much shorter sequences.
+
+    The time of a step includes a share of the fixed cost of a call. This share is larger in a short sequence.
+    """
     return T.bit_length() >= shape.T.bit_length() - 2
 
 
@@ -101,7 +104,10 @@ def _distance(T: int, shape: Shape) -> int:
 
 
 def winner(gpu: GpuLimits, shape: Shape) -> str | None:
-    """What was the fastest for this very shape, but for T: "torch", PyTorch's own layer, or "triton"; None if not measured."""
+    """What was the fastest for this shape: "torch", PyTorch's own layer, or "triton"; None if it was not measured.
+
+    The entry may have another T, the nearest one counts.
+    """
     here = table(gpu)
     if not here.entries:
         return None
@@ -114,10 +120,10 @@ def winner(gpu: GpuLimits, shape: Shape) -> str | None:
 
 
 def kernels(gpu: GpuLimits, cell: str, T: int, B: int, H: int, dtype: str, precision: str, training: bool) -> Entry | None:
-    """The entry that says on which kernels a recurrence runs, its plans made for `B` rows; None where nothing was measured.
+    """The entry whose kernels run a recurrence, with its plans made for `B` rows. None if nothing was measured.
 
-    The recurrence is the same for any input size, layer and direction. The nearest of the entries for half
-    to twice as many rows counts. Arguments as in `Shape`.
+    The recurrence does not depend on the input size, the layer and the direction. Entries with half to twice as many rows serve
+    it, and the nearest of them is taken. The arguments are those of `Shape`.
     """
     here = table(gpu)
     if not here.entries:

@@ -14,8 +14,6 @@ import rnnfast
 from rnnfast import reference, torch_private
 from rnnfast.nn import cells, sequence, stack
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own, for forward mode
-
 WORDS = {
     "kernels": ("step kernels", "forward: step kernels"),
     "equations": ("the equations in plain PyTorch",),

@@ -14,10 +14,7 @@ from rnnfast.nn.options import state_shapes
 
 T, B, N = 2, 2, 3
 BACKENDS = ["triton", "torch"]
-pytestmark = [
-    pytest.mark.numerical,
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # inside PyTorch's forward mode
-]
+pytestmark = pytest.mark.numerical
 
 
 class Layer:
