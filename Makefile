@@ -71,7 +71,7 @@ bench-check: $(VENV)/test.done ## static counts and the cost on CPU tensors agai
 	@$(RUN) -m benchmarks.check $(ARGS)
 
 # Nothing can be installed there, and nothing needs to be: the checkout is the package.
-gpu-check: ## on this machine's GPU, in ten minutes: tests, every kernel, times; this machine's own Python, installs nothing
+gpu-check: ## on this machine's GPU, in nine minutes: times, tuning, checks, tests; this machine's own Python, installs nothing
 	@$(PYTHON) -c 'import hypothesis, pytest, torch, triton' 2>/dev/null || \
 		{ echo "gpu-check installs nothing, and $(PYTHON) lacks torch, triton, pytest or hypothesis: name one that has them," \
 		"make gpu-check PYTHON=..." >&2; exit 1; }

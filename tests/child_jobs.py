@@ -25,8 +25,8 @@ def act(what):
         yield {"said": "again", "process": os.getpid()}
 
 
-def check(number):
-    """Case 1 hangs or crashes, as FAULT in the environment says."""
-    if number == 1:
+def check(name):
+    """The case that FAULTY names hangs or crashes, as FAULT says, both in the environment."""
+    if name == os.environ["FAULTY"]:
         exec(os.environ["FAULT"], {"time": time, "sys": sys})
     yield {}

@@ -1,7 +1,6 @@
-"""Measures the ceilings of the current GPU (`benchmarks.floor.ceilings`) for a results file.
+"""Measures the ceilings of the current GPU (`benchmarks.floor.ceilings`) for a results file, and what an exchange takes there.
 
-No GPU has run this yet. The kernels compile for absent GPUs, and tests run the two programs of the ping-pong side by side on a
-CPU.
+No GPU has run this yet. The kernels compile for absent GPUs, and tests run the programs of `hop_kernel` side by side on a CPU.
 """
 
 import statistics
@@ -16,29 +15,31 @@ from benchmarks.timing.measure import Call, stopwatch
 from benchmarks.timing.problem import tf32
 from rnnfast.kernels.persistent.exchange import clear_kernel, poll, publish
 
-WORDS = 32  # words of a message: one for each lane of a warp
-HOPS = 4096
+HOPS = ((2, 32, 1), (2, 512, 4), (16, 32, 4), (64, 64, 8), (64, 128, 8))  # programs, words of each, and warps
+STEPS, BUFFER_WORDS = 4096, 1 << 22  # the most steps, and words of all: they have to stay in L2
 READ_BLOCK = 4096
+CLUSTERS = (2, 4, 8, 16)  # CTAs
 
 
 @triton.jit(do_not_specialize=["steps"])
-def ping_pong_kernel(exchange_ptr, out_ptr, steps, WORDS: tl.constexpr):
-    """Two programs send a row of words back and forth, `steps` times, and add one each time.
+def hop_kernel(exchange_ptr, out_ptr, steps, PROGRAMS: tl.constexpr, WORDS: tl.constexpr):
+    """Each program sends a row of words to all others, at each of `steps`, and waits for theirs.
 
-    They use the exchange of the persistent kernels and do nothing else.
+    They use the exchange of the persistent kernels and do nothing else. `out` (PROGRAMS, PROGRAMS * WORDS) gets what each
+    program saw at the last step: every word is `steps`.
     """
     own = tl.program_id(0)
-    words = exchange_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, WORDS)[None, :]
+    words = exchange_ptr.to(tl.pointer_type(tl.int32))
+    lanes, everyone = tl.arange(0, WORDS)[None, :], tl.arange(0, PROGRAMS * WORDS)[None, :]
     mask = tl.full((1, WORDS), 1, tl.int1)
     value = tl.zeros((1, WORDS), tl.float32)
+    seen = tl.zeros((1, PROGRAMS * WORDS), tl.float32)
     for step in range(steps):
-        row = words + tl.cast(step, tl.int64) * WORDS
-        if step % 2 == own:
-            value += 1
-            publish(row, value, mask, 1)
-        else:
-            (value,) = poll(row, mask, 1, WORDS, 1, tl.float32, 1, 1)
-    tl.store(out_ptr + own * WORDS + tl.arange(0, WORDS)[None, :], value)
+        row = words + tl.cast(step, tl.int64) * (PROGRAMS * WORDS)
+        value += 1
+        publish(row + own * WORDS + lanes, value, mask, 1)
+        (seen,) = poll(row + everyone, tl.full((1, PROGRAMS * WORDS), 1, tl.int1), 1, PROGRAMS * WORDS, 1, tl.float32, 1, 1)
+    tl.store(out_ptr + own * (PROGRAMS * WORDS) + everyone, seen)
 
 
 @triton.jit(do_not_specialize=["blocks", "rounds"])
@@ -52,13 +53,46 @@ def read_kernel(source_ptr, out_ptr, blocks, rounds, BLOCK: tl.constexpr):
     tl.store(out_ptr + pid * BLOCK + tl.arange(0, BLOCK), total)
 
 
-def ping_pong(device: str, hops: int = HOPS) -> torch.Tensor:
-    """Run the ping-pong on a fresh exchange. Returns what each program saw last: `hops`."""
-    exchange = torch.empty(hops, WORDS, device=device)
-    out = torch.zeros(2, WORDS, device=device)
+def hop(device: str, steps: int, programs: int = 2, words: int = 32, warps: int = 1) -> torch.Tensor:
+    """Run `hop_kernel` on a fresh exchange. Returns what each program saw last."""
+    exchange = torch.empty(steps, programs * words, device=device)
+    out = torch.zeros(programs, programs * words, device=device)
     clear_kernel[(-(-exchange.numel() // 1024),)](exchange, exchange.numel(), BLOCK=1024)
-    ping_pong_kernel[(2,)](exchange, out, hops, WORDS=WORDS, num_warps=1, num_stages=1, launch_cooperative_grid=True)
+    hop_kernel[(programs,)](
+        exchange, out, steps, programs, words, num_warps=warps, num_stages=1, launch_cooperative_grid=True
+    )  # fmt: skip
     return out
+
+
+def hop_us(only: int | None = None) -> dict[str, float]:
+    """Microseconds of a step of `hop_kernel`, by what is handed over, for the first `only` of `HOPS` or all.
+
+    With two programs, a step is the latency of a hop. The median of short runs is subtracted from that of long ones, which
+    removes the time of the launch and of clearing the buffer.
+    """
+    found = {}
+    for programs, words, warps in HOPS[:only]:
+        most = min(STEPS, BUFFER_WORDS // (programs * words))
+        runs = [lambda n=n, kind=(programs, words, warps): hop("cuda", n, *kind) for n in (most, most // 8)]
+        long, short = (statistics.median(_seconds(run)) for run in runs)
+        found[f"{programs} programs, {4 * words} bytes each"] = (long - short) / (most - most // 8) * 1e6
+    return found
+
+
+def clusters() -> dict[str, int]:
+    """How many clusters of `CLUSTERS` CTAs the GPU runs at a time, if each CTA has the shared memory of an SM to itself; none
+    before compute capability 9.0."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        return {}
+    utils = triton.runtime.driver.active.utils
+    device = torch.cuda.current_device()
+    shared = utils.get_device_properties(device)["max_shared_mem"]
+    words = torch.empty(1024, device="cuda", dtype=torch.int32)
+    found = {}
+    for ctas in CLUSTERS:
+        built = clear_kernel[(1,)](words, words.numel(), BLOCK=1024, num_ctas=ctas)
+        found[f"of {ctas} CTAs"] = utils.cuOccupancyMaxActiveClusters(built.function, shared, ctas)
+    return found
 
 
 def _seconds(function: Callable[[], object], repeats: int = 10) -> list[float]:
@@ -78,10 +112,9 @@ def measure() -> dict:
     - HBM: a copy of 1 GiB, read and written.
     - L2: every SM reads a quarter of L2 again and again, bypassing L1.
     - FLOPs: a product of 8192 x 8192 matrices.
-    - Exchange: half a round trip of the ping-pong. A short run is subtracted from a long one, which removes the time of the
-      launch and of clearing the buffer.
+    - Exchange: a step of two programs that hand each other 32 words (`hop_us`).
 
-    The first three are the best of ten tries, the last one is the median.
+    The first three are the best of ten tries.
     """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     source, target = (torch.zeros(1 << 28, device="cuda") for _ in range(2))
@@ -94,6 +127,5 @@ def measure() -> dict:
     for name, (dtype, allowed) in DTYPES.items():
         with tf32(allowed):
             flops[name] = _flops(dtype)
-    long, short = (statistics.median(_seconds(lambda n=n: ping_pong("cuda", n))) for n in (HOPS, HOPS // 8))
-    hop = (long - short) / (HOPS - HOPS // 8)
-    return {"hbm_bytes_per_s": hbm, "l2_bytes_per_s": l2, "flops_per_s": flops, "exchange_us": hop * 1e6}
+    (exchange,) = hop_us(1).values()
+    return {"hbm_bytes_per_s": hbm, "l2_bytes_per_s": l2, "flops_per_s": flops, "exchange_us": exchange}

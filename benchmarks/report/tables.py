@@ -122,11 +122,12 @@ def row_table(facts: Facts) -> Table:
         times = [figure(entry.times[how].p50 / entry.case.T) if how in entry.times else "" for how in facts.hows]
         worst = f"{figure(entry.error['worst'])} ({entry.error['tensor']})" if entry.error else ""
         compiled = figure(entry.compile_s) if entry.compile_s is not None else ""
-        kernels = ", ".join(entry.kernels)
+        kernels = ", ".join(f"{one['name']} ({one['launches']}: {figure(one['us'])} µs)" for one in entry.kernels)
         rows.append((describe(entry.case), entry.provider, entry.status, *times, worst, compiled, kernels))
     columns = ("case", "provider", "status", *(f"µs a step {how_words(how)}" for how in facts.hows))
     columns += ("error / allowed", "compile s", "kernels")
-    intro = "Medians; the largest error over the one that is allowed; seconds of the first call, where it compiles."
+    intro = "Medians; the largest error over the one that is allowed; seconds of the first call, where it compiles; the GPU "
+    intro += "kernels of one call, each with the number of its launches and their time together."
     return Table("Every row", intro, columns, rows, [], range(3, len(columns) - 1), shown=0)
 
 

@@ -20,7 +20,7 @@ from benchmarks.timing.problem import tf32
 from rnnfast import ops
 from rnnfast.choice import kernel_plan
 from rnnfast.kernels import dropout, persistent, recompute, runtime, step
-from rnnfast.kernels.persistent.plan import GPUS
+from rnnfast.kernels.persistent.plan import GPUS, GpuLimits
 from rnnfast.reference import GATES
 
 GPU_OF_ARCH = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200"}
@@ -41,8 +41,8 @@ class Launch(NamedTuple):
 class StandInDriver(DriverBase):
     """Answers the questions that Triton asks a GPU driver, without a GPU."""
 
-    def __init__(self, arch: int):
-        self.arch = arch
+    def __init__(self, limits: GpuLimits):
+        self.limits = limits
         self.launches: list[Launch] = []
         self.seconds: dict[str, float | None] = {}  # seconds of compiling, by hash; None if it was in Triton's cache
         self.utils = self
@@ -55,7 +55,7 @@ class StandInDriver(DriverBase):
     unload_module = staticmethod(lambda module: None)
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("cuda", self.limits.capability, 32)
 
     def get_current_device(self) -> int:
         self.began = sum(os.times()[:4])  # a launch asks this first, and then compiles
@@ -65,8 +65,7 @@ class StandInDriver(DriverBase):
         raise RuntimeError("a stand-in driver cannot time anything")
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        limits = limits_of(self.arch)
-        return {"max_shared_mem": limits.shared_bytes, "multiprocessor_count": limits.sms}
+        return {"max_shared_mem": self.limits.shared_bytes, "multiprocessor_count": self.limits.sms}
 
     def launcher_cls(self, src, metadata):
         def launch(grid_x, grid_y, grid_z, stream, function, kernel_metadata, launch_metadata, on_enter, on_exit, *args):
@@ -92,18 +91,20 @@ def kernels() -> list[triton.JITFunction]:
 
 
 @contextmanager
-def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
-    """Inside, a launch compiles its kernel for sm_`arch` and is counted, not run. It takes CPU tensors."""
+def pretend_gpu(gpu: int | GpuLimits) -> Iterator[StandInDriver]:
+    """Inside, a launch compiles its kernel for `gpu`, sm_`gpu` if that is a number, and is counted, not run. It takes CPU
+    tensors."""
     if runtime.mode() != "compiled":
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
-    driver = StandInDriver(arch)
+    limits = limits_of(gpu) if isinstance(gpu, int) else gpu
+    driver = StandInDriver(limits)
     triton.runtime.driver.set_active(driver)
     knobs.compilation.listener = driver.listener
     triton.compiler.compiler.max_shared_mem.cache_clear()  # it holds the value of the last GPU, which may have less
     for kernel in kernels():
         kernel.device_caches.clear()
     try:
-        with kernel_plan.pretend_gpu(limits_of(arch)):
+        with kernel_plan.pretend_gpu(limits):
             yield driver
     finally:
         knobs.compilation.listener = None

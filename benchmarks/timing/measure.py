@@ -138,15 +138,16 @@ def peak_bytes(call: Call, device: str) -> int:
     return max(itertools.accumulate((event.nbytes() for event in found), initial=0))
 
 
-def kernel_names(call: Call) -> list[str]:
-    """Names of the GPU kernels of one call, the longest-running first."""
+def kernels_of(call: Call) -> list[dict]:
+    """The GPU kernels of one call, the longest-running first: name, microseconds of all launches, how many there were."""
     given = call.before()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call.run(given)
         torch.cuda.synchronize()
     found = sorted(profiler.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
-    return [kernel.key for kernel in found if kernel.self_device_time_total > 0]
+    found = [kernel for kernel in found if kernel.self_device_time_total > 0]
+    return [{"name": one.key, "us": one.self_device_time_total, "launches": one.count} for one in found]
 
 
 def kept(forward: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], parameters: list[Tensor]) -> dict[str, int]:

@@ -16,7 +16,7 @@
            "peak_bytes": int | null,  above those allocated before the call
            "saved_bytes": int | null, kept for backward besides input, parameters and output
            "compile_s": float | null, of the first call, where it compiles
-           "kernels": [names]}        the GPU kernels of one call
+           "kernels": [{"name", "us", "launches"}]}   the GPU kernels of one call: time of all launches of each
 
 Only a row whose status is "ok" has timings.
 """
@@ -33,6 +33,7 @@ STATUSES = ("ok", "wrong", "error", "out of memory", "unavailable")
 _EMPTY = {"note": "", "error": None, "timings": [], "ratio": None, "peak_bytes": None, "saved_bytes": None}
 _EMPTY |= {"compile_s": None, "kernels": []}
 _TIMING = ("how", "l2", "p20", "p50", "p80", "n")
+_KERNEL = ("name", "us", "launches")
 
 
 class BadResults(ValueError):
@@ -88,7 +89,8 @@ def _check(results: dict) -> None:
         key(row)
         if row["status"] not in STATUSES:
             raise ValueError(f"a row has status {row['status']!r}")
-        for where, names in ((row, ("set", *_EMPTY)), *((timing, _TIMING) for timing in row["timings"])):
+        lists = [(timing, _TIMING) for timing in row["timings"]] + [(kernel, _KERNEL) for kernel in row["kernels"]]
+        for where, names in ((row, ("set", *_EMPTY)), *lists):
             for name in names:
                 where[name]
 

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # of a case, and of its first steps
 def problem_of(case: Case, device: str) -> tuple[Problem, Call]:
     """The problem of a case, and torch.nn's call. The next provider of the same case uses them again."""
     problem = Problem(case, device)
@@ -93,15 +94,23 @@ def row_of(case: Case, set_name: str, provider: Provider, settings: dict) -> dic
 
 
 def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]:
-    """The status of `provider` on `case`, and the values of its row."""
+    """The status of `provider` on `case`, and the values of its row.
+
+    The results are checked for the whole sequence; with "check_steps" in `settings` for a sequence of so many steps, those of
+    all layers and directions counted: the float64 reference takes seconds for a thousand.
+    """
     device, seconds = settings["device"], settings["seconds"]
     problem, base = problem_of(case, device)
-    _, oracle = problem.answers()
     ready = provider.ready(problem)
+    checked, to_check, notes = problem, ready, [ready.note]
+    if 0 < (steps := settings.get("check_steps", 0) // (case.layers * case.directions)) < case.T:
+        checked, _ = problem_of(replace(case, T=steps), device)
+        to_check, notes = provider.ready(checked), [ready.note, f"checked on {steps} steps"]
+    _, oracle = checked.answers()
     start = time.perf_counter()
-    error = problem.check(ready)
+    error = checked.check(to_check)
     first = time.perf_counter() - start
-    values: dict = {"note": "; ".join(filter(None, (ready.note, oracle))), "error": error}
+    values: dict = {"note": "; ".join(filter(None, (*notes, oracle))), "error": error}
     if error["worst"] > 1:
         return "wrong", values
     call = problem.call(ready)
@@ -125,7 +134,7 @@ def measured(case: Case, provider: Provider, settings: dict) -> tuple[str, dict]
 
     if device == "cuda":
         add_time("eager", "cold", call)
-        values["kernels"] = measure.kernel_names(call)
+        values["kernels"] = measure.kernels_of(call)
     values["peak_bytes"] = measure.peak_bytes(call, device) if provider.counts_memory else None
     if case.mode != "inference":
         values["saved_bytes"] = problem.kept(ready)["activations"]
@@ -196,6 +205,8 @@ def run(
         found = isolated.rows("benchmarks.timing.run:measure_row", jobs, limit, until, env)
         for number, (job, row) in enumerate(found, 1):
             set_name, case, name = work[job]
+            if isolated.out_of_time(row):
+                continue  # no result: the next run measures it
             if "error" in row and "status" not in row:  # the child crashed or hung
                 row = new_row(case, set_name, name, "error", note=row["error"])
             results["rows"].append(row)

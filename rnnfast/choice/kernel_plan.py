@@ -2,10 +2,9 @@
 
     "step"         one launch for each time step; runs any size
     "persistent"   one launch for many time steps, with the recurrent weights on chip; runs sizes that have a plan on this GPU
-    "auto"         the fastest: as `rnnfast tune` measured it, else as predicted, of the families that this GPU's canary found
-                   right (`rnnfast.choice.trust`)
+    "auto"         the fastest family, as measured or predicted, of those that this GPU's canary found right
 
-RNNFAST_KERNELS names one of them. The default is "auto".
+RNNFAST_KERNELS names one of them. The default is "auto". `rnnfast.choice.trust` has the canary.
 
 The step kernels run what the family that was asked for cannot run. This happens silently for a size without a plan and on a
 GPU without cooperative launch; `rnnfast.explain` says why. If the driver refuses a launch, it happens with a `FallbackWarning`.

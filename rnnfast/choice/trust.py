@@ -118,12 +118,13 @@ def words(limits: GpuLimits) -> str:
     return str(found) if found.why else f"checked on this GPU: {found}"
 
 
-def examine(device: torch.device, again: bool = False) -> Verdict:
+def examine(device: torch.device, again: bool = False, seconds: float = SECONDS) -> Verdict:
     """Run the canary on `device` and keep its verdict, unless another process has just done so.
 
     Args:
         device: a GPU.
         again: run it though there is a verdict.
+        seconds: that the whole may take.
     """
     limits = gpu.limits(device)
     assert limits is not None
@@ -133,7 +134,7 @@ def examine(device: torch.device, again: bool = False) -> Verdict:
         if found is None:
             announced = f"rnnfast: checking its kernels on {limits.name}, once, in its own process (RNNFAST_CANARY=off: not)"
             print(announced, file=sys.stderr, flush=True)
-            found = _run(device)
+            found = _run(device, seconds)
             if not found.why:
                 _write(found, path, limits)
     _remember(limits, found)
@@ -144,10 +145,10 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _run(device: torch.device) -> Verdict:
+def _run(device: torch.device, seconds: float = SECONDS) -> Verdict:
     """Run every family in a child process, and again without one at which the child hung or crashed."""
     faults: dict[str, str] = {}
-    left, until = list(families()), time.monotonic() + SECONDS
+    left, until = list(families()), time.monotonic() + seconds
     env = {k: v for k, v in os.environ.items() if not k.startswith("RNNFAST_") and k != "TRITON_INTERPRET"}
     env["PYTHONSAFEPATH"] = "1"  # not an rnnfast that happens to be in this folder
     while left:

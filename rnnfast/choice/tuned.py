@@ -1,8 +1,8 @@
 """Looks up what `rnnfast tune` measured: which kernels run a call, or that PyTorch's own layer is faster.
 
-A process reads the tuning file of a GPU (`rnnfast.choice.tuning_file`) once, at the first call on that GPU. A file that is
-damaged, or from another GPU or other versions, is not used. One `TuningWarning` then says why. docs/tuning.md says which calls
-an entry serves.
+A process reads the tuning file of a GPU (`rnnfast.choice.tuning_file`) once, at the first call on that GPU. It also reads the
+table that the package may bring for this kind of GPU, for what the user's file does not have. A file that is damaged, or from
+another GPU or other versions, is not used. One `TuningWarning` then says why. docs/tuning.md says which calls an entry serves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rnnfast.choice.gpu import known
 from rnnfast.choice.obstacles import user_level
-from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, tiles, where
+from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, slug, tiles, where
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
@@ -33,6 +33,7 @@ __all__ = [
     "learn",
     "only",
     "override_tuning",
+    "shipped",
     "table",
     "winner",
 ]
@@ -41,7 +42,7 @@ _tables: dict[GpuLimits, Table] = {}
 
 
 class TuningWarning(UserWarning):
-    """The tuning file of this GPU is not used. The message says why."""
+    """The tuning file of this GPU, or the package's table for it, is not used. The message says why."""
 
 
 @dataclass
@@ -49,31 +50,47 @@ class Table:
     """The entries for one GPU, and where they come from.
 
     Attributes:
-        entries: the entries of the file, and those that this process measured. Empty if no file is used.
-        path: the path of the file.
-        unused: why the file is not used, else empty.
+        entries: the entries of the user's file, then those of the package's table, then those that this process measured. Empty
+            if there are none.
+        path: the path of the file that is used, or both paths in words.
+        unused: why neither is used, else empty.
         own: the shapes that a first call in this process measured, or tried to measure without a result. No file has them.
     """
 
     entries: list[Entry]
-    path: Path | None = None
+    path: Path | str | None = None
     unused: str = ""
     own: frozenset[Shape] = frozenset()
     found: dict[tuple, Any] = field(default_factory=dict)  # results of lookups, by their arguments
 
 
 def table(gpu: GpuLimits) -> Table:
-    """The table for `gpu`. Its file is read at the first call."""
+    """The table for `gpu`. Its files are read at the first call."""
     if gpu not in _tables:
-        path = where(gpu)
-        try:
-            _tables[gpu] = Table(read(path, gpu), path)
-        except FileNotFoundError:
-            _tables[gpu] = Table([], path, f"there is no {path}")
-        except Unusable as error:
-            _tables[gpu] = Table([], path, str(error))
-            warnings.warn(f"{error}; it is not used", TuningWarning, stacklevel=user_level())
+        own, ours = _read(where(gpu), gpu, False), _read(shipped(gpu), gpu, True)
+        if own.unused and not ours.unused:
+            own = Table([], ours.path)
+        elif not ours.unused:
+            own.path = f"{own.path} and {ours.path}"
+        measured = {replace(entry.shape, T=1) for entry in own.entries}
+        own.entries += [entry for entry in ours.entries if replace(entry.shape, T=1) not in measured]
+        _tables[gpu] = own
     return _tables[gpu]
+
+
+def shipped(gpu: GpuLimits) -> Path:
+    """The table for this kind of GPU that comes with the package, there or not."""
+    return Path(__file__).parents[1] / "tuned" / f"{slug(gpu)}.json"
+
+
+def _read(path: Path, gpu: GpuLimits, is_shipped: bool) -> Table:
+    try:
+        return Table(read(path, gpu, is_shipped), path)
+    except FileNotFoundError:
+        return Table([], path, f"there is no {path}")
+    except Unusable as error:
+        warnings.warn(f"{error}; it is not used", TuningWarning, stacklevel=user_level())
+        return Table([], path, str(error))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ therefore cause a launch that the planner would not make.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import sys
@@ -30,7 +31,10 @@ from rnnfast.settings import TUNING_FILE
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
 
-__all__ = ["Entry", "Shape", "Unusable", "decode", "encode", "machine", "names", "plan_with", "read", "store", "tiles", "where"]
+__all__ = [
+    "Entry", "Shape", "Unusable", "decode", "encode", "machine", "names", "plan_with", "read", "slug", "store", "tiles",
+    "where",
+]  # fmt: skip
 
 FORMAT, SCHEMA = "rnnfast tuning", 1
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -101,7 +105,12 @@ def where(gpu: GpuLimits) -> Path:
     if named := TUNING_FILE.get():
         return Path(os.path.expanduser(named))
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "rnnfast" / f"{re.sub('[^a-z0-9]+', '-', gpu.name.lower()).strip('-')}.json"
+    return Path(cache) / "rnnfast" / f"{slug(gpu)}.json"
+
+
+def slug(gpu: GpuLimits) -> str:
+    """The name of a GPU as that of a file."""
+    return re.sub("[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
 
 
 def machine(gpu: GpuLimits) -> dict[str, dict[str, Any]]:
@@ -183,8 +192,14 @@ def plan_with(wanted: Any, shape: Shape, B: int, backward: bool, gpu: GpuLimits)
     return next((plan for plan in plans if tiles(plan) == wanted), None)
 
 
-def read(path: Path, gpu: GpuLimits) -> list[Entry]:
+def read(path: Path, gpu: GpuLimits, is_shipped: bool = False) -> list[Entry]:
     """The entries of a file.
+
+    Args:
+        path: of the file.
+        gpu: this machine's.
+        is_shipped: it comes with the package. Then, of the versions, the first two numbers of rnnfast's and Triton's count: the
+            plans are this rnnfast's and the kernels that compiler's. A file of the user's is of exactly this machine.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -200,14 +215,15 @@ def read(path: Path, gpu: GpuLimits) -> list[Entry]:
         raise Unusable("damaged", f"{path} is no tuning file of rnnfast")
     if data.get("schema") != SCHEMA:
         raise Unusable("other versions", f"{path} has schema {data.get('schema')!r}, and this rnnfast reads {SCHEMA}")
-    here = machine(gpu)
+    here, same = machine(gpu), operator.eq
+    if is_shipped:
+        here["versions"], same = {name: here["versions"][name] for name in ("rnnfast", "triton")}, _same_series
     for part, kind in (("gpu", "other GPU"), ("versions", "other versions")):
         there = data.get(part)
         if not isinstance(there, dict):
             raise Unusable("damaged", f"{path} is damaged: {part} is {there!r}")
-        others = [
-            f"{name} {there.get(name)!r}, here {value!r}" for name, value in here[part].items() if there.get(name) != value
-        ]
+        found = [(name, there.get(name), value) for name, value in here[part].items()]
+        others = [f"{name} {its!r}, here {value!r}" for name, its, value in found if not same(its, value)]
         if others:
             raise Unusable(kind, f"{path} was measured with {kind}: {'; '.join(others)}")
     try:
@@ -216,6 +232,12 @@ def read(path: Path, gpu: GpuLimits) -> list[Entry]:
         return [decode(raw, gpu) for raw in data["entries"]]
     except ValueError as error:
         raise Unusable("damaged", f"{path} is damaged: {error}") from error
+
+
+def _same_series(one: Any, other: Any) -> bool:
+    """Whether two versions have their first two numbers in common; any other values: whether they are equal."""
+    texts = isinstance(one, str) and isinstance(other, str)
+    return one.split(".")[:2] == other.split(".")[:2] if texts else one == other
 
 
 def store(entries: Iterable[Entry], path: Path, gpu: GpuLimits) -> None:

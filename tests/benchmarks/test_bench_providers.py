@@ -110,7 +110,7 @@ def test_unavailable():
     assert "one after another" in found["rnnfast-persistent"]["note"]
     assert found["torch.compile-nn"]["note"] == "it would unroll 99 time steps, and more than 8 compile for minutes"
     assert found["haste"]["note"] == "haste_pytorch is not installed"
-    with pytest.raises(Unknown, match=r"unknown provider 'cudnn'; there are: torch\.nn, rnnfast, rnnfast-persistent"):
+    with pytest.raises(Unknown, match=r"unknown provider 'cudnn'; there are: torch\.nn, rnnfast, rnnfast-step"):
         named_provider("cudnn")
 
 
@@ -202,8 +202,25 @@ def test_what_is_measured_on_a_gpu(mode, fails, monkeypatch):
     graphs = [("cuda graph", "warm"), ("cuda graph", "cold")] if mode == "training" and not fails else []
     assert status == "ok" and found == [("eager", "warm"), ("eager", "cold"), *graphs]
     assert {timing["p50"] for timing in values["timings"]} == {1000.0} and values["ratio"]["p50"] == 1
-    assert values["kernels"] == ["RNN_blockPersist_fp_LSTM", "gemm"] and values["peak_bytes"] == 3 and values["saved_bytes"] > 0
+    assert values["kernels"] == [
+        {"name": "RNN_blockPersist_fp_LSTM", "us": 2.0, "launches": 3},
+        {"name": "gemm", "us": 1.0, "launches": 3},
+    ]
+    assert values["peak_bytes"] == 3 and values["saved_bytes"] > 0
     assert values["note"] == ("no CUDA graph: operation not permitted when stream is capturing" if fails else "")
+
+
+@pytest.mark.parametrize("most, steps", [(8, 2), (400, 20), (0, 20)])
+def test_a_check_of_fewer_steps(most, steps, monkeypatch):
+    """It is what is compared with the reference; the whole sequence is timed all the same."""
+    checked, timed = [], []
+    inner, call = Problem.check, Problem.call
+    monkeypatch.setattr(Problem, "check", lambda self, ready: checked.append(self.case.T) or inner(self, ready))
+    monkeypatch.setattr(Problem, "call", lambda self, ready: timed.append(self.case.T) or call(self, ready))
+    case = Case("GRU", 20, 2, 3, 4, layers=2, directions=2, dtype="float32", mode="inference")
+    row = run.row_of(case, "quick", named_provider("rnnfast-torch"), SETTINGS | {"check_steps": most})
+    assert row["status"] == "ok" and checked == [steps] and timed[-1] == 20
+    assert ("checked on 2 steps" in row["note"]) == (most == 8)
 
 
 # Adapters of libraries that are not installed, against stand-ins with those libraries' layouts

@@ -113,6 +113,7 @@ def test_round_trip(tmp_path):
         (json.dumps(document(rows=[{"case": {}}])), "is damaged: "),
         (json.dumps(document(rows=[document()["rows"][0] | {"status": "fine"}])), "is damaged: a row has status 'fine'"),
         (json.dumps(document(rows=[document()["rows"][0] | {"timings": [{}]}])), "is damaged: 'how' is missing"),
+        (json.dumps(document(rows=[document()["rows"][0] | {"kernels": ["gemm"]}])), "is damaged: string indices"),
         (b"\xff\xfe\x00", "holds no results: it is not text"),
     ],
 )

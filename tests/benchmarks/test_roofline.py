@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support import made_up_results
 from support.side_by_side import Fault, Hang, together
 
@@ -156,34 +158,78 @@ def test_prediction_from_compiled_code():
 
 
 def test_probes_compile():
-    """For a GPU that is not here: the ping-pong as the persistent kernels exchange, the reader without a copy ahead."""
+    """For a GPU that is not here: the hop as the persistent kernels exchange, the reader without a copy ahead; clusters."""
     out = compiled(
         "import torch, triton\n"
         "from benchmarks.floor import probes\n"
         "from benchmarks.static.offline import pretend_gpu\n"
         "with pretend_gpu(90):\n"
-        "    probes.ping_pong('cpu', 8)\n"
+        "    probes.hop('cpu', 8)\n"
+        "    for ctas in probes.CLUSTERS:\n"
+        "        built = probes.clear_kernel[(1,)](torch.empty(1024).int(), 1024, BLOCK=1024, num_ctas=ctas)\n"
+        "        assert built.metadata.num_ctas == ctas\n"
         "    x = torch.zeros(4 * probes.READ_BLOCK)\n"
         "    probes.read_kernel[(2,)](x, x, 4, 2, BLOCK=probes.READ_BLOCK, num_warps=8)\n"
-        "    for kernel in (probes.ping_pong_kernel, probes.read_kernel):\n"
+        "    for kernel in (probes.hop_kernel, probes.read_kernel):\n"
         "        (built,) = [one for cache in kernel.device_caches.values() for one in cache[0].values()]\n"
         "        ptx, copies = built.asm['ptx'], built.asm['ttgir'].count('async_copy')\n"
         "        counts = [ptx.count(one) for one in ('ld.volatile.global.', 'st.global.cg', 'ld.global.cg')]\n"
         "        print(kernel.__name__, *counts, copies, built.metadata.launch_cooperative_grid)\n"
     )  # fmt: skip
-    ping_pong, read = (line.split() for line in out.splitlines())
-    assert ping_pong[0] == "ping_pong_kernel" and int(ping_pong[1]) >= 1 and ping_pong[2:] == ["1", "0", "0", "True"]
+    hop, read = (line.split() for line in out.splitlines())
+    assert hop[0] == "hop_kernel" and int(hop[1]) >= 1 and hop[2:] == ["1", "0", "0", "True"]
     assert read[0] == "read_kernel" and int(read[3]) > 0 and read[4] == "0"
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ping_pong(seed, device):
+@pytest.mark.parametrize("programs, words", [(2, 32), (4, 8)])
+def test_hop(programs, words, seed, device):
     """Side by side on a CPU; for real on a GPU, where it is what `measure` times."""
     from benchmarks.floor import probes
 
     with together(seed) if device == "cpu" else contextlib.nullcontext():
-        out = probes.ping_pong(device, 9)
-    assert (out == 9).all()
+        out = probes.hop(device, 9, programs, words)
+    assert out.shape == (programs, programs * words) and (out == 9).all()
     if device == "cpu":
         with pytest.raises(Hang), together(seed, Fault("skipped store", (1, 0, 0), step=3)):
-            probes.ping_pong(device, 9)
+            probes.hop(device, 9, programs, words)
+
+
+def test_hop_us(monkeypatch):
+    """The difference of two runs, over the steps by which they differ; the rows of all steps fit L2."""
+    from benchmarks.floor import probes
+
+    ran = []
+    monkeypatch.setattr(probes, "hop", lambda device, steps, *kind: ran.append((steps, kind)))
+    monkeypatch.setattr(probes, "_seconds", lambda function: function() or [1.0, 3e-6 * ran[-1][0] + 7e-6, 0.0])
+    found = probes.hop_us()
+    assert list(found.values()) == pytest.approx([3.0] * len(probes.HOPS)) and "2 programs, 128 bytes each" in found
+    assert all(steps * programs * words <= probes.BUFFER_WORDS for steps, (programs, words, _) in ran)
+    ran.clear()
+    assert len(probes.hop_us(1)) == 1 and [kind for _, kind in ran] == [probes.HOPS[0]] * 2
+
+
+def test_clusters(monkeypatch):
+    """Asked of the driver for each size, with all shared memory of an SM; nothing before compute capability 9.0."""
+    from benchmarks.floor import probes
+
+    asked, launched = [], []
+    utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 1000})
+    utils.cuOccupancyMaxActiveClusters = lambda *of: asked.append(of) or 132 // of[2]
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, num_ctas, **options: launched.append(num_ctas) or SimpleNamespace(function=7)
+
+    class Capability:
+        now = (9, 0)
+
+    monkeypatch.setattr(probes, "clear_kernel", Kernel())
+    monkeypatch.setattr(probes.triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: Capability.now)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(probes.torch, "empty", lambda *shape, device, dtype: torch.zeros(*shape, dtype=dtype))
+    assert probes.clusters() == {"of 2 CTAs": 66, "of 4 CTAs": 33, "of 8 CTAs": 16, "of 16 CTAs": 8}
+    assert asked == [(7, 1000, ctas) for ctas in probes.CLUSTERS] and launched == list(probes.CLUSTERS)
+    monkeypatch.setattr(Capability, "now", (8, 0))
+    assert probes.clusters() == {}

@@ -105,6 +105,7 @@ def tree(tmp_path_factory) -> Path:
             shutil.copy2(path, copy)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "rnnfast" / "tuned" / "h200.json").write_text("{}")  # as make gpu-check writes them
     return copy
 
 
@@ -155,10 +156,10 @@ def names(wheel: Path) -> set[str]:
 
 
 def expected() -> set[str]:
-    """The modules of this tree under their installed names."""
-    return {installed(path) for folder in ("rnnfast", "rnnfast/kernels") for path in (ROOT / folder).rglob("*.py")} | {
-        "rnnfast/py.typed"
-    }
+    """The modules of this tree under their installed names, and the tuning tables."""
+    modules = {installed(path) for folder in ("rnnfast", "rnnfast/kernels") for path in (ROOT / folder).rglob("*.py")}
+    tables = {installed(path) for path in (ROOT / "rnnfast" / "tuned").iterdir()}
+    return modules | tables | {"rnnfast/py.typed", "rnnfast/tuned/h200.json"}
 
 
 def installed(path: Path) -> str:

@@ -175,11 +175,17 @@ def installed(distribution: str) -> str | None:
         return None
 
 
+def provider_of(family: str) -> str:
+    """The name of the provider that runs a family of rnnfast's kernels."""
+    return f"rnnfast-{family.replace('_', '-')}"
+
+
 def all_providers() -> dict[str, Provider]:
     from benchmarks.timing.providers import peers
 
-    ours = [RnnFast("rnnfast", None), RnnFast("rnnfast-persistent", "triton", "persistent")]
-    ours += [RnnFast("rnnfast-step", "triton", "step"), RnnFast("rnnfast-torch", "torch")]
+    families = [name for name in KERNELS.choices if name != "auto"]
+    ours = [RnnFast("rnnfast", None), *[RnnFast(provider_of(name), "triton", name) for name in families]]
+    ours.append(RnnFast("rnnfast-torch", "torch"))
     loops = [CompiledNN("torch.compile-nn"), Loop("torch.compile-loop", compiled=True), Loop("loop", compiled=False)]
     others = [peers.FlashRNN("flashrnn"), peers.Haste("haste"), peers.OnnxRuntime("onnxruntime")]
     providers: list[Provider] = [TorchNN(BASE), *ours, *loops, *others]
