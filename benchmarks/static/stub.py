@@ -41,6 +41,13 @@ def load(folder: str | Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(Path(folder) / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
 
 
+class OneStream:
+    """What a launch asks of torch.cuda, which a build of PyTorch for CPUs cannot say: there is one stream, its default."""
+
+    is_current_stream_capturing = staticmethod(lambda: False)
+    current_stream = staticmethod(lambda device: None)
+
+
 def driver():
     """Triton's CUDA driver, which takes CPU tensors and whose one GPU is an sm_90."""
     from triton.backends.nvidia import driver as nvidia
@@ -54,6 +61,9 @@ def driver():
 
         def get_active_torch_device(self):
             return torch.device("cpu")
+
+        def get_device_interface(self):
+            return OneStream
 
     return Driver()
 

@@ -133,28 +133,32 @@ def forward(
         n = choice.plan.steps or max(1, CHUNK_ROWS // B)
         wide = x.is_cuda and x.dtype != torch.float32  # a product of half precision that gives float32
         w_x = w_ih.t() if wide else w_ih.float().t()
-        for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
-            rows = x[begin : begin + n].reshape(-1, x.shape[2])
-            sides = torch.mm(rows, w_x, out_dtype=torch.float32) if wide else rows.float() @ w_x
-            choice = kernel_plan.run(
-                "forward",
-                choice,
-                x.device,
-                spec,
-                sides.view(-1, B, sides.shape[1]),
-                begin,
-                w,
-                bias_x,
-                bias_h,
-                start_h,
-                start_c,
-                y,
-                c,
-                saved if save else None,
-                reverse=reverse,
-                precision=products,
-                **options,
-            )
+        order = range(0, T, n)
+
+        def chunks() -> Iterator[tuple[int, Tensor]]:
+            for begin in reversed(order) if reverse else order:
+                rows = x[begin : begin + n].reshape(-1, x.shape[2])
+                sides = torch.mm(rows, w_x, out_dtype=torch.float32) if wide else rows.float() @ w_x
+                yield begin, sides.view(-1, B, sides.shape[1])
+
+        kernel_plan.run(
+            "forward",
+            choice,
+            x.device,
+            spec,
+            chunks,
+            w,
+            bias_x,
+            bias_h,
+            start_h,
+            start_c,
+            y,
+            c,
+            saved if save else None,
+            reverse=reverse,
+            precision=products,
+            **options,
+        )
         h_n = last_states(y, h0, lengths, reverse)
         c_n = x.new_empty(0) if c is None else last_states(c, c0, lengths, reverse).to(x.dtype)
         cs = c if save and c is not None else x.new_empty(0, dtype=torch.float32)
