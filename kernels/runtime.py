@@ -85,7 +85,7 @@ def is_aligned(tensor) -> bool:
 def address(value):
     """What a function that `Launcher.bind` gave takes for a tensor: its address; in the interpreter the tensor itself. Numbers
     and None stay as they are."""
-    if INTERPRETED or value is None or value.__class__ is int:
+    if INTERPRETED or value is None or isinstance(value, (int, float)):
         return value
     return tuple(map(address, value)) if isinstance(value, tuple) else value.data_ptr()
 

@@ -31,6 +31,7 @@ __all__ = [
     "has_operator",
     "innermost_transform",
     "inside",
+    "is_eager",
     "is_expanded",
     "is_fake",
     "is_forward_mode",
@@ -118,6 +119,26 @@ def inside() -> tuple[str, ...]:
     stack = _functorch.get_interpreter_stack() or ()
     forward = ("forward",) if forward_level() >= 0 else ()
     return (*forward, *(interpreter.key().name.lower() for interpreter in stack))
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether nobody but autograd would see an operator that is called on these tensors: no compiler, no transform, no mode of
+    dispatch, no profiler, no subclass of Tensor. What the operator does can then be called as it is, which saves PyTorch's way
+    through Python for operators that are written in it: 20 us forward, 40 us with gradients. There is no public way to ask for
+    modes."""
+    return not (
+        tracing()
+        or torch.compiler.is_compiling()
+        or innermost_transform() is not None
+        or forward_level() >= 0
+        or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+        or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
+        or torch.autograd._profiler_enabled()
+        or any([type(tensor) not in _PLAIN or (tensor is not None and tensor.is_meta) for tensor in tensors])
+    )
 
 
 def is_wrapped(tensor: Tensor) -> bool:

@@ -221,8 +221,8 @@ def test_steps_of_a_chunk(T, B, steps, monkeypatch):
     """The kernels take at least one step at a time, at most T, and otherwise about CHUNK_ROWS rows: every step once."""
     taken = []
 
-    def run(direction, choice, device, spec, x, begin, *args, **options):
-        taken.append((begin, x.shape[0]))
+    def run(direction, choice, device, spec, chunks, *args, **options):
+        taken.extend((begin, x.shape[0]) for begin, x in chunks())
         return choice
 
     monkeypatch.setattr(kernel_plan, "run", run)
