@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.runtime import INTERPRETED, Launcher, as_a_gpu, is_bf16
+from rnnfast.kernels.runtime import Launcher, as_a_gpu, emulates_bf16
 
 __all__ = ["apply", "dropout_kernel"]
 
@@ -70,8 +70,8 @@ def dropout_kernel(
 
 
 @functools.cache
-def _launcher(backward: bool, bf16: bool, block: int) -> Launcher:
-    constants = {"BACKWARD": backward, "EMULATE_BF16": INTERPRETED and bf16, "BLOCK_J": block}
+def _launcher(backward: bool, dtype, block: int) -> Launcher:
+    constants = {"BACKWARD": backward, "EMULATE_BF16": emulates_bf16(dtype), "BLOCK_J": block}
     return Launcher(dropout_kernel, constants, num_warps=4)
 
 
@@ -87,7 +87,7 @@ def apply(joined, first, second, seed, p: float, *, backward: bool) -> None:
     """
     rows, W = joined.shape
     block = min(BLOCK_J, max(128, triton.next_power_of_2(W)))
-    _launcher(backward, is_bf16(joined), block)(
+    _launcher(backward, joined.dtype, block)(
         (rows, -(-W // block), 1), joined, first, first if second is None else second, seed, round(p * 2**32),
         0.0 if p == 1 else 1 / (1 - p), first.shape[1], W,
     )  # fmt: skip

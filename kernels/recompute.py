@@ -15,7 +15,7 @@ import triton.language as tl
 
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.runtime import INTERPRETED, Launcher, as_a_gpu, is_bf16
+from rnnfast.kernels.runtime import Launcher, as_a_gpu, emulates_bf16
 
 __all__ = ["compute", "recompute_kernel"]
 
@@ -62,14 +62,14 @@ def recompute_kernel(
 
 
 @functools.cache
-def _launcher(cell: Cell, has_bias: bool, bf16: bool) -> Launcher:
+def _launcher(cell: Cell, has_bias: bool, dtype) -> Launcher:
     constants = {
         "CELL": cell.forward,
         "G": cell.gates,
         "SAVED": cell.saved,
         "CARRIES_C": cell.carries_c,
         "HAS_BIAS": has_bias,
-        "EMULATE_BF16": INTERPRETED and bf16,
+        "EMULATE_BF16": emulates_bf16(dtype),
         "BLOCK_H": BLOCK_H,
     }
     return Launcher(recompute_kernel, constants, num_warps=4)
@@ -89,4 +89,4 @@ def compute(cell: Cell, x, h, bias_x, bias_h, saved) -> None:
     H = width // cell.saved
     has_bias = bias_x is not None
     bias_x, bias_h = (bias_x, bias_h) if has_bias else (x, x)
-    _launcher(cell, has_bias, is_bf16(saved))((n * B, -(-H // BLOCK_H), 1), x, h, bias_x, bias_h, saved, H)
+    _launcher(cell, has_bias, saved.dtype)((n * B, -(-H // BLOCK_H), 1), x, h, bias_x, bias_h, saved, H)

@@ -19,11 +19,10 @@ __all__ = [
     "INTERPRETED",
     "MOST_LAUNCHERS",
     "Launcher",
-    "address",
+    "addresses",
     "as_a_gpu",
+    "emulates_bf16",
     "in_chunks",
-    "is_aligned",
-    "is_bf16",
     "mode",
     "prepare_a_launch",
     "python_header",
@@ -73,21 +72,15 @@ def in_chunks(forward):
     return run
 
 
-def is_bf16(tensor) -> bool:
-    return str(tensor.dtype) == "torch.bfloat16"
+def addresses(*values):
+    """What a function that `Launcher.bind` gave takes for these: addresses for tensors, or in the interpreter the tensors
+    themselves. Numbers and None stay as they are."""
+    return values if INTERPRETED else _classify(values, (False,) * len(values), [])
 
 
-def is_aligned(tensor) -> bool:
-    """Whether the tensor begins at a multiple of 16 bytes. Triton compiles a kernel anew for tensors that do not."""
-    return tensor.data_ptr() % 16 == 0
-
-
-def address(value):
-    """What a function that `Launcher.bind` gave takes for a tensor: its address; in the interpreter the tensor itself. Numbers
-    and None stay as they are."""
-    if INTERPRETED or value is None or isinstance(value, (int, float)):
-        return value
-    return tuple(map(address, value)) if isinstance(value, tuple) else value.data_ptr()
+def emulates_bf16(dtype) -> bool:
+    """Whether kernels have to round to bfloat16 themselves: see `rnnfast.kernels.maths`."""
+    return INTERPRETED and "bfloat16" in str(dtype)
 
 
 def _classify(values, specialized, classes: list) -> tuple:
@@ -121,9 +114,9 @@ def _classify(values, specialized, classes: list) -> tuple:
 class Launcher:
     """Launches a kernel with constants and options that stay.
 
-    Triton binds and specializes every argument at each launch, which takes 15 to 25 us of the host's time. Here what it compiled
+    Triton binds and specializes every argument at each launch: 15 to 25 us of the host's time. Here what it compiled
     is looked up by what it depends on: the device, and of each argument whether it is None, the dtype and the alignment to 16
-    bytes of a tensor, the width of an integer, and whether it is 1 or a multiple of 16 where the kernel is specialized for that.
+    bytes of a tensor, the width of an integer, and whether it is 1 or a multiple of 16 where Triton specializes for that.
     Kernels are compiled by Triton's ordinary way, and anew if Triton has dropped its own cache of them. Where someone watches
     launches (`triton.knobs.runtime.launch_enter_hook`, as Triton's profiler does), each goes through Triton.
 
@@ -156,7 +149,7 @@ class Launcher:
 
     def bind(self, grid: tuple[int, int, int], *args: Any) -> Callable[..., None]:
         """A function for many launches on the current stream, whose arguments are as these in all that a kernel is compiled
-        for. It takes addresses (`address`) in place of tensors and checks nothing. For an integer that changes, give the
+        for. It takes `addresses` in place of tensors and checks nothing. For an integer that changes, give the
         largest here."""
         if not self.compiled:
             return functools.partial(self.kernel[grid], **self.constants, **self.options)

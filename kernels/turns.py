@@ -1,7 +1,7 @@
 """Grids whose programs wait for one another take turns on a GPU.
 
-Two such grids on two streams could each hold a part of the SMs and wait for programs that find no room: cooperative launch only
-promises that a grid fits on an empty GPU. So a launch on another stream than the last such launch has the GPU wait for that one.
+Two such grids on two streams could each hold a part of the SMs and wait for programs that find no room. Cooperative launch only
+promises that a grid fits on an empty GPU. So a launch on another stream than the last one has the GPU wait for that one.
 Launches on one stream come one after another anyway, and cost a comparison here.
 
 A stream that a graph is being captured from cannot wait for work outside of the graph, so a captured launch waits for none. The

@@ -25,13 +25,14 @@ __all__ = [
     "batch_dim_level",
     "constant",
     "current_weights",
+    "dispatch_modes",
     "dynamo_refuses_layers",
     "environment",
     "forward_level",
+    "function_modes",
     "has_operator",
     "innermost_transform",
     "inside",
-    "is_eager",
     "is_expanded",
     "is_fake",
     "is_forward_mode",
@@ -42,6 +43,7 @@ __all__ = [
     "own_parameters",
     "pack",
     "pad",
+    "profiles",
     "registers",
     "remove_batch_dim",
     "replaced",
@@ -69,6 +71,12 @@ thread = _guards._TLS
 
 # The level of forward-mode differentiation, -1 where it is off. There is no public way to ask.
 forward_level = partial(getattr, forward_ad, "_current_level")
+
+# How many modes of dispatch, and of torch functions, see each operator; and whether a profiler does. There is no public way to
+# ask for modes.
+dispatch_modes = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
+function_modes = torch._C._len_torch_function_stack  # type: ignore[attr-defined]
+profiles = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 # The transform of torch.func that is innermost, or None. There is no public way to ask.
 innermost_transform = _functorch.peek_interpreter_stack
@@ -119,26 +127,6 @@ def inside() -> tuple[str, ...]:
     stack = _functorch.get_interpreter_stack() or ()
     forward = ("forward",) if forward_level() >= 0 else ()
     return (*forward, *(interpreter.key().name.lower() for interpreter in stack))
-
-
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
-
-def is_eager(*tensors: Tensor | None) -> bool:
-    """Whether nobody but autograd would see an operator that is called on these tensors: no compiler, no transform, no mode of
-    dispatch, no profiler, no subclass of Tensor. What the operator does can then be called as it is, which saves PyTorch's way
-    through Python for operators that are written in it: 20 us forward, 40 us with gradients. There is no public way to ask for
-    modes."""
-    return not (
-        tracing()
-        or torch.compiler.is_compiling()
-        or innermost_transform() is not None
-        or forward_level() >= 0
-        or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
-        or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
-        or torch.autograd._profiler_enabled()
-        or any([type(tensor) not in _PLAIN or (tensor is not None and tensor.is_meta) for tensor in tensors])
-    )
 
 
 def is_wrapped(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
 from rnnfast.kernels.persistent.plan import ROWS, PersistentPlan
-from rnnfast.kernels.runtime import INTERPRETED, MOST_LAUNCHERS, Launcher, as_a_gpu, in_chunks, is_bf16
+from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, as_a_gpu, emulates_bf16, in_chunks
 from rnnfast.kernels.step.launch import after, before
 
 __all__ = ["backward", "forward", "packed"]
@@ -53,16 +53,16 @@ def packed(marks: Marks, plan: PersistentPlan, begin: int, end: int) -> Marks:
     return marks._replace(codes=words)
 
 
-def _launcher(kernel, cell: Cell, plan: PersistentPlan, H: int, itemsize: int, precision: str, bf16: bool, **own) -> Launcher:
+def _launcher(kernel, cell: Cell, plan: PersistentPlan, H: int, dtype, precision: str, **own) -> Launcher:
     """`own`: constants that only one of the kernels has."""
     constants = {
         "H": H,
         "G": cell.gates,
         "GATES": _power_of_two(cell.gates),
         "CARRIES_C": cell.carries_c,
-        "PER_WORD": 4 // itemsize,
+        "PER_WORD": 4 // dtype.itemsize,
         "PRECISION": precision,
-        "EMULATE_BF16": INTERPRETED and bf16,
+        "EMULATE_BF16": emulates_bf16(dtype),
         "PLAN": plan.tiles,
     }
     return Launcher(
@@ -107,7 +107,7 @@ def forward(
     t = begin + t_x
     t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks.codes)
     saves = training and saved.numel() > 0
-    launch = _forward_launcher(cell, plan, saves, training, H, h.element_size(), precision, is_bf16(h))
+    launch = _forward_launcher(cell, plan, saves, training, H, h.dtype, precision)
     t_c_prev = t_prev if training else 0
     for grid, b_begin in plan.launches(B):
         launch(
@@ -126,7 +126,7 @@ def backward(
     The rows of a launch in `d_gates` are its exchange; with marks it has a buffer of its own, which bounds the steps.
     """
     T, B, H = h.shape
-    launch = _backward_launcher(cell, plan, H, h.element_size(), precision, is_bf16(h))
+    launch = _backward_launcher(cell, plan, H, h.dtype, precision)
     has_first, h0 = (0, h) if h0 is None else (1, h0)
     c0 = c if c0 is None else c0
     t_first = T - 1 if reverse else 0

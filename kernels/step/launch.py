@@ -9,7 +9,7 @@ import functools
 
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.marks import Marks, StartGrads
-from rnnfast.kernels.runtime import INTERPRETED, MOST_LAUNCHERS, Launcher, address, as_a_gpu, is_aligned, is_bf16
+from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, as_a_gpu, emulates_bf16
 from rnnfast.kernels.step.kernels import backward_step_kernel, forward_step_kernel
 from rnnfast.kernels.step.plan import StepPlan
 
@@ -21,18 +21,18 @@ def _launcher(kernel, plan: StepPlan, **constants) -> Launcher:
 
 
 @functools.lru_cache(MOST_LAUNCHERS)
-def _forward_launcher(cell: Cell, plan: StepPlan, saves: bool, aligned: bool, precision: str, bf16: bool) -> Launcher:
+def _forward_launcher(cell: Cell, plan: StepPlan, saves: bool, aligned: bool, precision: str, dtype) -> Launcher:
     return _launcher(
         forward_step_kernel, plan, CELL=cell.forward, G=cell.gates, SAVED=cell.saved if saves else 0, CARRIES_C=cell.carries_c,
-        ALIGNED=aligned, PRECISION=precision, EMULATE_BF16=INTERPRETED and bf16,
+        ALIGNED=aligned, PRECISION=precision, EMULATE_BF16=emulates_bf16(dtype),
     )  # fmt: skip
 
 
 @functools.lru_cache(MOST_LAUNCHERS)
-def _backward_launcher(cell: Cell, plan: StepPlan, aligned: bool, precision: str, bf16: bool) -> Launcher:
+def _backward_launcher(cell: Cell, plan: StepPlan, aligned: bool, precision: str, dtype) -> Launcher:
     return _launcher(
         backward_step_kernel, plan, CELL=cell.backward, G=cell.gates, D=cell.grads, SAVED=cell.saved, CARRIES_C=cell.carries_c,
-        DIRECT=cell.direct, ALIGNED=aligned, PRECISION=precision, EMULATE_BF16=INTERPRETED and bf16,
+        DIRECT=cell.direct, ALIGNED=aligned, PRECISION=precision, EMULATE_BF16=emulates_bf16(dtype),
     )  # fmt: skip
 
 
@@ -80,17 +80,15 @@ def forward(
     training = saved is not None
     aligned = H * h.element_size() % 16 == 0
     saves = training and saved.numel() > 0
-    launcher = _forward_launcher(cell, plan, saves, aligned, precision, is_bf16(h))
-    grid = plan.grid(B, H)
-    fixed = w, bias_x, bias_h, h, c, marks, saved
-    w_at, bias_x_at, bias_h_at, h_at, c_at, marks_at, saved_at = map(address, fixed)
+    launcher = _forward_launcher(cell, plan, saves, aligned, precision, h.dtype)
+    grid = -(-B // plan.BLOCK_B), -(-H // plan.BLOCK_H), 1
     first = (T - 1 if reverse else 0) if marks.codes is None else -1  # with marks the first step is as any other
     dt = 1 if reverse else -1  # to the step before
-    x_aligned, launch = None, None
+    x_aligned = launch = None
     for begin, x in chunks():
-        if x_aligned is not (x_aligned := is_aligned(x)):
+        if x_aligned is not (x_aligned := x.data_ptr() % 16 == 0):  # Triton compiles other code for it
             launch = None
-        x_at, n = address(x), x.shape[0]
+        x_at, n = None, x.shape[0]
         for at in range(n - 1, -1, -1) if reverse else range(n):
             t = begin + at
             t_c = t if training else 0
@@ -103,6 +101,9 @@ def forward(
                 continue
             if launch is None:
                 launch = launcher.bind(grid, x, w, bias_x, bias_h, h, c, marks, h, c, saved, T, T, T, 1, T, T, B, H)
+                w_at, bias_x_at, bias_h_at, h_at, c_at, marks_at, saved_at = addresses(w, bias_x, bias_h, h, c, marks, saved)
+            if x_at is None:
+                (x_at,) = addresses(x)
             launch(
                 x_at, w_at, bias_x_at, bias_h_at, h_at, c_at, marks_at, h_at, c_at, saved_at,
                 t, at, t + dt, 1, t_c, t_c + dt if training else 0, B, H,
@@ -135,15 +136,13 @@ def backward(
     """
     T, B, H = h.shape
     aligned = H * h.element_size() % 16 == 0
-    launcher = _backward_launcher(cell, plan, aligned, precision, is_bf16(h))
-    grid = plan.grid(B, H)
+    launcher = _backward_launcher(cell, plan, aligned, precision, h.dtype)
+    grid = -(-B // plan.BLOCK_B), -(-H // plan.BLOCK_H), 1
     ends = (T - 1 if reverse else 0) if marks.codes is None else -1  # the step that forward began with
     dt = 1 if reverse else -1
     end = begin + (T if steps is None else steps)
     t_next, has_next = after(begin, end, T, reverse)
     launch = None
-    fixed = dy, saved, h, c, w, dcs, marks, d_gates, d_h, d_c, d_starts
-    dy_at, saved_at, h_at, c_at, w_at, dcs_at, marks_at, d_gates_at, d_h_at, d_c_at, d_starts_at = map(address, fixed)
     for t in range(begin, end) if reverse else range(end - 1, begin - 1, -1):
         if t == ends:
             h_first, c_first = h if h0 is None else h0, c if c0 is None else c0
@@ -156,6 +155,8 @@ def backward(
                 launch = launcher.bind(
                     grid, dy, saved, h, h, c, c, w, dcs, marks, d_gates, d_h, d_c, d_starts, T, T, T, T, 1, 1, B, H
                 )
+                dy_at, saved_at, h_at, c_at, w_at, dcs_at, marks_at = addresses(dy, saved, h, c, w, dcs, marks)
+                d_gates_at, d_h_at, d_c_at, d_starts_at = addresses(d_gates, d_h, d_c, d_starts)
             launch(
                 dy_at, saved_at, h_at, h_at, c_at, c_at, w_at, dcs_at, marks_at, d_gates_at, d_h_at, d_c_at, d_starts_at,
                 t, t - begin, t + dt, t_next, 1, has_next, B, H,

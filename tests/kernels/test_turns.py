@@ -57,7 +57,9 @@ def gpu(monkeypatch):
     )
     asked = []
     driver = types.SimpleNamespace(get_device_interface=lambda: asked.append(1) or interface)
-    monkeypatch.setattr(turns, "triton", types.SimpleNamespace(runtime=types.SimpleNamespace(driver=types.SimpleNamespace(active=driver))))
+    monkeypatch.setattr(
+        turns, "triton", types.SimpleNamespace(runtime=types.SimpleNamespace(driver=types.SimpleNamespace(active=driver)))
+    )
 
     def launch(stream, device=0, function=lambda handle: told.append(("launch", handle))):
         with on(stream):

@@ -107,7 +107,7 @@ def random_launches(library: ctypes.CDLL) -> dict:
         expected = launches.take()
         launcher(grid, *args)
         launcher(grid, *args)
-        launcher.bind(grid, *args)(*map(runtime.address, args))
+        launcher.bind(grid, *args)(*runtime.addresses(*args))
         assert launches.take() == expected * 3, (args, expected)
         classes.add(expected[0][0])
     return {"launches": 150, "compiled": len(classes)}
@@ -132,7 +132,7 @@ def after_clearing(library: ctypes.CDLL) -> dict:
     launcher((1, 1, 1), *args)
     launch = launcher.bind((1, 1, 1), *args)
     for _ in range(2):
-        launch(*map(runtime.address, args))
+        launch(*runtime.addresses(*args))
     knobs.runtime.launch_enter_hook.remove(hook)
     launcher((1, 1, 1), *args)
     assert names == ["copy_kernel"] * 3 and launches.take() == [found[0]] * 4
@@ -195,12 +195,12 @@ def layers(library: ctypes.CDLL) -> dict:
         with kernel_plan.pretend_gpu(GPUS["H200"]):
             run()
             ours = run()
-            own = Launcher.__call__, Launcher.bind, runtime.address
+            own = Launcher.__call__, Launcher.bind, runtime.addresses
             Launcher.__call__ = by_triton
             Launcher.bind = lambda launcher, grid, *_: lambda *args: by_triton(launcher, grid, *args)
-            rnnfast.kernels.step.launch.address = lambda value: value
+            rnnfast.kernels.step.launch.addresses = lambda *values: values
             theirs = run()
-            Launcher.__call__, Launcher.bind, rnnfast.kernels.step.launch.address = own
+            Launcher.__call__, Launcher.bind, rnnfast.kernels.step.launch.addresses = own
         assert ours == theirs, (ours, theirs)
         found[family] = len(ours)
     return found
