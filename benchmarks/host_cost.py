@@ -5,8 +5,8 @@
 Triton's real launcher runs on a stub of the CUDA driver (`benchmarks.static.stub`), with CPU tensors so small that PyTorch's
 products cost little more than their dispatch. Each number is CPU time of the thread, the fastest of its rounds.
 
-    step        a step of the step kernels: the difference of a long and a short call. "chunked" has a product for each step, as
-                batches of 1025 rows and more have; that product by itself is subtracted
+    step        a step of the step kernels: the difference of a long and a short call. "chunked": each step has an input side of
+                its own, as with batches of 1025 rows and more; the products are not measured
     call        a call of a layer of few steps: in inference, in training (forward alone), and its backward
 
 A ratio is to the C part of Triton's launcher for a step, and to torch.nn.LSTM on the CPU (T = 1, H = 8) for a call. Exit code 2
@@ -54,17 +54,15 @@ def _forward(layer: torch.nn.Module, x: torch.Tensor, grad: bool) -> Callable[[]
     return call
 
 
-def _training(layer: torch.nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    def call():
-        torch.autograd.backward(layer(x)[0], y)
-
-    y = torch.ones(x.shape[0], x.shape[1], layer.hidden_size, dtype=x.dtype)
-    return call
+def _backward(layer: torch.nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    y, weights = layer(x)[0], [*layer.parameters()]
+    dy = torch.ones_like(y)
+    return lambda: torch.autograd.grad(y, weights, dy, retain_graph=True)
 
 
 def steps(rounds: int) -> dict[str, float]:
-    """Microseconds of a step of the step kernels: in inference, with a product for each step, and of forward and backward."""
-    from rnnfast.ops import recurrence
+    """Microseconds of a step of the step kernels: in inference, of forward and backward, and in chunks of one step."""
+    from rnnfast.kernels import cells, step
 
     layer = rnnfast.LSTM(1, 16)
     long, short = (torch.zeros(T, 1, 1) for T in (LONG, SHORT))
@@ -73,22 +71,21 @@ def steps(rounds: int) -> dict[str, float]:
         first, second = fastest(4 * rounds, *calls)
         return (first - second) / (LONG - SHORT)
 
-    def products(x: torch.Tensor) -> Callable[[], object]:
-        w = layer.weight_ih_l0.detach().t()
-        return lambda: [(x[t : t + 1].reshape(-1, 1).float() @ w).view(-1, 1, 64) for t in range(x.shape[0])]
+    def in_single_steps(T: int) -> Callable[[], object]:
+        w, cell = layer.weight_hh_l0.detach(), cells.CELLS["lstm"]
+        chunks = [(t, torch.zeros(1, 1, 64)) for t in range(T)]
+        h, c, plan = torch.zeros(T, 1, 16), torch.zeros(1, 1, 16), step.plan.step_plan(16, 4, "ieee")
+        options = {"reverse": False, "precision": "ieee", "plan": plan}
+        return lambda: step.forward(cell, lambda: chunks, w, None, None, None, None, h, c, None, **options)
 
     found = {"inference": each(_forward(layer, long, False), _forward(layer, short, False))}
     found["forward in training"] = each(_forward(layer, long, True), _forward(layer, short, True))
-    found["backward"] = each(_training(layer, long), _training(layer, short)) - found["forward in training"]
-    with mock.patch.object(recurrence, "CHUNK_ROWS", 1):
-        chunked = each(_forward(layer, long, False), _forward(layer, short, False))
-    return found | {"chunked": chunked - each(products(long), products(short))}
+    found["backward"] = each(_backward(layer, long), _backward(layer, short))
+    return found | {"chunked": each(in_single_steps(LONG), in_single_steps(SHORT))}
 
 
 def c_launcher(rounds: int) -> float:
     """Microseconds of the least that a launch of a step kernel can take: Triton's launcher, given addresses."""
-    from rnnfast.kernels import step
-
     launched: list[tuple] = []
     from triton.backends.nvidia.driver import CudaLauncher
 
@@ -100,7 +97,6 @@ def c_launcher(rounds: int) -> float:
 
     with mock.patch.object(CudaLauncher, "__call__", keep):
         _forward(rnnfast.LSTM(1, 16), torch.zeros(3, 1, 1), False)()
-    assert step
     launcher, args = launched[-1]
 
     def address(value):
@@ -116,9 +112,8 @@ def calls(family: str, rounds: int) -> dict[str, float]:
     """Microseconds of a call of a layer on a family of kernels: in inference, in training, and of its backward."""
     layer, x = rnnfast.LSTM(4, 128), torch.zeros(1, 2, 4, requires_grad=True)
     with mock.patch.dict(os.environ, RNNFAST_KERNELS=family):
-        every = _forward(layer, x, False), _forward(layer, x, True), _training(layer, x)
-        inference, training, both = fastest(10 * rounds, *every)
-    return {"inference": inference, "training": training, "backward": both - training}
+        every = _forward(layer, x, False), _forward(layer, x, True), _backward(layer, x)
+        return dict(zip(("inference", "training", "backward"), fastest(10 * rounds, *every), strict=True))
 
 
 def measure(rounds: int) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ import functools
 
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.marks import Marks, StartGrads
-from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, as_a_gpu, emulates_bf16
+from rnnfast.kernels.runtime import INTERPRETED, MOST_LAUNCHERS, Launcher, addresses, as_a_gpu, emulates_bf16
 from rnnfast.kernels.step.kernels import backward_step_kernel, forward_step_kernel
 from rnnfast.kernels.step.plan import StepPlan
 
@@ -86,9 +86,10 @@ def forward(
     dt = 1 if reverse else -1  # to the step before
     x_aligned = launch = None
     for begin, x in chunks():
-        if x_aligned is not (x_aligned := x.data_ptr() % 16 == 0):  # Triton compiles other code for it
+        pointer = x.data_ptr()
+        if x_aligned is not (x_aligned := pointer % 16 == 0):  # Triton compiles other code for it
             launch = None
-        x_at, n = None, x.shape[0]
+        x_at, n = x if INTERPRETED else pointer, x.size(0)
         for at in range(n - 1, -1, -1) if reverse else range(n):
             t = begin + at
             t_c = t if training else 0
@@ -102,8 +103,6 @@ def forward(
             if launch is None:
                 launch = launcher.bind(grid, x, w, bias_x, bias_h, h, c, marks, h, c, saved, T, T, T, 1, T, T, B, H)
                 w_at, bias_x_at, bias_h_at, h_at, c_at, marks_at, saved_at = addresses(w, bias_x, bias_h, h, c, marks, saved)
-            if x_at is None:
-                (x_at,) = addresses(x)
             launch(
                 x_at, w_at, bias_x_at, bias_h_at, h_at, c_at, marks_at, h_at, c_at, saved_at,
                 t, at, t + dt, 1, t_c, t_c + dt if training else 0, B, H,
