@@ -105,7 +105,7 @@ def c_launcher(rounds: int) -> float:
         return tuple(map(address, value)) if type(value) is tuple else value
 
     args = tuple(map(address, args))
-    return fastest(4 * rounds, lambda: [launcher(*args) for _ in range(100)])[0] / 100
+    return fastest(20 * rounds, lambda: [launcher(*args) for _ in range(20)])[0] / 20
 
 
 def calls(family: str, rounds: int) -> dict[str, float]:
