@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "trial_kernel",
 ]
 
+_compiling = threading.Lock()  # of two threads that load a kernel of Triton's at once, one may find it half loaded
 MOST_LAUNCHERS = 1024  # launchers that a family keeps
 SOURCE = "#include <Python.h>\n#include <cuda.h>\nCUresult trial(void) { return cuInit(0); }\n"
 
@@ -165,8 +167,9 @@ class Launcher:
         key = tuple(classes)
         caches, run, function, metadata = self.built.get(key, (None,) * 4)
         if watched or run is None or caches is not self.kernel.device_caches.get(device):
-            built = self.kernel.warmup(*args, grid=grid, **self.constants, **self.options)
-            run, function, metadata = built.run, built.function, built.packed_metadata
+            with _compiling:
+                built = self.kernel.warmup(*args, grid=grid, **self.constants, **self.options)
+                run, function, metadata = built.run, built.function, built.packed_metadata  # the first access loads it
             if watched:
                 run = built[grid]
             else:

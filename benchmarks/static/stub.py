@@ -78,7 +78,7 @@ class Later:
 
 def pretend() -> None:
     """Have CPU tensors run on the stub from now on."""
-    triton.runtime.driver.set_active(Later())
+    triton.runtime.driver.set_active(Later())  # type: ignore[arg-type]
     torch.cuda.get_device_capability = lambda index=None: (9, 0)
     torch.cuda.device = lambda index: contextlib.nullcontext()
     obstacles.known["cpu:None"] = obstacles._find_device_obstacle("cuda", 0)
