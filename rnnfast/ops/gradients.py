@@ -34,7 +34,7 @@ from rnnfast.ops import operators, recurrence
 from rnnfast.ops.marks import entered
 from rnnfast.ops.operators import INPUTS, Backward, Forward, Results
 from rnnfast.ops.recurrence import no_autocast
-from rnnfast.ops.schema import DIFFERENTIABLE, UPSTREAM
+from rnnfast.ops.schema import DIFFERENTIABLE, STATE_TENSORS, UPSTREAM
 from rnnfast.ops.vmap import batched
 from rnnfast.reference import CELLS, PADDED
 
@@ -47,7 +47,6 @@ Tape: Any = namedtuple("Tape", (*UPSTREAM, *INPUTS, *KEPT))  # all tensors of a 
 _AT = {name: n for n, name in enumerate(Forward._fields)}
 _PASSED = tuple(name for name in Backward._fields if name in Tape._fields)
 _inputs, _passed = attrgetter(*INPUTS), attrgetter(*_PASSED)
-_STATES = frozenset(("h0", "c0", "reset_h", "reset_c"))
 
 
 def is_eager(*values: Any) -> bool:
@@ -168,11 +167,11 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
     passed = dict(zip(_PASSED, _passed(tape), strict=True))
     if not call.recompute:
         passed |= RECOMPUTED_FROM
-    need_starts = "h0" in needs if tape.marks is None else not _STATES.isdisjoint(needs)
+    need_starts = "h0" in needs if tape.marks is None else not set(STATE_TENSORS).isdisjoint(needs)
     arguments = Backward(cell=call.cell, reverse=call.reverse, need_starts=need_starts, **passed)
     run = recurrence.backward if not torch.is_grad_enabled() and is_eager(*arguments) else operators.backward
-    d_gates, dh0, dc0, d_reset_h, d_reset_c = run(*arguments)
-    found = {"h0": dh0, "c0": dc0, "reset_h": d_reset_h, "reset_c": d_reset_c}
+    d_gates, *state_grads = run(*arguments)
+    found = dict(zip(STATE_TENSORS, state_grads, strict=True))
 
     T, B, H = tape.y.shape
     sides = CELLS[call.cell].gates * H
@@ -220,7 +219,7 @@ def _by_equations(call: Call, tape: Any) -> dict[str, Tensor]:
     def states(*given):
         return tuple(zeros if state is None else state for state in given[: CELLS[call.cell].states])
 
-    y, last, cells, _ = reference.unroll(
+    y, last, cells, _ = reference.trace(
         call.cell,
         floats.x,
         states(floats.h0, floats.c0),

@@ -269,8 +269,8 @@ def backward(
             grads = [None if first is None else first @ w, d_c if spec.carries_c else None, None, None]
             if grads[0] is not None and direct is not None:
                 grads[0] = grads[0] + direct
-    dh0, dc0, d_reset_h, d_reset_c = (y.new_empty(0) if grad is None else grad.to(y.dtype, copy=True) for grad in grads)
-    return d_gates, dh0, dc0, d_reset_h, d_reset_c
+    d_h0, d_c0, d_reset_h, d_reset_c = (y.new_empty(0) if grad is None else grad.to(y.dtype, copy=True) for grad in grads)
+    return d_gates, d_h0, d_c0, d_reset_h, d_reset_c
 
 
 def _entering(begin: int, steps: int, y: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
