@@ -2,10 +2,9 @@
 
     make bench-check                (or python -m benchmarks.check [--parts counts cpu host] [--bisect] [--update])
 
-
 "counts" are figures of the machine code of a few kernels for absent GPUs (`benchmarks.static`). Each version of Triton has its
-own baseline. "cpu" is the cost of rnnfast beside torch.nn on CPU tensors (`benchmarks.cpu_overhead`). "host" is what a step and a
-call cost the host before a GPU has anything to do (`benchmarks.host_cost`), where a stub of the CUDA driver can be built.
+own baseline. "cpu" is the cost of rnnfast beside torch.nn on CPU tensors (`benchmarks.cpu_overhead`). "host" is what a step and
+a call cost the host before a GPU has anything to do (`benchmarks.host_cost`), where a stub of the CUDA driver can be built.
 
 The exit code is 1 if a figure is worse than its baseline by more than its tolerance, and 2 if there is no baseline. --bisect
 finds the commit that made it worse. --update writes the current figures as the new baselines.

@@ -38,31 +38,14 @@ from rnnfast.ops.schema import DIFFERENTIABLE, STATE_TENSORS, UPSTREAM
 from rnnfast.ops.vmap import batched
 from rnnfast.reference import CELLS, PADDED
 
-__all__ = ["Eager", "Gradients", "Layer", "Tape", "gradients", "is_eager", "reads"]
+__all__ = ["Eager", "Gradients", "Layer", "Tape", "gradients", "reads"]
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 KEPT = ("y", "saved", "c")  # what a derivative needs of the results
 RECOMPUTED_FROM = dict.fromkeys(("x", "w_ih", "b_ih", "b_hh"))  # `rnnfast::backward` takes these with ``recompute`` only
 Tape: Any = namedtuple("Tape", (*UPSTREAM, *INPUTS, *KEPT))  # all tensors of a derivative, None for what is absent
 _AT = {name: n for n, name in enumerate(Forward._fields)}
 _PASSED = tuple(name for name in Backward._fields if name in Tape._fields)
 _inputs, _passed = attrgetter(*INPUTS), attrgetter(*_PASSED)
-
-
-def is_eager(*values: Any) -> bool:
-    """Whether nobody but autograd would see an operator that is called with these arguments: no compiler, no transform, no mode
-    of dispatch, no profiler, no subclass of Tensor. What the operator does can then be called as it is. PyTorch's way through
-    an operator that is written in Python takes 20 us of the host's time forward, and 40 us with gradients."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch_private.thread.__dict__.get("tracing_context") is not None
-        or torch_private.innermost_transform() is not None
-        or torch_private.forward_level() >= 0
-        or torch_private.dispatch_modes()
-        or torch_private.function_modes()
-        or torch_private.profiles()
-        or any([isinstance(value, Tensor) and (type(value) not in _PLAIN or value.is_meta) for value in values])
-    )
 
 
 @dataclass(frozen=True)
@@ -169,7 +152,7 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
         passed |= RECOMPUTED_FROM
     need_starts = "h0" in needs if tape.marks is None else not set(STATE_TENSORS).isdisjoint(needs)
     arguments = Backward(cell=call.cell, reverse=call.reverse, need_starts=need_starts, **passed)
-    run = recurrence.backward if not torch.is_grad_enabled() and is_eager(*arguments) else operators.backward
+    run = recurrence.backward if not torch.is_grad_enabled() and recurrence.is_eager(*arguments) else operators.backward
     d_gates, *state_grads = run(*arguments)
     found = dict(zip(STATE_TENSORS, state_grads, strict=True))
 
@@ -291,7 +274,7 @@ class Layer(torch.autograd.Function):
 
 
 class Eager(torch.autograd.Function):
-    """`rnnfast::forward` with its derivatives, where `is_eager`."""
+    """`rnnfast::forward` with its derivatives, where `recurrence.is_eager`."""
 
     @staticmethod
     def forward(ctx, *arguments):

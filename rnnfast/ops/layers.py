@@ -76,7 +76,7 @@ def _run(
         call = call._replace(**{name: tensor.to(low) for name, tensor in given.items() if tensor is not None})
         w_hr = None if w_hr is None else w_hr.to(low)
     run: Any = gradients.Layer.apply if inside else operators.forward
-    if not inside and gradients.is_eager(*call):
+    if not inside and recurrence.is_eager(*call):
         run = gradients.Eager.apply if needed and torch.is_grad_enabled() else recurrence.forward
     return Results(*run(*call)) if w_hr is None else _projected(run, call, w_hr)
 
