@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Calls and changes of file. One launcher for all kernels, input sides made when a chunk asks for them, and a look whether a call
-# may pass by PyTorch's operator take two changes more than without (8), and a third of the host's time (docs/kernels.md).
+# Calls and changes of file. Two changes more than could be are the price of one launcher for all kernels and of input sides that
+# are made when a chunk asks for them: they save a third of the host's time (docs/kernels.md).
 MOST = {
     "plain CPU call": (2, 1),
     "step kernels, forward": (25, 10),
