@@ -1,9 +1,10 @@
 """The regression gate: compares figures that need no GPU with committed baselines.
 
-    make bench-check                (or python -m benchmarks.check [--parts counts cpu] [--bisect] [--update])
+    make bench-check                (or python -m benchmarks.check [--parts counts cpu host] [--bisect] [--update])
 
 "counts" are figures of the machine code of a few kernels for absent GPUs (`benchmarks.static`). Each version of Triton has its
-own baseline. "cpu" is the cost of rnnfast beside torch.nn on CPU tensors (`benchmarks.cpu_overhead`).
+own baseline. "cpu" is the cost of rnnfast beside torch.nn on CPU tensors (`benchmarks.cpu_overhead`). "host" is what a step and
+a call cost the host before a GPU has anything to do (`benchmarks.host_cost`), where a stub of the CUDA driver can be built.
 
 The exit code is 1 if a figure is worse than its baseline by more than its tolerance, and 2 if there is no baseline. --bisect
 finds the commit that made it worse. --update writes the current figures as the new baselines.
@@ -21,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = Path(__file__).with_name("baselines")
 SCHEMA = 1
-PARTS = ("counts", "cpu")
+PARTS = ("counts", "cpu", "host")
 MEASURED = ("kernels", "rnnfast")  # a commit that touches none of these changes no figure
 SKIP = 125  # the exit code with which `git bisect run` passes over a commit
 Figures = dict[str, dict[str, float | str]]  # a figure by row and name
@@ -76,6 +77,10 @@ def figures_of(part: str) -> tuple[Figures, dict[str, float]]:
         from benchmarks import cpu_overhead
 
         return cpu_overhead.figures(), cpu_overhead.TOLERANCES
+    if part == "host":
+        from benchmarks import host_cost
+
+        return host_cost.figures(), host_cost.TOLERANCES
     from benchmarks.static import table
 
     found: Figures = {}
@@ -91,12 +96,21 @@ def figures_of(part: str) -> tuple[Figures, dict[str, float]]:
 def baseline_path(part: str) -> Path:
     import triton
 
-    return BASELINES / (f"triton-{triton.__version__}.json" if part == "counts" else "cpu.json")
+    return BASELINES / (f"triton-{triton.__version__}.json" if part == "counts" else f"{part}.json")
 
 
 def git(*args: str | Path, tree: Path | None = None) -> str:
     """The output of git. Raises subprocess.CalledProcessError if git fails."""
     return subprocess.run(["git", "-C", tree or ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def unavailable(part: str) -> str:
+    """Why this machine cannot measure `part`; empty if it can."""
+    if part != "host":
+        return ""
+    from benchmarks.static import stub
+
+    return stub.unavailable()
 
 
 def is_dirty() -> bool:
@@ -159,6 +173,9 @@ def bisect(part: str, worse: list[Worse], baseline: dict) -> str:
 def check(part: str, find: bool) -> int:
     """Compare `part` with its baseline and print what is worse. Returns the exit code."""
     path = baseline_path(part)
+    if reason := unavailable(part):
+        print(f"{part}: unavailable: {reason}")
+        return 0
     if not path.exists():
         others = ", ".join(sorted(one.name for one in BASELINES.glob("*.json") if one.name != "gate.json")) or "none"
         print(f"{part}: no baseline {path.name}; there are: {others}. --update writes one", file=sys.stderr)

@@ -9,11 +9,13 @@ or the order of the programs, and backward makes the mask again from the seed.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.runtime import INTERPRETED, as_a_gpu
+from rnnfast.kernels.runtime import Launcher, as_a_gpu, emulates_bf16
 
 __all__ = ["apply", "dropout_kernel"]
 
@@ -67,6 +69,12 @@ def dropout_kernel(
         tl.store(at_joined, tile, mask=offs_j < W)
 
 
+@functools.cache
+def _launcher(backward: bool, dtype, block: int) -> Launcher:
+    constants = {"BACKWARD": backward, "EMULATE_BF16": emulates_bf16(dtype), "BLOCK_J": block}
+    return Launcher(dropout_kernel, constants, num_warps=4)
+
+
 @as_a_gpu
 def apply(joined, first, second, seed, p: float, *, backward: bool) -> None:
     """Drop out from `first` and `second` into `joined`, or, for `backward`, from `joined` into them.
@@ -79,8 +87,7 @@ def apply(joined, first, second, seed, p: float, *, backward: bool) -> None:
     """
     rows, W = joined.shape
     block = min(BLOCK_J, max(128, triton.next_power_of_2(W)))
-    dropout_kernel[(rows, -(-W // block))](
-        joined, first, first if second is None else second, seed, round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p),
-        first.shape[1], W, BACKWARD=backward, EMULATE_BF16=INTERPRETED and "bfloat16" in str(joined.dtype), BLOCK_J=block,
-        num_warps=4, enable_fp_fusion=True,
+    _launcher(backward, joined.dtype, block)(
+        (rows, -(-W // block), 1), joined, first, first if second is None else second, seed, round(p * 2**32),
+        0.0 if p == 1 else 1 / (1 - p), first.shape[1], W,
     )  # fmt: skip

@@ -8,12 +8,14 @@ kernel. What a cell saves follows from its two sides alone, not from the state t
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.runtime import INTERPRETED, as_a_gpu
+from rnnfast.kernels.runtime import Launcher, as_a_gpu, emulates_bf16
 
 __all__ = ["compute", "recompute_kernel"]
 
@@ -59,6 +61,20 @@ def recompute_kernel(
         tl.store(saved_ptr + row * (SAVED * H) + s * H + offs_h, tile, mask=mask)
 
 
+@functools.cache
+def _launcher(cell: Cell, has_bias: bool, dtype) -> Launcher:
+    constants = {
+        "CELL": cell.forward,
+        "G": cell.gates,
+        "SAVED": cell.saved,
+        "CARRIES_C": cell.carries_c,
+        "HAS_BIAS": has_bias,
+        "EMULATE_BF16": emulates_bf16(dtype),
+        "BLOCK_H": BLOCK_H,
+    }
+    return Launcher(recompute_kernel, constants, num_warps=4)
+
+
 @as_a_gpu
 def compute(cell: Cell, x, h, bias_x, bias_h, saved) -> None:
     """Fill `saved` for some steps. All tensors contiguous and on one device.
@@ -73,8 +89,4 @@ def compute(cell: Cell, x, h, bias_x, bias_h, saved) -> None:
     H = width // cell.saved
     has_bias = bias_x is not None
     bias_x, bias_h = (bias_x, bias_h) if has_bias else (x, x)
-    recompute_kernel[(n * B, -(-H // BLOCK_H))](
-        x, h, bias_x, bias_h, saved, H, CELL=cell.forward, G=cell.gates, SAVED=cell.saved, CARRIES_C=cell.carries_c,
-        HAS_BIAS=has_bias, EMULATE_BF16=INTERPRETED and "bfloat16" in str(saved.dtype), BLOCK_H=BLOCK_H, num_warps=4,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    _launcher(cell, has_bias, saved.dtype)((n * B, -(-H // BLOCK_H), 1), x, h, bias_x, bias_h, saved, H)

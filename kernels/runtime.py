@@ -1,16 +1,37 @@
-"""How kernels run, compiled or interpreted; and whether this machine can launch any."""
+"""How kernels run, compiled or interpreted: their launches, and whether this machine can launch any."""
 
 from __future__ import annotations
 
+import functools
 import sysconfig
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import triton
 import triton.language as tl
+from triton import knobs
 
-__all__ = ["INTERPRETED", "as_a_gpu", "mode", "prepare_a_launch", "python_header", "trial_kernel"]
+from rnnfast.kernels import turns
 
+__all__ = [
+    "INTERPRETED",
+    "MOST_LAUNCHERS",
+    "Launcher",
+    "addresses",
+    "as_a_gpu",
+    "emulates_bf16",
+    "in_chunks",
+    "mode",
+    "prepare_a_launch",
+    "python_header",
+    "trial_kernel",
+]
+
+_compiling = threading.Lock()  # of two threads that load a kernel of Triton's at once, one may find it half loaded
+MOST_LAUNCHERS = 1024  # launchers that a family keeps
 SOURCE = "#include <Python.h>\n#include <cuda.h>\nCUresult trial(void) { return cuInit(0); }\n"
 
 
@@ -37,6 +58,135 @@ def as_a_gpu(function):
     from triton.runtime.interpreter import np
 
     return np.errstate(all="ignore")(function)
+
+
+def in_chunks(forward):
+    """A host function ``forward(cell, chunks, ...)`` of one that runs a chunk, ``forward(cell, x, begin, ...)``.
+
+    ``chunks()`` gives pairs (begin, x), as `rnnfast.kernels.step.forward` has it.
+    """
+
+    @functools.wraps(forward)
+    def run(cell, chunks, *args, **options):
+        for begin, x in chunks():
+            forward(cell, x, begin, *args, **options)
+
+    return run
+
+
+def addresses(*values):
+    """What a function that `Launcher.bind` gave takes for these: addresses for tensors, or in the interpreter the tensors
+    themselves. Numbers and None stay as they are."""
+    return values if INTERPRETED else _classify(values, (False,) * len(values), [])
+
+
+def emulates_bf16(dtype) -> bool:
+    """Whether kernels have to round to bfloat16 themselves: see `rnnfast.kernels.maths`."""
+    return INTERPRETED and "bfloat16" in str(dtype)
+
+
+def _classify(values, specialized, classes: list) -> tuple:
+    """Append to `classes` what Triton compiles a kernel for, value by value; return the values with addresses for tensors.
+
+    `specialized`: for each value whether Triton also tells the integer 1 and multiples of 16 from others.
+    """
+    plain = []
+    for value, special in zip(values, specialized, strict=True):
+        if value is None:
+            classes.append(None)
+            plain.append(None)
+        elif value.__class__ is int:
+            classes.append(-0x80000000 <= value <= 0x7FFFFFFF)
+            if special:
+                classes.append(1 if value == 1 else value % 16 == 0 and 16)
+            plain.append(value)
+        elif isinstance(value, tuple):
+            plain.append(_classify(value, (special,) * len(value), classes))
+        elif value.__class__ is float:
+            classes.append(float)
+            plain.append(value)
+        else:
+            at = value.data_ptr()
+            classes.append(value.dtype)
+            classes.append(at % 16 == 0)
+            plain.append(at)
+    return tuple(plain)
+
+
+class Launcher:
+    """Launches a kernel with constants and options that stay.
+
+    Triton binds and specializes every argument at each launch: 15 to 25 us of the host's time. Here what it compiled
+    is looked up by what it depends on: the device, and of each argument whether it is None, the dtype and the alignment to 16
+    bytes of a tensor, the width of an integer, and whether it is 1 or a multiple of 16 where Triton specializes for that.
+    Kernels are compiled by Triton's ordinary way, and anew if Triton has dropped its own cache of them. Where someone watches
+    launches (`triton.knobs.runtime.launch_enter_hook`, as Triton's profiler does), each goes through Triton.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        constants: its last arguments, by name.
+        options: Triton's options of a launch. Programs that wait for one another need ``launch_cooperative_grid=True``; such
+            grids take turns (`rnnfast.kernels.turns`).
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any):
+        self.kernel, self.constants = kernel, constants
+        # fused multiply-adds by name: the default of Triton 3.10 is to be without
+        self.options = options | {"enable_fp_fusion": True}
+        self.compiled = isinstance(kernel, triton.JITFunction)
+        self.waits = "launch_cooperative_grid" in options
+        if self.compiled:
+            arguments = [parameter for parameter in kernel.params if parameter.name not in constants]
+            self.specialized = tuple(not parameter.do_not_specialize for parameter in arguments)
+            self.tail = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        self.built: dict[tuple, tuple] = {}
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launch once."""
+        if not self.compiled:
+            self.kernel[grid](*args, **self.constants, **self.options)
+            return
+        launch, plain = self._prepare(grid, args)
+        launch(*plain)
+
+    def bind(self, grid: tuple[int, int, int], *args: Any) -> Callable[..., None]:
+        """A function for many launches on the current stream, whose arguments are as these in all that a kernel is compiled
+        for. It takes `addresses` in place of tensors and checks nothing. For an integer that changes, give the
+        largest here."""
+        if not self.compiled:
+            return functools.partial(self.kernel[grid], **self.constants, **self.options)
+        return self._prepare(grid, args)[0]
+
+    def _prepare(self, grid: tuple[int, int, int], args: tuple) -> tuple[Callable[..., None], tuple]:
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        stream = driver.get_current_stream(device)
+        classes: list = [device]
+        plain = _classify(args, self.specialized, classes)
+        watched = _is_watched(self.kernel)
+        key = tuple(classes)
+        caches, run, function, metadata = self.built.get(key, (None,) * 4)
+        if watched or run is None or caches is not self.kernel.device_caches.get(device):
+            with _compiling:
+                built = self.kernel.warmup(*args, grid=grid, **self.constants, **self.options)
+                run, function, metadata = built.run, built.function, built.packed_metadata  # the first access loads it
+            if watched:
+                run = built[grid]
+            else:
+                self.built[key] = self.kernel.device_caches[device], run, function, metadata
+        tail = self.tail
+        if watched:
+            launch = lambda *args: run(*args, *tail)  # noqa: E731
+        else:
+            head = (*grid, stream, function, metadata, None, None, None)
+            launch = lambda *args: run(*head, *args, *tail)  # noqa: E731
+        return (functools.partial(turns.launch, launch, device, stream) if self.waits else launch), plain
+
+
+def _is_watched(kernel: Any) -> bool:
+    """Whether anyone is to be told of each launch."""
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return bool(kernel.pre_run_hooks) or any([hook is not None and getattr(hook, "calls", True) for hook in hooks])
 
 
 def python_header() -> Path:

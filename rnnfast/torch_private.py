@@ -28,9 +28,11 @@ __all__ = [
     "constant",
     "cudnn_benchmark",
     "current_weights",
+    "dispatch_modes",
     "dynamo_refuses_layers",
     "environment",
     "forward_level",
+    "function_modes",
     "has_operator",
     "in_backward",
     "innermost_transform",
@@ -45,6 +47,7 @@ __all__ = [
     "own_parameters",
     "pack",
     "pad",
+    "profiles",
     "registers",
     "remove_batch_dim",
     "replaced",
@@ -74,6 +77,12 @@ thread = _guards._TLS
 
 # The level of forward-mode differentiation, -1 where it is off. There is no public way to ask.
 forward_level = partial(getattr, forward_ad, "_current_level")
+
+# How many modes of dispatch, and of torch functions, see each operator; and whether a profiler does. There is no public way to
+# ask for modes.
+dispatch_modes = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
+function_modes = torch._C._len_torch_function_stack  # type: ignore[attr-defined]
+profiles = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 # The transform of torch.func that is innermost, or None. There is no public way to ask.
 innermost_transform = _functorch.peek_interpreter_stack

@@ -16,6 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from benchmarks.static import stub
 from benchmarks.timing.problem import tf32
 from rnnfast import ops
 from rnnfast.choice import kernel_plan
@@ -53,6 +54,7 @@ class StandInDriver(DriverBase):
     get_current_stream = staticmethod(lambda device: 0)
     load_binary = staticmethod(lambda name, kernel, shared, device: (1, name, 0, 0, 1024))
     unload_module = staticmethod(lambda module: None)
+    get_device_interface = staticmethod(lambda: stub.OneStream)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.limits.capability, 32)

@@ -25,7 +25,7 @@ from rnnfast.kernels.cells import gru, lstm, rnn
 __all__ = ["CELLS", "Cell"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # eq=False: a key of dictionaries at the cost of an address
 class Cell:
     """What a generic kernel has to know of a cell.
 

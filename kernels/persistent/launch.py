@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.marks import Marks, StartGrads, pack_kernel
 from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
 from rnnfast.kernels.persistent.plan import ROWS, PersistentPlan
-from rnnfast.kernels.runtime import INTERPRETED, as_a_gpu
+from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, as_a_gpu, emulates_bf16, in_chunks
 from rnnfast.kernels.step.launch import after, before
 
 __all__ = ["backward", "forward", "packed"]
 
 CLEAR_BLOCK = 4096
 PACK_STEPS = 32
+
+_clear = Launcher(clear_kernel, {"BLOCK": CLEAR_BLOCK})
 
 
 def _power_of_two(gates: int) -> int:
@@ -28,8 +32,13 @@ def _exchange(out, H: int, plan: PersistentPlan, blocks: int, marked: bool):
 
 def _cleared(buffer):
     words = buffer.numel() * buffer.element_size() // 4
-    clear_kernel[(-(-words // CLEAR_BLOCK),)](buffer, words, BLOCK=CLEAR_BLOCK, enable_fp_fusion=True)
+    _clear((-(-words // CLEAR_BLOCK), 1, 1), buffer, words)
     return buffer
+
+
+@functools.cache
+def _pack(block_b: int) -> Launcher:
+    return Launcher(pack_kernel, {"BLOCK_B": block_b, "BLOCK_T": PACK_STEPS})
 
 
 def packed(marks: Marks, plan: PersistentPlan, begin: int, end: int) -> Marks:
@@ -40,23 +49,46 @@ def packed(marks: Marks, plan: PersistentPlan, begin: int, end: int) -> Marks:
     T, B = codes.shape
     tiles = -(-B // plan.BLOCK_B)
     words = codes.new_empty(T, tiles * 8)  # bytes
-    grid = -(-T // PACK_STEPS), tiles
-    pack_kernel[grid](codes, marks.order, words, T, B, BLOCK_B=plan.BLOCK_B, BLOCK_T=PACK_STEPS, enable_fp_fusion=True)
+    _pack(plan.BLOCK_B)((-(-T // PACK_STEPS), tiles, 1), codes, marks.order, words, T, B)
     return marks._replace(codes=words)
 
 
-def _options(plan: PersistentPlan) -> dict:
-    return {
+def _launcher(kernel, cell: Cell, plan: PersistentPlan, H: int, dtype, precision: str, **own) -> Launcher:
+    """`own`: constants that only one of the kernels has."""
+    constants = {
+        "H": H,
+        "G": cell.gates,
+        "GATES": _power_of_two(cell.gates),
+        "CARRIES_C": cell.carries_c,
+        "PER_WORD": 4 // dtype.itemsize,
+        "PRECISION": precision,
+        "EMULATE_BF16": emulates_bf16(dtype),
         "PLAN": plan.tiles,
-        "num_warps": plan.num_warps,
-        "num_stages": 1,  # the pipeliner ignores volatile: it would load ahead of the poll
-        "enable_fp_fusion": True,
-        # a second CTA on the SM is no use: the assembler would save registers for one, and spill
-        "maxnreg": 255,
-        "launch_cooperative_grid": True,  # programs wait for each other: all resident, or an error
     }
+    return Launcher(
+        kernel,
+        constants | own,
+        num_warps=plan.num_warps,
+        num_stages=1,  # the pipeliner ignores volatile: it would load ahead of the poll
+        # a second CTA on the SM is no use: the assembler would save registers for one, and spill
+        maxnreg=255,
+        launch_cooperative_grid=True,  # programs wait for each other: all resident, or an error
+    )
 
 
+@functools.lru_cache(MOST_LAUNCHERS)
+def _forward_launcher(cell: Cell, plan: PersistentPlan, saves: bool, training: bool, *sizes) -> Launcher:
+    own = {"CELL": cell.forward, "SAVED": cell.saved if saves else 0, "KEEP_C": training}
+    return _launcher(persistent_forward_kernel, cell, plan, *sizes, **own)
+
+
+@functools.lru_cache(MOST_LAUNCHERS)
+def _backward_launcher(cell: Cell, plan: PersistentPlan, *sizes) -> Launcher:
+    own = {"CELL": cell.backward, "D": cell.grads, "SAVED": cell.saved, "DIRECT": cell.direct}
+    return _launcher(persistent_backward_kernel, cell, plan, *sizes, **own)
+
+
+@in_chunks
 @as_a_gpu
 def forward(
     cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: PersistentPlan,
@@ -74,22 +106,13 @@ def forward(
     dt, t_x = (-1, n - 1) if reverse else (1, 0)
     t = begin + t_x
     t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks.codes)
-    flags = {
-        "CELL": cell.forward,
-        "G": cell.gates,
-        "GATES": _power_of_two(cell.gates),
-        "SAVED": cell.saved if training and saved.numel() else 0,
-        "CARRIES_C": cell.carries_c,
-        "KEEP_C": training,
-        "PER_WORD": 4 // h.element_size(),
-        "PRECISION": precision,
-        "EMULATE_BF16": INTERPRETED and "bfloat16" in str(h.dtype),
-    }
+    saves = training and saved.numel() > 0
+    launch = _forward_launcher(cell, plan, saves, training, H, h.dtype, precision)
     t_c_prev = t_prev if training else 0
     for grid, b_begin in plan.launches(B):
-        persistent_forward_kernel[grid](
-            x, w, bias_x, bias_h, h_prev, c_prev, chunk_marks, exchange, h, c, saved,
-            t, t_x, dt, n, t_prev, has_prev, t_c_prev, b_begin, B, H=H, **flags, **_options(plan),
+        launch(
+            grid, x, w, bias_x, bias_h, h_prev, c_prev, chunk_marks, exchange, h, c, saved,
+            t, t_x, dt, n, t_prev, has_prev, t_c_prev, b_begin, B,
         )  # fmt: skip
 
 
@@ -103,18 +126,7 @@ def backward(
     The rows of a launch in `d_gates` are its exchange; with marks it has a buffer of its own, which bounds the steps.
     """
     T, B, H = h.shape
-    flags = {
-        "CELL": cell.backward,
-        "G": cell.gates,
-        "GATES": _power_of_two(cell.gates),
-        "D": cell.grads,
-        "SAVED": cell.saved,
-        "CARRIES_C": cell.carries_c,
-        "DIRECT": cell.direct,
-        "PER_WORD": 4 // h.element_size(),
-        "PRECISION": precision,
-        "EMULATE_BF16": INTERPRETED and "bfloat16" in str(h.dtype),
-    }
+    launch = _backward_launcher(cell, plan, H, h.dtype, precision)
     has_first, h0 = (0, h) if h0 is None else (1, h0)
     c0 = c if c0 is None else c0
     t_first = T - 1 if reverse else 0
@@ -131,10 +143,9 @@ def backward(
         exchange = _exchange(d_gates[first : first + n], H, plan, cell.gates, marked)
         sums = d_h if plan.PARTS == 1 else _cleared(d_h.new_empty(n, B, plan.PARTS * plan.H_PAD))
         for grid, b_begin in plan.launches(B):
-            persistent_backward_kernel[grid](
-                dy, saved, h, h0, c, c0, w, dcs, all_marks,
+            launch(
+                grid, dy, saved, h, h0, c, c0, w, dcs, all_marks,
                 exchange, sums, d_gates, d_h, d_c, d_starts,
                 first + t_x, t_x, dt, n, t_first, has_first, t_next, has_next, b_begin, begin, B,
-                H=H, **flags, **_options(plan),
             )  # fmt: skip
         t_next, has_next = first + t_x + dt * (n - 1), 1

@@ -5,37 +5,35 @@ The steps beside a step are in the order of processing: for a reverse direction 
 
 from __future__ import annotations
 
+import functools
+
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.marks import Marks, StartGrads
-from rnnfast.kernels.runtime import INTERPRETED, as_a_gpu
+from rnnfast.kernels.runtime import INTERPRETED, MOST_LAUNCHERS, Launcher, addresses, as_a_gpu, emulates_bf16
 from rnnfast.kernels.step.kernels import backward_step_kernel, forward_step_kernel
 from rnnfast.kernels.step.plan import StepPlan
 
-__all__ = ["Launcher", "after", "backward", "before", "forward"]
+__all__ = ["after", "backward", "before", "forward"]
 
 
-class Launcher:
-    """Launches one kernel many times with the same argument types.
+def _launcher(kernel, plan: StepPlan, **constants) -> Launcher:
+    return Launcher(kernel, constants | {"PLAN": plan}, num_warps=plan.num_warps, num_stages=plan.num_stages)
 
-    Triton binds and specialises every argument at each call, which costs several times a launch. The first two calls go that
-    way: the initial state may be aligned otherwise than the output that follows it. The rest reuse what the second call built.
-    """
 
-    def __init__(self, kernel, plan: StepPlan, B: int, H: int, constants: dict):
-        self.kernel, self.constants = kernel, constants | {"PLAN": plan}
-        self.grid = -(-B // plan.BLOCK_B), -(-H // plan.BLOCK_H), 1
-        # fused multiply-adds by name: the default of Triton 3.10 is to be without
-        self.options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
-        self.calls, self.compiled = 0, None
+@functools.lru_cache(MOST_LAUNCHERS)
+def _forward_launcher(cell: Cell, plan: StepPlan, saves: bool, aligned: bool, precision: str, dtype) -> Launcher:
+    return _launcher(
+        forward_step_kernel, plan, CELL=cell.forward, G=cell.gates, SAVED=cell.saved if saves else 0, CARRIES_C=cell.carries_c,
+        ALIGNED=aligned, PRECISION=precision, EMULATE_BF16=emulates_bf16(dtype),
+    )  # fmt: skip
 
-    def __call__(self, *args):
-        if self.compiled is not None:
-            self.compiled(*args, *(self.constants[name] for name in self.kernel.arg_names[len(args) :]))
-            return
-        built = self.kernel[self.grid](*args, **self.constants, **self.options)
-        self.calls += 1
-        if self.calls == 2 and built is not None:  # the interpreter gives None
-            self.compiled = built[self.grid]
+
+@functools.lru_cache(MOST_LAUNCHERS)
+def _backward_launcher(cell: Cell, plan: StepPlan, aligned: bool, precision: str, dtype) -> Launcher:
+    return _launcher(
+        backward_step_kernel, plan, CELL=cell.backward, G=cell.gates, D=cell.grads, SAVED=cell.saved, CARRIES_C=cell.carries_c,
+        DIRECT=cell.direct, ALIGNED=aligned, PRECISION=precision, EMULATE_BF16=emulates_bf16(dtype),
+    )  # fmt: skip
 
 
 def before(t: int, T: int, reverse: bool, h, h0, c, c0, codes=None):
@@ -54,20 +52,21 @@ def after(begin: int, end: int, T: int, reverse: bool) -> tuple[int, int]:
 
 @as_a_gpu
 def forward(
-    cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: StepPlan,
+    cell: Cell, chunks, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: StepPlan,
     marks: Marks = Marks(),
 ) -> None:  # fmt: skip
-    """Run the recurrence over the time steps of a chunk, one launch each. All tensors contiguous and on one device.
+    """Run the recurrence over all time steps, one launch each. All tensors contiguous and on one device.
 
     Args:
         cell: the cell, from `rnnfast.kernels.cells.CELLS`.
-        x: (n, B, G * H) float32, the input side W_ih x of the steps begin, ..., begin + n - 1.
-        begin: the first of them in time. Chunks are run in the order of processing: for `reverse`, the last one first.
+        chunks: ``chunks()`` gives pairs (begin, x), in the order of processing: for `reverse`, the last steps first. x (n, B,
+            G * H) in float32 is the input side W_ih x of the steps begin, ..., begin + n - 1. It may be overwritten when the
+            next pair is asked for.
         w: (G * H, H), W_hh.
         bias_x, bias_h: (G * H,), b_ih and b_hh, or both None.
         h0: (B, H) initial hidden state, or None for zeros.
         c0: (B, H) float32 initial cell state, or None for zeros; None for a cell without one.
-        h: (T, B, H), written: the hidden states; the chunk continues from the step beside it.
+        h: (T, B, H), written: the hidden states.
         c: (T, B, H) float32 if `saved` is given, else (1, B, H), written: all cell states, else the last; None without any.
         saved: (T, B, cell.saved * H), written: what backward needs; empty if it is to be computed again
             (`rnnfast.kernels.recompute`) or the cell saves nothing; None in inference.
@@ -78,26 +77,36 @@ def forward(
             `c` for one step keeps the last of each row.
     """
     T, B, H = h.shape
-    n = x.shape[0]
     training = saved is not None
-    constants = {
-        "CELL": cell.forward,
-        "G": cell.gates,
-        "SAVED": cell.saved if training and saved.numel() else 0,
-        "CARRIES_C": cell.carries_c,
-        "ALIGNED": H * h.element_size() % 16 == 0,
-        "PRECISION": precision,
-        "EMULATE_BF16": INTERPRETED and "bfloat16" in str(h.dtype),
-    }
-    launch = Launcher(forward_step_kernel, plan, B, H, constants)
-    for at in reversed(range(n)) if reverse else range(n):
-        t = begin + at
-        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks.codes)
-        t_c, t_c_prev = (t, t_prev) if training else (0, 0)
-        launch(
-            x, w, bias_x, bias_h, h_prev, c_prev, marks, h, c, saved,
-            t, at, t_prev, has_prev, t_c, t_c_prev, B, H,
-        )  # fmt: skip
+    aligned = H * h.element_size() % 16 == 0
+    saves = training and saved.numel() > 0
+    launcher = _forward_launcher(cell, plan, saves, aligned, precision, h.dtype)
+    grid = -(-B // plan.BLOCK_B), -(-H // plan.BLOCK_H), 1
+    first = (T - 1 if reverse else 0) if marks.codes is None else -1  # with marks the first step is as any other
+    dt = 1 if reverse else -1  # to the step before
+    x_aligned = launch = None
+    for begin, x in chunks():
+        pointer = x.data_ptr()
+        if x_aligned is not (x_aligned := pointer % 16 == 0):  # Triton compiles other code for it
+            launch = None
+        x_at, n = x if INTERPRETED else pointer, x.size(0)
+        for at in range(n - 1, -1, -1) if reverse else range(n):
+            t = begin + at
+            t_c = t if training else 0
+            if t == first:
+                h_first, c_first = h if h0 is None else h0, c if c0 is None else c0
+                launcher(
+                    grid, x, w, bias_x, bias_h, h_first, c_first, marks, h, c, saved,
+                    t, at, 0, int(h0 is not None), t_c, 0, B, H,
+                )  # fmt: skip
+                continue
+            if launch is None:
+                launch = launcher.bind(grid, x, w, bias_x, bias_h, h, c, marks, h, c, saved, T, T, T, 1, T, T, B, H)
+                w_at, bias_x_at, bias_h_at, h_at, c_at, marks_at, saved_at = addresses(w, bias_x, bias_h, h, c, marks, saved)
+            launch(
+                x_at, w_at, bias_x_at, bias_h_at, h_at, c_at, marks_at, h_at, c_at, saved_at,
+                t, at, t + dt, 1, t_c, t_c + dt if training else 0, B, H,
+            )  # fmt: skip
 
 
 @as_a_gpu
@@ -125,24 +134,30 @@ def backward(
             for which `d_h` is as without marks. Each None if not needed. `d_c` is then scratch, but for empty rows.
     """
     T, B, H = h.shape
-    constants = {
-        "CELL": cell.backward,
-        "G": cell.gates,
-        "D": cell.grads,
-        "SAVED": cell.saved,
-        "CARRIES_C": cell.carries_c,
-        "DIRECT": cell.direct,
-        "ALIGNED": H * h.element_size() % 16 == 0,
-        "PRECISION": precision,
-        "EMULATE_BF16": INTERPRETED and "bfloat16" in str(h.dtype),
-    }
-    launch = Launcher(backward_step_kernel, plan, B, H, constants)
+    aligned = H * h.element_size() % 16 == 0
+    launcher = _backward_launcher(cell, plan, aligned, precision, h.dtype)
+    grid = -(-B // plan.BLOCK_B), -(-H // plan.BLOCK_H), 1
+    ends = (T - 1 if reverse else 0) if marks.codes is None else -1  # the step that forward began with
+    dt = 1 if reverse else -1
     end = begin + (T if steps is None else steps)
     t_next, has_next = after(begin, end, T, reverse)
-    for t in range(begin, end) if reverse else reversed(range(begin, end)):
-        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks.codes)
-        launch(
-            dy, saved, h, h_prev, c, c_prev, w, dcs, marks,
-            d_gates, d_h, d_c, d_starts, t, t - begin, t_prev, t_next, has_prev, has_next, B, H,
-        )  # fmt: skip
+    launch = None
+    for t in range(begin, end) if reverse else range(end - 1, begin - 1, -1):
+        if t == ends:
+            h_first, c_first = h if h0 is None else h0, c if c0 is None else c0
+            launcher(
+                grid, dy, saved, h, h_first, c, c_first, w, dcs, marks, d_gates, d_h, d_c, d_starts,
+                t, t - begin, 0, t_next, int(h0 is not None), has_next, B, H,
+            )  # fmt: skip
+        else:
+            if launch is None:
+                launch = launcher.bind(
+                    grid, dy, saved, h, h, c, c, w, dcs, marks, d_gates, d_h, d_c, d_starts, T, T, T, T, 1, 1, B, H
+                )
+                dy_at, saved_at, h_at, c_at, w_at, dcs_at, marks_at = addresses(dy, saved, h, c, w, dcs, marks)
+                d_gates_at, d_h_at, d_c_at, d_starts_at = addresses(d_gates, d_h, d_c, d_starts)
+            launch(
+                dy_at, saved_at, h_at, h_at, c_at, c_at, w_at, dcs_at, marks_at, d_gates_at, d_h_at, d_c_at, d_starts_at,
+                t, t - begin, t + dt, t_next, 1, has_next, B, H,
+            )  # fmt: skip
         t_next, has_next = t, 1

@@ -99,7 +99,10 @@ def run(
         elif drops:
             x = torch.dropout(x, layer.dropout, train=True)  # whose errors are torch.nn.LSTM's
 
-    hidden = tuple(torch.stack(state) for state in zip(*last_states, strict=True))
+    if len(last_states) == 1:
+        hidden = tuple(state.unsqueeze(0) for state in last_states[0])  # a copy less than a stack
+    else:
+        hidden = tuple(torch.stack(state) for state in zip(*last_states, strict=True))
 
     def laid_out(tensor: Tensor) -> Any:
         """(T, B, ...) as the caller has the input."""

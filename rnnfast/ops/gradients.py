@@ -4,6 +4,7 @@
     higher orders     `Gradients` makes the first order differentiable. Its own derivative goes through the equations in plain
                       PyTorch (`rnnfast.reference`), one step after another, in float32; only where such a derivative is taken
     torch.func        cannot differentiate an operator. Inside its transforms `Layer` stands before the operator: same kernels
+    eager             `Eager` stands for the operator where nobody could tell, as it takes less of the host's time
     forward mode      has no rule here: `rnnfast.choice.decide` has such calls sent to the equations before they come
 
 All inputs, y, the activations and the cell states are saved. Second derivatives read every input. First derivatives read fewer,
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import reference, torch_private
-from rnnfast.ops import operators
+from rnnfast.ops import operators, recurrence
 from rnnfast.ops.marks import entered
 from rnnfast.ops.operators import INPUTS, Backward, Forward, Results
 from rnnfast.ops.recurrence import no_autocast
@@ -37,7 +38,7 @@ from rnnfast.ops.schema import DIFFERENTIABLE, STATE_TENSORS, UPSTREAM
 from rnnfast.ops.vmap import batched
 from rnnfast.reference import CELLS, PADDED
 
-__all__ = ["Gradients", "Layer", "Tape", "gradients", "reads"]
+__all__ = ["Eager", "Gradients", "Layer", "Tape", "gradients", "reads"]
 
 KEPT = ("y", "saved", "c")  # what a derivative needs of the results
 RECOMPUTED_FROM = dict.fromkeys(("x", "w_ih", "b_ih", "b_hh"))  # `rnnfast::backward` takes these with ``recompute`` only
@@ -151,7 +152,8 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
         passed |= RECOMPUTED_FROM
     need_starts = "h0" in needs if tape.marks is None else not set(STATE_TENSORS).isdisjoint(needs)
     arguments = Backward(cell=call.cell, reverse=call.reverse, need_starts=need_starts, **passed)
-    d_gates, *state_grads = operators.backward(*arguments)
+    run = recurrence.backward if not torch.is_grad_enabled() and recurrence.is_eager(*arguments) else operators.backward
+    d_gates, *state_grads = run(*arguments)
     found = dict(zip(STATE_TENSORS, state_grads, strict=True))
 
     T, B, H = tape.y.shape
@@ -268,6 +270,18 @@ class Layer(torch.autograd.Function):
         return operators.forward(*arguments)
 
     setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+class Eager(torch.autograd.Function):
+    """`rnnfast::forward` with its derivatives, where `recurrence.is_eager`."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        results = recurrence.forward(*arguments)
+        _setup_operator(ctx, arguments, results)
+        return results
+
     backward = staticmethod(_backward)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import reference
-from rnnfast.ops import gradients, operators
+from rnnfast.ops import gradients, operators, recurrence
 from rnnfast.ops.operators import Forward, Results
 from rnnfast.ops.schema import DIFFERENTIABLE
 from rnnfast.reference import CELLS, RESETS, STARTS
@@ -76,6 +76,8 @@ def _run(
         call = call._replace(**{name: tensor.to(low) for name, tensor in given.items() if tensor is not None})
         w_hr = None if w_hr is None else w_hr.to(low)
     run: Any = gradients.Layer.apply if inside else operators.forward
+    if not inside and recurrence.is_eager(*call):
+        run = gradients.Eager.apply if needed and torch.is_grad_enabled() else recurrence.forward
     return Results(*run(*call)) if w_hr is None else _projected(run, call, w_hr)
 
 

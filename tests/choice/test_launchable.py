@@ -4,9 +4,7 @@ import contextlib
 import errno
 import importlib
 import json
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,10 @@ import torch
 from test_backends import python
 
 import rnnfast
+from benchmarks.static import stub
 from rnnfast.choice import launchable, obstacles
 from rnnfast.kernels import runtime
 
-COMPILER = shutil.which("cc")
 FAILED = subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c", "-O3"])
 
 
@@ -111,35 +109,18 @@ def test_layer_runs_on_pytorch(asked, strict, device, monkeypatch):
 
 
 PROGRAM = """
-import contextlib, ctypes, json, os, shutil, sys, sysconfig, warnings
+import json, os, shutil, sys, sysconfig, warnings
 from pathlib import Path
 
 HERE = os.environ["TRITON_LIBCUDA_PATH"]
-stub = ctypes.CDLL(os.path.join(HERE, "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+from benchmarks.static import stub
+
+library = stub.load(HERE)
 import torch, triton
 from triton.backends.nvidia import driver as nvidia
 import rnnfast
-from rnnfast.choice import obstacles
 from rnnfast.choice import kernel_plan
 from rnnfast.kernels.persistent.plan import GPUS
-
-class Driver(nvidia.CudaDriver):
-    def __init__(self):
-        self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
-        self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 0
-        self.get_device_capability = lambda device=None: (9, 0)
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-class First:  # builds the driver when it is first asked for something
-    def __getattr__(self, name):
-        triton.runtime.driver.set_active(Driver())
-        return getattr(triton.runtime.driver.active, name)
-
-torch.cuda.get_device_capability = lambda index=None: (9, 0)
-torch.cuda.device = lambda index: contextlib.nullcontext()
 
 def no_compiler():
     os.environ["PATH"] = HERE
@@ -177,8 +158,7 @@ for change in (no_compiler, failing_compiler, missing_compiler, no_header, no_ca
     os.environ["TRITON_CACHE_DIR"] = os.path.join(HERE, change.__name__)
     os.environ["RNNFAST_KERNELS"] = "step"  # so few steps would run on PyTorch's own layer, as predicted
     change()
-    triton.runtime.driver.set_active(First())
-    obstacles.known["cpu:None"] = obstacles._find_device_obstacle("cuda", 0)
+    stub.pretend()
     layer, x = rnnfast.RNN(8, 64), torch.randn(4, 8, 8)
     with kernel_plan.pretend_gpu(GPUS["H200"]), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -189,7 +169,7 @@ for change in (no_compiler, failing_compiler, missing_compiler, no_header, no_ca
             os.environ["RNNFAST_KERNELS"] = "persistent"
             for code in (1, 700, 701, 719, 720, 801):
                 kernel_plan._refused.clear()
-                stub.stub_refuse(code)
+                library.stub_refuse(code)
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     try:
@@ -198,18 +178,15 @@ for change in (no_compiler, failing_compiler, missing_compiler, no_header, no_ca
                     except RuntimeError as error:
                         refused[code] = f"raised: {error}"
     same = torch.equal(y, torch.nn.RNN.forward(layer, x)[0])
-    print(json.dumps([change.__name__, told.backend, told.obstacles, same, stub.stub_launches(), refused]), flush=True)
+    print(json.dumps([change.__name__, told.backend, told.obstacles, same, library.stub_launches(), refused]), flush=True)
     os._exit(0)
 """
 
 
-@pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="builds a stub of the CUDA driver with a C compiler")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="takes a stub for the CUDA driver")
+@pytest.mark.skipif(bool(stub.unavailable()), reason=stub.unavailable())
 def test_real_launcher_on_a_stub_driver(tmp_path):
     """Triton's own driver and launcher, on a CUDA driver that does nothing, with this and that missing."""
-    source = Path(__file__).with_name("stub_driver.c")
-    library = tmp_path / "libcuda.so.1"
-    subprocess.run([COMPILER, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
+    stub.build(tmp_path)
     fails = tmp_path / "fails"
     fails.write_text("#!/bin/sh\nexit 3\n")
     fails.chmod(0o755)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from rnnfast import ops, reference
 from rnnfast.kernels import cells, step
+from rnnfast.kernels.runtime import Launcher
 from rnnfast.kernels.step import plan
-from rnnfast.kernels.step.launch import Launcher
 
 pytestmark = pytest.mark.numerical
 
@@ -46,11 +46,11 @@ def run(cell, T, B, H, dtype, device, *, reverse=False, states=True, bias=True, 
     c = out(T if training else 1, B, H, dtype=torch.float32) if spec.carries_c else None
     saved = out(T, B, spec.saved * H, dtype=dtype) if training else None
     n = chunk or T
-    for begin in reversed(range(0, T, n)) if reverse else range(0, T, n):
-        step.forward(
-            spec, x[begin : begin + n].contiguous(), begin, w, bias_x, bias_h, h0, c0, h, c, saved,
-            reverse=reverse, precision="ieee", plan=tiles,
-        )  # fmt: skip
+    begins = range(0, T, n)
+    chunks = [(begin, x[begin : begin + n].contiguous()) for begin in (reversed(begins) if reverse else begins)]
+    step.forward(
+        spec, lambda: chunks, w, bias_x, bias_h, h0, c0, h, c, saved, reverse=reverse, precision="ieee", plan=tiles
+    )  # fmt: skip
     inputs = {"x": x, "w": w, "bias_x": bias_x, "bias_h": bias_h, "h0": h0, "c0": c0}
     outputs = {"h": h, "c": c, "saved": saved}
     if training:
@@ -119,13 +119,18 @@ def test_inference_saves_nothing(cell, device):
 def test_one_launch_a_step(cell, device, monkeypatch):
     """T launches forward and T backward, one of them at a time for each step, whatever T is."""
     launches = []
-    launch = Launcher.__call__
+    call, bind = Launcher.__call__, Launcher.bind
 
-    def counted(self, *args):
+    def once(self, *args):
         launches.append(self.kernel.__name__)
-        return launch(self, *args)
+        call(self, *args)
 
-    monkeypatch.setattr(Launcher, "__call__", counted)
+    def many(self, *args):
+        launch = bind(self, *args)
+        return lambda *args: (launches.append(self.kernel.__name__), launch(*args))
+
+    monkeypatch.setattr(Launcher, "__call__", once)
+    monkeypatch.setattr(Launcher, "bind", many)
     for T in (1, 6):
         launches.clear()
         run(cell, T, 2, 3, torch.float32, device)

@@ -221,8 +221,8 @@ def test_steps_of_a_chunk(T, B, steps, monkeypatch):
     """The kernels take at least one step at a time, at most T, and otherwise about CHUNK_ROWS rows: every step once."""
     taken = []
 
-    def run(direction, choice, device, spec, x, begin, *args, **options):
-        taken.append((begin, x.shape[0]))
+    def run(direction, choice, device, spec, chunks, *args, **options):
+        taken.extend((begin, x.shape[0]) for begin, x in chunks())
         return choice
 
     monkeypatch.setattr(kernel_plan, "run", run)
@@ -230,6 +230,31 @@ def test_steps_of_a_chunk(T, B, steps, monkeypatch):
     recurrence.forward("rnn_tanh", x, None, None, w, w, None, None, False, False)
     assert taken[0] == (0, steps) and taken[-1][0] + taken[-1][1] == T
     assert [begin for begin, _ in taken] == list(range(0, T, steps))
+
+
+def test_eager_calls_pass_over_the_operator(device):
+    """And no others: under a mode or a profiler, or with a subclass of Tensor, the operator is called."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tensors = make("gru", device)
+
+    def name() -> str:
+        return call(ops.layer, "gru", tensors)[0].grad_fn.name()
+
+    assert name() == "EagerBackward"
+    with FlopCounterMode(display=False):
+        assert "rnnfast_forward" in name()
+    with torch.autograd.profiler.profile():
+        assert "rnnfast_forward" in name()
+    with torch.device(device):  # a mode of torch functions
+        assert "rnnfast_forward" in name()
+
+    class Marked(torch.Tensor):
+        pass
+
+    tensors["x"] = tensors["x"].detach().as_subclass(Marked)
+    assert not recurrence.is_eager(*tensors.values())
+    assert recurrence.is_eager(*make("gru", device).values(), "gru", None, False)
 
 
 def test_chunked_input_side(device, monkeypatch):

@@ -71,11 +71,12 @@ class Layer:
         c = torch.full((T if training else 1, B, H), UNWRITTEN) if self.cell.carries_c else None
         saved = torch.full((T, B, self.cell.saved * H), UNWRITTEN, dtype=self.w.dtype) if training else None
         n = chunk or T
-        for begin in reversed(range(0, T, n)) if self.reverse else range(0, T, n):
-            family.forward(
-                self.cell, self.x[begin : begin + n], begin, self.w, self.bias_x, self.bias_h, self.h0, self.c0, h, c, saved,
-                reverse=self.reverse, precision="ieee", plan=tiles, marks=self.marks,
-            )  # fmt: skip
+        begins = range(0, T, n)
+        chunks = [(begin, self.x[begin : begin + n]) for begin in (reversed(begins) if self.reverse else begins)]
+        family.forward(
+            self.cell, lambda: chunks, self.w, self.bias_x, self.bias_h, self.h0, self.c0, h, c, saved,
+            reverse=self.reverse, precision="ieee", plan=tiles, marks=self.marks,
+        )  # fmt: skip
         return h, c, saved
 
     def backward(self, family, tiles, h, c, saved):
