@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Calls and changes of file. Two changes more than could be are the price of one launcher for all kernels and of input sides that
-# are made when a chunk asks for them: they save a third of the host's time (docs/kernels.md).
+# Calls and changes of file. Two changes are the price of one launcher for all kernels, and of input sides that are made when a
+# chunk asks for them: these save a third of the host's time (docs/kernels.md).
 MOST = {
     "plain CPU call": (2, 1),
     "step kernels, forward": (25, 10),
