@@ -57,7 +57,7 @@ BACKENDS = ("triton", "torch", "reference")
 
 BACKEND = Setting("RNNFAST_BACKEND", (*BACKENDS, "auto"))
 STRICT = Setting("RNNFAST_STRICT", ("0", "1"))
-KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent"))
+KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent", "one_program"))
 TUNING_FILE = Setting("RNNFAST_TUNING_FILE")
 
 

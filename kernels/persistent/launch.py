@@ -32,7 +32,7 @@ def _cleared(buffer):
     return buffer
 
 
-def packed(marks, order, plan: PersistentPlan):
+def packed(marks, order, plan):
     """The marks (T, B) of each of the plan's batch tiles in a word, (T, tiles); None of None."""
     if marks is None:
         return None

@@ -2,10 +2,11 @@
 
     "step"         one launch a time step, for any size
     "persistent"   one launch for many time steps, the recurrent weights on chip, where a plan exists on this GPU
+    "one_program"  likewise, a whole small layer in one program for a few batch rows, where its weights fit
     "auto"         what `rnnfast tune` found faster at this size; the step kernels where nothing was measured
 
-RNNFAST_KERNELS names one of them; "auto" is the default. It takes no persistent kernels by itself, because no GPU has run them
-yet. What "persistent" cannot run goes to the step kernels: sizes without a plan and GPUs without cooperative launch silently
+RNNFAST_KERNELS names one of them; "auto" is the default. It takes no kernels but the step kernels by itself, because no GPU has
+run the others yet. What they cannot run goes to the step kernels: sizes without a plan and GPUs without cooperative launch silently
 (`rnnfast.explain` says why), a launch that the driver refuses with a `FallbackWarning`. With RNNFAST_STRICT=1 such a GPU and
 such a launch raise.
 """

@@ -59,17 +59,17 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
 
 
 def candidates(shape: Shape, limits: GpuLimits, forward: Entry | None = None) -> list[Entry]:
-    """PyTorch's own layer, the step kernels, and the persistent plans worth measuring.
+    """PyTorch's own layer, the step kernels, and the plans worth measuring of the other kernels.
 
     Args:
         forward: for training, what was found for inference: its forward kernels are taken, and backward varies.
     """
-    from rnnfast.kernels.persistent.plan import persistent_plans
+    from rnnfast.kernels.families import plans_to_measure
 
     itemsize = 4 if shape.dtype == "float32" else 2
     sizes = (GATES[shape.cell], shape.B, shape.H, itemsize, shape.precision, shape.training, limits)
     found = [Entry(shape, "torch"), Entry(shape, "triton")]
-    plans = persistent_plans(*sizes)
+    plans = plans_to_measure(*sizes)
     if shape.training:
         best = forward.forward if forward else None
         pairs = [(best, plan) for plan in (None, *plans)]

@@ -179,7 +179,8 @@ def all_providers() -> dict[str, Provider]:
     from benchmarks.timing.providers import peers
 
     ours = [RnnFast("rnnfast", None), RnnFast("rnnfast-persistent", "triton", "persistent")]
-    ours += [RnnFast("rnnfast-step", "triton", "step"), RnnFast("rnnfast-torch", "torch")]
+    ours += [RnnFast("rnnfast-one-program", "triton", "one_program"), RnnFast("rnnfast-step", "triton", "step")]
+    ours += [RnnFast("rnnfast-torch", "torch")]
     loops = [CompiledNN("torch.compile-nn"), Loop("torch.compile-loop", compiled=True), Loop("loop", compiled=False)]
     others = [peers.FlashRNN("flashrnn"), peers.Haste("haste"), peers.OnnxRuntime("onnxruntime")]
     providers: list[Provider] = [TorchNN(BASE), *ours, *loops, *others]

@@ -1,0 +1,135 @@
+"""Plans of the one-program kernels: from sizes and the limits of a GPU to the whole launch, or to the reason why there is none.
+
+Pure functions: nothing here asks a device, so tests need none.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+from rnnfast.kernels.one_program.cost import (
+    ProgramTime,
+    instructions_estimate,
+    product_clocks,
+    program_time,
+    special_functions_estimate,
+    step_bytes,
+)
+from rnnfast.kernels.persistent.plan import GPUS, GpuLimits, NoPlan
+
+__all__ = ["OneProgramPlan", "largest_hidden", "one_program_plan", "one_program_plans", "predicted"]
+
+BATCH_ROWS = (2, 4, 8)  # of a program: the fewer, the fewer cells a thread computes
+MOST_WARPS = 16  # of a program, each of 16 units
+WEIGHTS = {False: 128, True: 64}  # registers of a thread for the weights; with 16 warps, whose threads have half as many
+ROWS = 8192  # time steps x batch rows of a forward launch: the input side is a buffer of its own
+SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
+SLOW_CLOCK = 1e9  # hertz, for that: below what any of these GPUs runs at
+
+
+@dataclass(frozen=True)
+class OneProgramPlan:
+    """The whole launch of a one-program kernel, for one direction (forward or backward).
+
+    A program keeps BLOCK_B batch rows of all units, 16 a warp; those beyond H are padding. At most `steps` time steps a launch.
+    """
+
+    BLOCK_B: int
+    num_warps: int
+    steps: int
+
+    def grid(self, B: int) -> tuple[int, int, int]:
+        return -(-B // self.BLOCK_B), 1, 1
+
+    def launch_words(self, T: int) -> str:
+        return f"one launch for {min(self.steps, T)} time steps"
+
+    def words(self, B: int) -> str:
+        """The plan in words, for a batch of `B` rows."""
+        return f"{self.grid(B)[0]} programs of up to {16 * self.num_warps} units and {self.BLOCK_B} rows, {self.num_warps} warps"
+
+
+def warps_for(H: int) -> int:
+    """Warps of a program: the least power of two with 16 units each."""
+    return max(1, 1 << (-(-H // 16) - 1).bit_length())
+
+
+def weight_registers(gates: int, H: int, itemsize: int) -> int:
+    """Registers of a thread that the weights take."""
+    warps = warps_for(H)
+    return gates * (16 * warps) ** 2 * itemsize // 4 // (32 * warps)
+
+
+def refusal(gates: int, H: int, itemsize: int, precision: str, limits: GpuLimits) -> str:
+    """Why no one-program kernel runs this, or ""."""
+    if limits.capability < 80:
+        return f"{limits.name} has compute capability {limits.capability / 10}, and the one-program kernels need 8.0"
+    if itemsize == 4 and precision == "ieee":
+        return "float32 products that are not TF32 need more registers than a program has"
+    warps = warps_for(H)
+    if warps > MOST_WARPS:
+        return f"a program has at most {16 * MOST_WARPS} units, and there are {H}"
+    registers, most = weight_registers(gates, H, itemsize), WEIGHTS[warps == MOST_WARPS]
+    if registers > most:
+        return f"the weights of {H} units take {registers} registers of each thread, and there is room for {most}"
+    staged = gates * (16 * warps) ** 2 * itemsize
+    if staged > limits.shared_bytes:
+        return f"the weights take {staged >> 10} KiB of shared memory on their way to the registers, of {limits.shared_bytes >> 10}"
+    return ""
+
+
+def predicted(gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, rows: int) -> ProgramTime:
+    """The predicted time of a step with `rows` batch rows a program, from estimates of the counts."""
+    warps = warps_for(H)
+    exchanged = 2 * 16 * warps * warps * rows * (4 if backward else itemsize)  # a part of the sums, or a copy of h, a warp
+    return program_time(
+        sms=limits.sms,
+        programs=-(-B // rows),
+        warps=warps,
+        product=product_clocks(gates, warps, itemsize, backward),
+        instructions=instructions_estimate(gates, rows, backward),
+        special_functions=special_functions_estimate(gates, rows, backward),
+        exchanged_bytes=exchanged if warps > 1 else 0,
+        barriers=2 if warps > 1 else 0,
+        bytes=step_bytes(gates, gates if gates > 1 else 0, H, B, itemsize, backward, True, gates >= 4),
+    )
+
+
+@functools.lru_cache(maxsize=1024)  # asked at every call of a layer
+def _rank(
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits
+) -> tuple[tuple[float, OneProgramPlan], ...]:
+    if refusal(gates, H, itemsize, precision, limits):
+        return ()
+    found = []
+    for rows in BATCH_ROWS:
+        clocks = predicted(gates, B, H, itemsize, precision, backward, limits, rows).total
+        steps = int(SECONDS * SLOW_CLOCK / clocks)
+        if not backward:
+            steps = min(steps, ROWS // B)
+        found.append((clocks, OneProgramPlan(rows, warps_for(H), max(1, steps))))
+    return tuple(sorted(found, key=lambda entry: entry[0]))
+
+
+def one_program_plans(
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits | None, most: int = 3,
+    marked: bool = False,
+) -> list[OneProgramPlan]:  # fmt: skip
+    """The launches worth measuring, at most `most`, the fastest by the model first. Arguments as in
+    `rnnfast.kernels.persistent.plan.persistent_plans`; on a CPU, which has no limits, those of an H100 count."""
+    return [plan for _, plan in _rank(gates, B, H, itemsize, precision, backward, limits or GPUS["H100"])[:most]]
+
+
+def one_program_plan(
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits | None, marked: bool = False
+) -> OneProgramPlan | NoPlan:
+    """The first of `one_program_plans`, or why there is none. Arguments as there."""
+    plans = one_program_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked)
+    return plans[0] if plans else NoPlan(refusal(gates, H, itemsize, precision, limits or GPUS["H100"]))
+
+
+def largest_hidden(gates: int, itemsize: int, precision: str, limits: GpuLimits) -> int:
+    """The most hidden units with a plan, or 0. Arguments as above."""
+    sizes = (16 << n for n in reversed(range(5)))
+    return next((H for H in sizes if not refusal(gates, H, itemsize, precision, limits)), 0)
