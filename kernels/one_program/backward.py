@@ -35,9 +35,9 @@ from rnnfast.kernels.one_program.tiles import (
     sum_parts,
     threads_unit,
     to_product,
-    unit_of,
     units_inside,
 )
+from rnnfast.kernels.one_program.weights import backward_weights
 
 
 @triton.jit
@@ -100,13 +100,9 @@ def one_program_backward_kernel(
     t = t.to(tl.int64)
     t_first = t_first.to(tl.int64)
 
-    # columns of W: [W parts, HP, 16] a gate; a warp keeps the gate rows of its own units, so its operand is its own
-    m = unit_of(tl.arange(0, HP))[None, :, None]
-    k = tl.reshape(unit_of(tl.arange(0, HP)), (W, 16))[:, None, :]
     w = ()
     for g in tl.static_range(G):
-        w_at = w_ptr + (g * H + k).to(tl.int64) * H + m
-        w = w + (tl.load(w_at, mask=(m < H) & (k < H), other=0.0),)
+        w = w + (backward_weights(w_ptr, g, H, W, DTYPE.primitive_bitwidth == 16),)
 
     unit = threads_unit(W, R)
     slots, rows, base, count = program_rows(mark_ptrs.order, B, W, R, HAS_MARKS)

@@ -35,10 +35,10 @@ from rnnfast.kernels.one_program.tiles import (
     store_cells,
     threads_unit,
     to_product,
-    unit_of,
     units_inside,
     units_of_thread,
 )
+from rnnfast.kernels.one_program.weights import forward_weights
 
 
 @triton.jit(do_not_specialize=["t", "t_x", "dt", "steps", "t_prev", "has_prev", "t_c_prev", "B"])
@@ -88,13 +88,9 @@ def one_program_forward_kernel(
     dt = dt.to(tl.int64)
     t_x = t_x.to(tl.int64)
 
-    # weights: [W, 16, K] a gate
-    k = unit_of(tl.arange(0, HP))
-    m = tl.reshape(unit_of(tl.arange(0, HP)), (W, 16))[:, :, None]
     w = ()
     for g in tl.static_range(G):
-        at_w = w_ptr + (g * H + m).to(tl.int64) * H + k[None, None, :]
-        w = w + (tl.load(at_w, mask=(m < H) & (k[None, None, :] < H), other=0.0),)
+        w = w + (forward_weights(w_ptr, g, H, W, DTYPE.primitive_bitwidth == 16),)
 
     unit = threads_unit(W, R)
     slots, rows, base, count = program_rows(mark_ptrs.order, B, W, R, HAS_MARKS)
