@@ -73,16 +73,18 @@ def refusal(gates: int, H: int, itemsize: int, precision: str, limits: GpuLimits
     registers, most = weight_registers(gates, H, itemsize), WEIGHTS[warps == MOST_WARPS]
     if registers > most:
         return f"the weights of {H} units take {registers} registers of each thread, and there is room for {most}"
-    staged = gates * (16 * warps) ** 2 * itemsize
-    if staged > limits.shared_bytes:
-        return f"the weights take {staged >> 10} KiB of shared memory on their way to the registers, of {limits.shared_bytes >> 10}"
     return ""
+
+
+def exchanged_bytes(H: int, rows: int, itemsize: int, backward: bool) -> int:
+    """Shared memory through which the warps hand one another a copy of h each, or in backward a part of the sums each."""
+    warps = warps_for(H)
+    return 0 if warps == 1 else warps * 16 * warps * rows * (4 if backward else itemsize)
 
 
 def predicted(gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, rows: int) -> ProgramTime:
     """The predicted time of a step with `rows` batch rows a program, from estimates of the counts."""
     warps = warps_for(H)
-    exchanged = 2 * 16 * warps * warps * rows * (4 if backward else itemsize)  # a part of the sums, or a copy of h, a warp
     return program_time(
         sms=limits.sms,
         programs=-(-B // rows),
@@ -90,7 +92,7 @@ def predicted(gates: int, B: int, H: int, itemsize: int, precision: str, backwar
         product=product_clocks(gates, warps, itemsize, backward),
         instructions=instructions_estimate(gates, rows, backward),
         special_functions=special_functions_estimate(gates, rows, backward),
-        exchanged_bytes=exchanged if warps > 1 else 0,
+        exchanged_bytes=2 * exchanged_bytes(H, rows, itemsize, backward),
         barriers=2 if warps > 1 else 0,
         bytes=step_bytes(gates, gates if gates > 1 else 0, H, B, itemsize, backward, True, gates >= 4),
     )
@@ -104,6 +106,8 @@ def _rank(
         return ()
     found = []
     for rows in BATCH_ROWS:
+        if exchanged_bytes(H, rows, itemsize, backward) > limits.shared_bytes:
+            continue
         clocks = predicted(gates, B, H, itemsize, precision, backward, limits, rows).total
         steps = int(SECONDS * SLOW_CLOCK / clocks)
         if not backward:

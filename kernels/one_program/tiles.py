@@ -211,8 +211,7 @@ def enter(starts_ptr, offsets, marks, mask, tile, size, W: tl.constexpr, R: tl.c
         if R == 8 and not PAIRED:
             units = tl.split(kept)
             for u in tl.static_range(2):
-                i: tl.constexpr = 2 * n + u
-                pieces = pieces + (tl.load(at + offsets[i], mask=mask[i] & begins, other=units[u][:, None]),)
+                pieces = pieces + (tl.load(at + offsets[2 * n + u], mask=mask[2 * n + u] & begins, other=units[u][:, None]),)
         else:
             pieces = pieces + (tl.load(at + offsets[n], mask=mask[n] & begins, other=kept),)
     return cells(pieces, W, R, PAIRED)
@@ -300,9 +299,8 @@ def hand_over(d_starts_ptr, offsets, marks, mask, tile, size, W: tl.constexpr, R
         if R == 8 and not PAIRED:
             units = tl.split(rows[n])
             for u in tl.static_range(2):
-                i: tl.constexpr = 2 * n + u
-                found = tl.load(at + offsets[i], mask=mask[i] & begins, other=0.0)
-                tl.store(at + offsets[i], found + units[u][:, None], mask=mask[i] & begins)
+                found = tl.load(at + offsets[2 * n + u], mask=mask[2 * n + u] & begins, other=0.0)
+                tl.store(at + offsets[2 * n + u], found + units[u][:, None], mask=mask[2 * n + u] & begins)
         else:
             found = tl.load(at + offsets[n], mask=mask[n] & begins, other=0.0)
             tl.store(at + offsets[n], found + rows[n], mask=mask[n] & begins)

@@ -20,6 +20,7 @@ SWEEP = (
     *(Layer(*choice, B=9, marked=True) for choice in product(FAMILIES, CELLS, ("float16", "bfloat16", "tf32"))),
     *(Layer(*choice, "float16", B=9, T=5, marked=True, reverse=True) for choice in product(FAMILIES, CELLS)),
     *(Layer("one_program", cell, dtype, B=9, rows=rows) for cell in CELLS for dtype in ("bfloat16", "tf32") for rows in (4, 8)),
+    *(Layer("one_program", cell, "float16", H=29, B=9, rows=8, marked=True) for cell in CELLS),
     # one row; odd sizes, which are padded and whose rows are not aligned; sizes whose sum the warps share
     *(Layer(*choice, "float16", B=1, T=1) for choice in product(FAMILIES, CELLS)),
     *(Layer(*choice, "float16", H=29, B=5, reverse=True) for choice in product(FAMILIES, CELLS)),
