@@ -19,6 +19,7 @@ import triton.language as tl
 
 from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, anew
 from rnnfast.kernels.maths import dot, round_to
+from rnnfast.kernels.one_program.plain import plain_product, plain_weights, sum_plain
 from rnnfast.kernels.one_program.tiles import (
     by_row,
     cells,
@@ -85,6 +86,7 @@ def one_program_backward_kernel(
     EMULATE_BF16: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
+    PARTS: tl.constexpr,  # of the summed axis, without tensor cores; 0 with them
 ):
     HAS_DY: tl.constexpr = dy_ptr is not None
     HAS_DCS: tl.constexpr = dcs_ptr is not None
@@ -102,7 +104,10 @@ def one_program_backward_kernel(
 
     w = ()
     for g in tl.static_range(G):
-        w = w + (backward_weights(w_ptr, g, H, W, DTYPE.primitive_bitwidth == 16),)
+        if PARTS > 0:
+            w = w + (plain_weights(w_ptr, g, H, HP, PARTS, True),)
+        else:
+            w = w + (backward_weights(w_ptr, g, H, W, DTYPE.primitive_bitwidth == 16),)
 
     unit = threads_unit(W, R)
     slots, rows, base, count = program_rows(mark_ptrs.order, B, W, R, HAS_MARKS)
@@ -203,10 +208,16 @@ def one_program_backward_kernel(
         if HAS_MARKS:
             word_before = tl.load(words_ptr + (t + (step + 1) * dt) * tiles, mask=more, other=ALL_PADDED)
 
-        sums = tl.zeros((W, HP, R), tl.float32)
-        for g in tl.static_range(G):
-            sums = dot(w[g], to_product(d_next[g], W, R), sums, PRECISION, EMULATE_BF16)
-        d_h = sum_parts(sums, W, R) + d_direct
+        if PARTS > 0:
+            sums = plain_product(w[0], d_next[0], PARTS, R)
+            for g in tl.static_range(1, G):
+                sums += plain_product(w[g], d_next[g], PARTS, R)
+            d_h = sum_plain((sums,), PARTS, R)[0] + d_direct
+        else:
+            sums = tl.zeros((W, HP, R), tl.float32)
+            for g in tl.static_range(G):
+                sums = dot(w[g], to_product(d_next[g], W, R), sums, PRECISION, EMULATE_BF16)
+            d_h = sum_parts(sums, W, R) + d_direct
         written = mask
         if HAS_MARKS:
             marks = row_marks(word, slots, R)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rnnfast.kernels.hardware import BARRIER, ISSUE, MEMORY_BYTES, SHARED_BYTES
-from rnnfast.kernels.persistent.cost_model import hmma_clocks, plain_clocks
+from rnnfast.kernels.persistent.cost_model import hmma_clocks
 
-__all__ = ["ProgramTime", "instructions_estimate", "product_clocks", "program_time", "special_functions_estimate", "step_bytes"]
+__all__ = ["ProgramTime", "instructions_estimate", "program_time", "special_functions_estimate", "step_bytes", "tensor_clocks"]
 
 SPECIAL = 8  # clocks of a special function of a warp on its scheduler: 16 a clock and SM (CUDA programming guide)
 
@@ -61,7 +61,7 @@ def program_time(
         sms: of the GPU.
         programs: of a launch.
         warps: of a program.
-        product: clocks of the product: `product_clocks`.
+        product: clocks of the product: `tensor_clocks`, or those of plain multiply-adds.
         instructions: of one warp, without those of the product.
         special_functions: of one warp.
         exchanged_bytes: to and from shared memory, of one program.
@@ -82,11 +82,9 @@ def program_time(
     return ProgramTime(**(vars(one) | {"turns": turns, "memory": memory}))
 
 
-def product_clocks(gates: int, warps: int, itemsize: int, backward: bool, multiplies: float | None = None) -> float:
-    """Clocks of the product of a program of 16 `warps` units: HMMA, which take 32 bytes of the summed axis each and up to 8 batch
-    rows; or `multiplies` without tensor cores."""
-    if multiplies is not None:
-        return plain_clocks(multiplies)
+def tensor_clocks(gates: int, warps: int, itemsize: int, backward: bool) -> float:
+    """Clocks of the product of a program of 16 `warps` units: HMMA, which take 32 bytes of the summed axis and up to 8 batch rows
+    each."""
     chunk = 32 // itemsize
     deep = 16 * gates // chunk if backward else 16 * warps // chunk
     return hmma_clocks(deep, warps if backward else gates, warps)

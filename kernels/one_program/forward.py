@@ -18,6 +18,7 @@ import triton.language as tl
 
 from rnnfast.kernels.marks import ALL_PADDED
 from rnnfast.kernels.maths import round_to
+from rnnfast.kernels.one_program.plain import plain_product, plain_weights, sum_plain
 from rnnfast.kernels.one_program.tiles import (
     bias_of,
     cells,
@@ -76,6 +77,7 @@ def one_program_forward_kernel(
     EMULATE_BF16: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
+    PARTS: tl.constexpr,  # of the summed axis, without tensor cores; 0 with them
 ):
     HAS_BIAS: tl.constexpr = bias_x_ptr is not None
     HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
@@ -90,7 +92,10 @@ def one_program_forward_kernel(
 
     w = ()
     for g in tl.static_range(G):
-        w = w + (forward_weights(w_ptr, g, H, W, DTYPE.primitive_bitwidth == 16),)
+        if PARTS > 0:
+            w = w + (plain_weights(w_ptr, g, H, HP, PARTS, False),)
+        else:
+            w = w + (forward_weights(w_ptr, g, H, W, DTYPE.primitive_bitwidth == 16),)
 
     unit = threads_unit(W, R)
     slots, rows, base, count = program_rows(mark_ptrs.order, B, W, R, HAS_MARKS)
@@ -155,6 +160,11 @@ def one_program_forward_kernel(
         if HAS_MARKS:
             word = tl.load(words_ptr + (t_x + (step + 1) * dt) * tiles, mask=more, other=ALL_PADDED)
 
+        plain_sums = ()
+        if PARTS > 0:
+            for g in tl.static_range(G):
+                plain_sums = plain_sums + (plain_product(w[g], h, PARTS, R),)
+            plain_sums = sum_plain(plain_sums, PARTS, R)
         operand = to_product(h, W, R)
         x_sides = ()
         h_sides = ()
@@ -165,7 +175,9 @@ def one_program_forward_kernel(
                 x_side += bias[g]
                 if APART and g == G - 1:
                     h_side += bias_apart[0]
-            if R == 8:  # what is added to the sum is its first value
+            if PARTS > 0:
+                h_side += plain_sums[g]
+            elif R == 8:  # what is added to the sum is its first value
                 if APART and g == G - 1:
                     h_side = from_product(product(w[g], operand, to_product(h_side, W, R), PRECISION, EMULATE_BF16), W, R)
                 else:

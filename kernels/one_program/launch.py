@@ -16,8 +16,9 @@ __all__ = ["backward", "forward"]
 
 def _options(plan: OneProgramPlan) -> dict:
     return {
-        "W": plan.num_warps,
+        "W": plan.units // 16,
         "R": plan.BLOCK_B,
+        "PARTS": plan.PARTS,
         "num_warps": plan.num_warps,
         "num_stages": 1,
         "enable_fp_fusion": True,

@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _joined(pieces):
+def joined(pieces):
     """2^n tiles [threads, V] as one [threads, V, 2, ..., 2]: the last axes, row by row, count the tiles."""
     for _ in tl.static_range(8):
         if len(pieces) > 1:
@@ -50,7 +50,7 @@ def forward_weights(w_ptr, g: tl.constexpr, H: tl.constexpr, W: tl.constexpr, HA
         unit = k + (i // (8 // V) * 16 + _place(i % (4 // V) * V, HALF))
         at = w_ptr + (g * H + row).to(tl.int64) * H + unit
         pieces = pieces + (tl.load(at, mask=(row < H) & (unit < H), other=0.0),)
-    t = _joined(pieces)
+    t = joined(pieces)
     if V == 4:
         t = tl.permute(tl.reshape(t, (W, 8, 4, 2, 2, W, 2)), (0, 6, 1, 5, 4, 2, 3))  # W l q e f block u
     elif V == 2 and HALF:
@@ -76,7 +76,7 @@ def backward_weights(w_ptr, g: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H
         unit = column + (i // (8 // V) * 16 + (i // 4 % 2 if V == 1 else 0))
         at = w_ptr + (g * H + row).to(tl.int64) * H + unit
         pieces = pieces + (tl.load(at, mask=(row < H) & (unit < H), other=0.0),)
-    t = _joined(pieces)
+    t = joined(pieces)
     if V == 2 and HALF:
         t = tl.permute(tl.reshape(t, (W, 8, 4, 2, W, 2, 2)), (0, 4, 3, 1, 6, 2, 5))  # W l q u block e f
     elif V == 2:

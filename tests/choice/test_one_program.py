@@ -43,7 +43,13 @@ def counted(monkeypatch):
 
 
 SOME = [("LSTM", torch.float32), ("GRU", torch.float16), ("RNN", torch.bfloat16)]
-REST = [("LSTM", torch.float16), ("LSTM", torch.bfloat16), ("GRU", torch.float32), ("GRU", torch.bfloat16), ("RNN", torch.float32)]
+REST = [
+    ("LSTM", torch.float16),
+    ("LSTM", torch.bfloat16),
+    ("GRU", torch.float32),
+    ("GRU", torch.bfloat16),
+    ("RNN", torch.float32),
+]
 
 
 @pytest.mark.parametrize(("name", "dtype"), [*SOME, *(pytest.param(*each, marks=pytest.mark.sweep) for each in REST)])

@@ -14,7 +14,7 @@ from rnnfast import reference
 from rnnfast.kernels import one_program, runtime, step
 from rnnfast.kernels.cells import CELLS, Cell
 from rnnfast.kernels.maths import sigmoid, tanh
-from rnnfast.kernels.one_program.plan import OneProgramPlan, warps_for
+from rnnfast.kernels.one_program.plan import PLAIN, OneProgramPlan, warps_for
 
 pytestmark = [
     pytest.mark.numerical,
@@ -24,15 +24,17 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = list(CELLS)
 
 
-def of(H: int, rows: int, steps: int = 1 << 16) -> OneProgramPlan:
-    return OneProgramPlan(rows, warps_for(H), steps)
+def of(H: int, rows: int, steps: int = 1 << 16, plain: bool = False) -> OneProgramPlan:
+    units = 16 * warps_for(H)
+    warps, parts = PLAIN[units] if plain else (units // 16, 0)
+    return OneProgramPlan(rows, units, warps, steps, parts)
 
 
-def compare(layer: Layer, rows: int, chunk: int | None = None):
+def compare(layer: Layer, rows: int, chunk: int | None = None, plain: bool = False):
     """Forward and backward beside the step kernels, forward in chunks and backward in launches of `chunk` steps."""
     T, _, H = layer.shape
     dtype = layer.w.dtype
-    ours = layer.both(one_program, of(H, rows, chunk or T), chunk=chunk)
+    ours = layer.both(one_program, of(H, rows, chunk or T, plain), chunk=chunk)
     assert_close(ours, layer.both(step, steps_of(H, dtype)), dtype)
 
 
@@ -42,6 +44,22 @@ def test_cells(cell, rows):
     """Each way to share cells out among the lanes, with a batch that is no multiple; a size of whole tiles and two odd ones."""
     for dtype, H, reverse in ((torch.float32, 16, False), (torch.float16, 29, True), (torch.bfloat16, 34, False)):
         compare(Layer(cell, dtype, 3, rows + 1, H, reverse=reverse), rows, chunk=2)
+
+
+@pytest.mark.parametrize(("cell", "rows", "H"), [("lstm", 2, 29), ("gru", 4, 20), ("rnn_relu", 2, 16), ("lstm", 4, 16)])
+def test_without_tensor_cores(cell, rows, H):
+    """The products of float32 that is not TF32: parts of the summed axis, rows of weights aligned or not."""
+    compare(Layer(cell, torch.float32, 3, rows + 1, H), rows, 2, plain=True)
+    marks = {"lengths": [0, 2, 3, 1, 3][: rows + 1], "resets": torch.tensor([[0, 1, 0, 0, 1]] * 3)[:, : rows + 1] > 0}
+    compare(Layer(cell, torch.float32, 3, rows + 1, H, reverse=True, dcs=True, **marks), rows, plain=True)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("H", [1, 2, 31, 48, 64, 128])
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("cell", [*NAMES, "mgu"])
+def test_sizes_without_tensor_cores(cell, rows, H):
+    compare(Layer(MGU if cell == "mgu" else cell, torch.float32, 3, 2 * rows + 1, H), rows, plain=True)
 
 
 @pytest.mark.sweep
@@ -195,4 +213,3 @@ def test_any_layer(cell, T, B, H, bias, h0, dy, dcs, reverse, dtype, rows, chunk
         marks["resets"] = torch.tensor(data.draw(st.lists(st.booleans(), min_size=T * B, max_size=T * B))).view(T, B)
     layer = Layer(cell, dtype, T, B, H, bias=bias, h0=h0, dy=dy, dcs=dcs, reverse=reverse, **marks)
     compare(layer, rows, chunk)
-
