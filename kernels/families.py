@@ -52,8 +52,8 @@ class Family:
         plan: (gates, B, H, itemsize, precision, backward, limits of the GPU, marked) to a plan, or to why there is none.
             Arguments as in `rnnfast.kernels.persistent.plan.persistent_plan`. On a CPU, which has no limits, a family that
             does not wait gets None.
-        plans: (gates, B, H, itemsize, precision, backward, limits of the GPU, how many at most) to the plans worth measuring, the
-            fastest by the family's model first. None for a family that has one plan for each size.
+        plans: (gates, B, H, itemsize, precision, backward, limits of the GPU, how many at most) to the plans worth measuring,
+        the fastest by the family's model first. None for a family that has one plan for each size.
         waits: whether the programs of a grid wait for one another. Such a grid has to be resident as a whole, which takes a GPU
             with cooperative launch.
     """

@@ -65,7 +65,8 @@ def _step(row: dict, reasons: dict[str, int]) -> dict[str, str]:
 
 
 def violations(rows: list[dict]) -> list[str]:
-    """What should not be: spills, weights loaded again in a step though they stay on chip, products computed twice, variants."""
+    """What should not be: spills, weights loaded again in a step though they stay on chip, products computed twice,
+    variants."""
     found = []
     for row in rows:
         wrong = [f"{row['stack_bytes']} bytes of stack, {row['spills']} spill accesses"] * _spilled(row)

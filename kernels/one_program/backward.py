@@ -2,12 +2,13 @@
 
     d_h_t = d_y_t + W^T d_gates_{t+1}      d_gates_t = cell.backward(saved_t, ..., d_h_t, d_c_t)
 
-A warp owns 16 units. The warps share the summed axis: each multiplies the gate gradients of its own units, so its operand is its
-own, and the sums of all warps go through shared memory. The gradients of the states stay in registers; see tiles.py for how.
+A warp owns 16 units. The warps share the summed axis: each multiplies the gate gradients of its own units, so its operand is
+its own, and the sums of all warps go through shared memory. The gradients of the states stay in registers; see tiles.py for
+how.
 
-With marks (`rnnfast.kernels.marks`) the gate gradients of a row that does not run are zero, and the gradients of its last states
-wait. Where a state began anew, the whole gradient of what entered is added to that of the initial or the reset state, and the
-program goes on from zero. It begins with the last step at which one of its rows runs, and ends with the first.
+With marks (`rnnfast.kernels.marks`) the gate gradients of a row that does not run are zero, and the gradients of its last
+states wait. Where a state began anew, the whole gradient of what entered is added to that of the initial or the reset state,
+and the program goes on from zero. It begins with the last step at which one of its rows runs, and ends with the first.
 
 Legend: T steps, B batch, H hidden units, HP = 16 W units of a program of W warps, G gates, D blocks of gate gradients, R batch
 rows of a program. Next and before are meant in forward's order: this kernel comes from the next step and goes on to the one

@@ -1,7 +1,7 @@
 """What a time step of a one-program kernel costs, by a simple model: a pure function from counts to SM clocks, term by term.
 
-Nothing here has been measured. It uses the constants of `rnnfast.kernels.hardware`, as the model of the persistent kernels does,
-so that the two can be compared.
+Nothing here has been measured. It uses the constants of `rnnfast.kernels.hardware`, as the model of the persistent kernels
+does, so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def program_time(
 
 
 def tensor_clocks(gates: int, warps: int, itemsize: int, backward: bool) -> float:
-    """Clocks of the product of a program of 16 `warps` units: HMMA, which take 32 bytes of the summed axis and up to 8 batch rows
-    each."""
+    """Clocks of the product of a program of 16 `warps` units: HMMA, which take 32 bytes of the summed axis and up to 8 batch
+    rows each."""
     chunk = 32 // itemsize
     deep = 16 * gates // chunk if backward else 16 * warps // chunk
     return hmma_clocks(deep, warps if backward else gates, warps)
@@ -100,7 +100,8 @@ def step_bytes(gates: int, saved: int, H: int, B: int, itemsize: int, backward: 
 
 
 def instructions_estimate(gates: int, rows: int, backward: bool) -> float:
-    """Instructions of a warp besides those of the product, fitted to machine code (LSTM, GRU and RNN, float16, sm_90, Triton 3.9)."""
+    """Instructions of a warp besides those of the product, fitted to machine code (LSTM, GRU and RNN, float16, sm_90, Triton
+    3.9)."""
     cells = rows / 2  # of a thread
     return 30 + gates * ((16 + 15 * cells) if backward else (10 + 14.5 * cells))
 

@@ -1,7 +1,7 @@
 """Products without tensor cores, for float32 that is not TF32: each thread multiplies and adds by itself.
 
-A program of HP units cuts the summed axis into P parts of KP units. Thread HP p + u has, of each gate, the weights between unit u
-and the units of part p. It multiplies them with part p of the operand; then the P sums of a unit meet in shared memory.
+A program of HP units cuts the summed axis into P parts of KP units. Thread HP p + u has, of each gate, the weights between unit
+u and the units of part p. It multiplies them with part p of the operand; then the P sums of a unit meet in shared memory.
 
 With 4 or 2 rows a program, cells (tiles.py) are in the order of units and rows: a reshape makes them [HP, R].
 """

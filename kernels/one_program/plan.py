@@ -6,7 +6,7 @@ Pure functions: nothing here asks a device, so tests need none.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rnnfast.kernels.one_program.cost import (
     ProgramTime,
@@ -26,8 +26,8 @@ PLAIN_ROWS = (2, 4)  # without tensor cores
 PLAIN = {16: (1, 1), 32: (4, 2), 64: (8, 4), 128: (8, 2)}  # without tensor cores: warps and parts of the summed axis, by units
 MOST_WARPS = 16  # of a program, each of 16 units
 MOST_PLAIN = {False: 128, True: 64}  # units without tensor cores, by whether there are several gates
-# Registers of a thread for the weights; with 16 warps, whose threads have half as many. Where they take more than half of these,
-# backward with marks spills with 4 or 8 rows (LSTM float16, H = 128: 16 to 24 bytes, Triton 3.9).
+# Registers of a thread for the weights; with 16 warps, whose threads have half as many. Where they take more than half of
+# these, backward with marks spills with 4 or 8 rows (LSTM float16, H = 128: 16 to 24 bytes, Triton 3.9).
 WEIGHTS = {False: 128, True: 64}
 ROWS = 8192  # time steps x batch rows of a forward launch: the input side is a buffer of its own
 SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
@@ -38,8 +38,8 @@ SLOW_CLOCK = 1e9  # hertz, for that: below what any of these GPUs runs at
 class OneProgramPlan:
     """The whole launch of a one-program kernel, for one direction (forward or backward).
 
-    A program keeps BLOCK_B batch rows of all units, H rounded up to `units`; with tensor cores 16 a warp. Without them the summed
-    axis is cut into PARTS, which is 0 with them. At most `steps` time steps a launch.
+    A program keeps BLOCK_B batch rows of all units, H rounded up to `units`; with tensor cores 16 a warp. Without them the
+    summed axis is cut into PARTS, which is 0 with them. At most `steps` time steps a launch.
     """
 
     BLOCK_B: int
@@ -126,7 +126,8 @@ def predicted(
         instructions=instructions_estimate(gates, rows, backward),
         special_functions=special_functions_estimate(gates, rows, backward),
         exchanged_bytes=2 * exchanged_bytes(H, rows, itemsize, backward),
-        barriers=2 if warps > 1 else 0,
+        # with 8 rows an operand of backward stays in its warp's registers; else it takes a barrier or two a gate
+        barriers=(2 + (gates * rows // 2 if backward and rows < 8 else 0)) if warps > 1 else 0,
         bytes=step_bytes(gates, gates if gates > 1 else 0, H, B, itemsize, backward, True, gates >= 4),
     )
 

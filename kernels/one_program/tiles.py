@@ -11,8 +11,8 @@ Three choices make the layout of all loads and stores the same, so that no tile 
   units that lie side by side in memory. The summed axis is numbered likewise.
 - *A tile of cells is [threads, units of a thread, rows of a thread]*, thread 32 w + 4 l + q of warp w. Loads and stores are of
   [threads, units] for each row, which leaves Triton one sensible layout.
-- *With 4 or 2 rows* the tensor core leaves every cell in several lanes. So that each cell is computed once, a lane takes its own
-  by a select: lane 4 l + 2 u + q takes unit 2 l + u, and rows 2 q and 2 q + 1 of 4, or row q of 2.
+- *With 4 or 2 rows* the tensor core leaves every cell in several lanes. So that each cell is computed once, a lane takes its
+  own by a select: lane 4 l + 2 u + q takes unit 2 l + u, and rows 2 q and 2 q + 1 of 4, or row q of 2.
 """
 
 import triton
@@ -62,8 +62,8 @@ def threads_row(n: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def offsets(rows, unit, ROW: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr):
-    """Offsets of a program's cells from its first row on, one [32 W, units] for each of `rows`, which are ROW apart. With 8 rows
-    and not PAIRED the two units of a thread, which are not aligned, have a load each."""
+    """Offsets of a program's cells from its first row on, one [32 W, units] for each of `rows`, which are ROW apart. With 8
+    rows and not PAIRED the two units of a thread, which are not aligned, have a load each."""
     found = ()
     for n in tl.static_range(rows_of_thread(R)):
         at = rows[n] * ROW + unit
@@ -78,7 +78,8 @@ def offsets(rows, unit, ROW: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr
 
 @triton.jit
 def masks(slots, count, unit, H: tl.constexpr, HP: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr):
-    """For each of `offsets`: whether the slot is less than `count` and the unit less than H. PAIRED units are padded in pairs."""
+    """For each of `offsets`: whether the slot is less than `count` and the unit less than H. PAIRED units are padded in
+    pairs."""
     found = ()
     for n in tl.static_range(rows_of_thread(R)):
         if HP == H:
@@ -109,9 +110,7 @@ def cells(pieces, W: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr):
     """Loaded tiles as one of cells [32 W, units, rows]. All of it stays in registers."""
     if R == 2:
         return pieces[0][:, :, None]
-    elif R == 4:
-        return tl.join(pieces[0], pieces[1])
-    elif PAIRED:
+    elif R == 4 or PAIRED:
         return tl.join(pieces[0], pieces[1])
     else:
         first = tl.reshape(tl.join(pieces[0], pieces[1]), (32 * W, 2))
@@ -142,8 +141,8 @@ def store_cells(pointer, offsets, mask, tile, W: tl.constexpr, R: tl.constexpr, 
 
 @triton.jit
 def program_rows(order_ptr, B, W: tl.constexpr, R: tl.constexpr, HAS_MARKS: tl.constexpr):
-    """For each row of a thread [32 W, 1]: its slot in the program, and its batch row counted from the first batch row, `base`; and
-    how many rows there are. Those that are not there are loaded as the last one, and never stored."""
+    """For each row of a thread [32 W, 1]: its slot in the program, and its batch row counted from the first batch row, `base`;
+    and how many rows there are. Those that are not there are loaded as the last one, and never stored."""
     first = tl.program_id(0) * R
     slots = ()
     rows = ()
@@ -254,8 +253,8 @@ def from_product(sums, W: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def product(w, h, acc, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr):
-    """w [W, 16, K] times h [W, 16, R], whose K = 16 W units every warp needs, plus acc [W, 16, R]. The leading axis of warps keeps
-    Triton from the instructions of warp groups, whose sums lie otherwise."""
+    """w [W, 16, K] times h [W, 16, R], whose K = 16 W units every warp needs, plus acc [W, 16, R]. The leading axis of warps
+    keeps Triton from the instructions of warp groups, whose sums lie otherwise."""
     W: tl.constexpr = acc.shape[0]
     R: tl.constexpr = acc.shape[2]
     return dot(w, tl.broadcast_to(tl.reshape(h, (1, 16 * W, R)), (W, 16 * W, R)), acc, PRECISION, EMULATE_BF16)
@@ -287,8 +286,8 @@ def sum_parts(parts, W: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def hand_over(d_starts_ptr, offsets, marks, mask, tile, size, W: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr):
-    """Add gradients of states that began anew to d_starts (2, B, H), initial and reset, `size` elements each. A thread adds to its
-    own cells only, whatever the step."""
+    """Add gradients of states that began anew to d_starts (2, B, H), initial and reset, `size` elements each. A thread adds to
+    its own cells only, whatever the step."""
     if R == 2:
         rows = (tl.reshape(tile, (32 * W, 1)),)
     else:

@@ -4,8 +4,8 @@ HMMA takes 16 rows x 32 bytes of the summed axis. Of these thread 4 l + q of a w
 
     of half precision   2 q + e + 8 f        of TF32   q + 4 f + 8 e (in two instructions)        e, f = 0, 1
 
-The units are numbered so (`unit_of`) that row 8 u + l is unit 2 l + u, and place 8 b + a of the summed axis unit 2 a + b. So the
-four places of a thread are the units 4 q + 2 e + f, or with TF32 8 f + 2 q + e. A tile of loads is [threads, neighbours in
+The units are numbered so (`unit_of`) that row 8 u + l is unit 2 l + u, and place 8 b + a of the summed axis unit 2 a + b. So
+the four places of a thread are the units 4 q + 2 e + f, or with TF32 8 f + 2 q + e. A tile of loads is [threads, neighbours in
 memory], as in tiles.py, one for each value of the other bits.
 """
 

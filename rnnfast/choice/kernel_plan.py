@@ -6,9 +6,9 @@
     "auto"         what `rnnfast tune` found faster at this size; the step kernels where nothing was measured
 
 RNNFAST_KERNELS names one of them; "auto" is the default. It takes no kernels but the step kernels by itself, because no GPU has
-run the others yet. What they cannot run goes to the step kernels: sizes without a plan and GPUs without cooperative launch silently
-(`rnnfast.explain` says why), a launch that the driver refuses with a `FallbackWarning`. With RNNFAST_STRICT=1 such a GPU and
-such a launch raise.
+run the others yet. What they cannot run goes to the step kernels: sizes without a plan and GPUs without cooperative launch
+silently (`rnnfast.explain` says why), a launch that the driver refuses with a `FallbackWarning`. With RNNFAST_STRICT=1 such a
+GPU and such a launch raise.
 """
 
 from __future__ import annotations

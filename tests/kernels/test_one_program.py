@@ -1,4 +1,5 @@
-"""The one-program kernels against the step kernels, which are held to the float64 reference elsewhere, and against it directly."""
+"""The one-program kernels against the step kernels, which are held to the float64 reference elsewhere, and against it
+directly."""
 
 from __future__ import annotations
 
