@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from rnnfast.kernels import one_program, persistent, step
 from rnnfast.kernels.one_program.plan import OneProgramPlan, one_program_plan, one_program_plans
@@ -20,12 +20,14 @@ __all__ = ["FAMILIES", "Family", "Plan", "family_of", "plans_to_measure"]
 
 
 class Plan(Protocol):
-    """What every family's plans have.
+    """What every family's plans, which are dataclasses, have.
 
     Attributes:
         BLOCK_B: batch rows of a program.
         steps: time steps of a launch, whose input side is computed by one GEMM; 0 if it may be any number.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def BLOCK_B(self) -> int: ...
