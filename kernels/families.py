@@ -6,25 +6,28 @@ and a class of plans. Then add its entry here and its name to `rnnfast.settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
-from rnnfast.kernels import persistent, step
-from rnnfast.kernels.persistent.plan import GpuLimits, NoPlan, PersistentPlan
-from rnnfast.kernels.step.plan import StepPlan, step_plan
+from rnnfast.kernels import one_program, persistent, step
+from rnnfast.kernels.one_program.plan import OneProgramPlan, one_program_clocks, one_program_plan, one_program_plans
+from rnnfast.kernels.persistent.plan import GpuLimits, NoPlan, PersistentPlan, persistent_clocks, persistent_plans
+from rnnfast.kernels.step.plan import StepPlan, step_clocks, step_plan
 
-__all__ = ["FAMILIES", "Family", "Plan", "family_of"]
+__all__ = ["FAMILIES", "Family", "Plan", "family_of", "plans_to_measure"]
 
 
 class Plan(Protocol):
-    """What every family's plans have.
+    """What every family's plans, which are dataclasses, have.
 
     Attributes:
         BLOCK_B: batch rows of a program.
         steps: time steps of a launch, whose input side is computed by one GEMM; 0 if it may be any number.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def BLOCK_B(self) -> int: ...
@@ -51,6 +54,8 @@ class Family:
         plan: (gates, B, H, itemsize, precision, backward, limits of the GPU, marked) to a plan, or to why there is none.
             Arguments as in `rnnfast.kernels.persistent.plan.persistent_plan`. On a CPU, which has no limits, a family that
             does not wait gets None.
+        plans: (gates, B, H, itemsize, precision, backward, limits of the GPU, how many at most) to the plans worth measuring,
+        the fastest by the family's model first. None for a family that has one plan for each size.
         waits: whether the programs of a grid wait for one another. Such a grid has to be resident as a whole, which takes a GPU
             with cooperative launch.
         many_steps: whether a launch runs many time steps; if not, a step takes at least what its launch costs the host.
@@ -60,6 +65,7 @@ class Family:
     package: ModuleType
     kind: type[Plan]
     plan: Callable[[int, int, int, int, str, bool, GpuLimits | None, bool], Plan | NoPlan]
+    plans: Callable[[int, int, int, int, str, bool, GpuLimits, int], Sequence[Plan]] | None
     waits: bool
     many_steps: bool
     clocks: Callable[[int, int, int, int, str, bool, GpuLimits, bool], float | None]
@@ -74,19 +80,30 @@ def _by_limits(*sizes) -> PersistentPlan | NoPlan:
 
 
 def _step_clocks(gates, B, H, itemsize, precision, backward, limits, marked) -> float:
-    return step.plan.step_clocks(gates, B, H, itemsize, precision, backward, limits.sms)
+    return step_clocks(gates, B, H, itemsize, precision, backward, limits.sms)
 
 
 FAMILIES = {
     "step": Family(
-        package=step, kind=StepPlan, plan=_any_size, waits=False,
-        many_steps=False, clocks=_step_clocks,
+        step, kind=StepPlan, plan=_any_size, plans=None, clocks=_step_clocks, waits=False, many_steps=False,
     ),
     "persistent": Family(
-        package=persistent, kind=PersistentPlan, plan=_by_limits, waits=True,
-        many_steps=True, clocks=persistent.plan.persistent_clocks,
+        persistent, kind=PersistentPlan, plan=_by_limits, plans=persistent_plans, clocks=persistent_clocks, waits=True,
+        many_steps=True,
+    ),
+    "one_program": Family(
+        one_program, kind=OneProgramPlan, plan=one_program_plan, plans=one_program_plans, clocks=one_program_clocks,
+        waits=False, many_steps=True,
     ),
 }  # fmt: skip
+
+
+def plans_to_measure(
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, most: int = 4
+) -> list[Plan]:
+    """The plans of all families that are worth measuring, at most `most` of each."""
+    sizes = gates, B, H, itemsize, precision, backward, limits, most
+    return [plan for family in FAMILIES.values() if family.plans for plan in family.plans(*sizes)]
 
 
 def family_of(plan: Plan) -> str:

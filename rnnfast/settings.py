@@ -57,8 +57,8 @@ BACKENDS = ("triton", "torch", "reference")
 
 BACKEND = Setting("RNNFAST_BACKEND", (*BACKENDS, "auto"))
 STRICT = Setting("RNNFAST_STRICT", ("0", "1"))
-KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent"))
 CANARY = Setting("RNNFAST_CANARY", ("auto", "off", "trust"))
+KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent", "one_program"))
 TUNING_FILE = Setting("RNNFAST_TUNING_FILE")
 
 

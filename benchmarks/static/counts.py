@@ -12,6 +12,8 @@ from benchmarks.static import machine_code
 from benchmarks.static.machine_code import loaded, tally
 from rnnfast.kernels import hardware
 from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.one_program import cost
+from rnnfast.kernels.one_program.plan import OneProgramPlan
 from rnnfast.kernels.persistent import cost_model
 from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
 from rnnfast.kernels.step.plan import StepPlan
@@ -54,7 +56,8 @@ def code_of(built: CompiledKernel) -> dict:
         "weight_loaded_bytes": (weights + max(0, in_code - in_ptx)) * threads,  # and what the assembler added, if it did
         "shared_read_bytes": product.read_bytes + threads * sum(each.bytes for each in loop if each.is_a("LDS", "LDSM")),
         "polls": len(polls), **{name: ",".join(found) for name, found in opcodes.items()},
-        "exchange": ", ".join(sorted(exchange)),
+        "shared_written_bytes": threads * sum(each.bytes for each in loop if each.is_a("STS", "STSM")),
+        "special_functions": tally(loop, "MUFU"), "exchange": ", ".join(sorted(exchange)),
         "async_copies": tally(code.instructions, "LDGSTS") + built.asm["ttgir"].count("async_copy"),
         "cooperative": bool(built.metadata.launch_cooperative_grid),
     }  # fmt: skip
@@ -130,6 +133,31 @@ def persistent_row(
         "product_bound": "shared memory" if operand_bytes / hardware.SHARED_BYTES > arithmetic else "arithmetic",
     }  # fmt: skip
     product = _product(code, needed_rows, plan.BLOCK_B, needed_columns, itemsize, 1)
+    return product | row | _terms({name: share * time.total for name, share in time.share().items()}, limits.name)
+
+
+def one_program_row(
+    code: dict, cell: Cell, H: int, itemsize: int, backward: bool,
+    plan: OneProgramPlan, programs: int, limits: GpuLimits, B: int, training: bool,
+) -> dict:  # fmt: skip
+    """A row of a one-program kernel, of `programs` for a batch of `B` rows."""
+    rows, columns = (H, cell.gates * H) if backward else (cell.gates * H, H)
+    time = cost.program_time(
+        sms=limits.sms,
+        programs=programs,
+        warps=code["warps"],
+        product=_arithmetic(code),
+        instructions=code["instructions"] - code["tensor_core_loop"],
+        special_functions=code["special_functions"],
+        exchanged_bytes=code["shared_read_bytes"] + code["shared_written_bytes"],
+        barriers=code["barriers"],
+        bytes=cost.step_bytes(cell.gates, cell.saved, H, B, itemsize, backward, training, cell.carries_c),
+    )
+    row = {
+        "programs": programs, "weights_reread_bytes": code["weight_loaded_bytes"] * programs, "gathered_bytes": 0,
+        "gathered_sum_bytes": 0, "round_trips": 0, "gather_bound": "", "product_bound": "arithmetic",
+    }  # fmt: skip
+    product = _product(code, rows, plan.BLOCK_B, columns, itemsize, 1)
     return product | row | _terms({name: share * time.total for name, share in time.share().items()}, limits.name)
 
 

@@ -37,7 +37,7 @@ class Instruction:
     @property
     def bytes(self) -> int:
         """The bytes that one thread accesses."""
-        if self.is_a("LDSM"):
+        if self.is_a("LDSM", "STSM"):
             return 4 * int(self.opcode.split(".")[-1]) if self.opcode[-1] in "24" else 4
         width = re.search(r"\.(?:[US])?(8|16|64|128)\b", self.opcode)
         return int(width[1]) // 8 if width else 4

@@ -20,7 +20,7 @@ from benchmarks.static import stub
 from benchmarks.timing.problem import tf32
 from rnnfast import ops
 from rnnfast.choice import kernel_plan
-from rnnfast.kernels import dropout, persistent, recompute, runtime, step
+from rnnfast.kernels import dropout, one_program, persistent, recompute, runtime, step
 from rnnfast.kernels.persistent.plan import GPUS, GpuLimits
 from rnnfast.reference import GATES
 
@@ -87,7 +87,7 @@ class StandInDriver(DriverBase):
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that a layer can launch."""
-    modules = (step, persistent, recompute, dropout)
+    modules = (step, persistent, one_program, recompute, dropout)
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
     return [kernel for kernel in found if isinstance(kernel, triton.JITFunction)]
 

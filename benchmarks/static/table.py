@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ STEPS = (3, 1)  # numbers of time steps: neither may make a kernel of its own
 class Job(NamedTuple):
     """The shapes that one process compiles, one after another. A kernel that several batch sizes share is compiled once.
 
-    `family` is the one asked for: "persistent" runs the step kernels where it has no plan. `marked`: for lengths and resets.
+    `family` is the one asked for: the step kernels run where it has no plan. `marked`: for lengths and resets.
     """
 
     family: str
@@ -83,23 +83,28 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                 code = codes[first.compiled]
                 sizes = (cell.gates, B, job.hidden, element.itemsize, precision, backward)
                 choice = kernel_plan.choose(job.family, *sizes, limits, job.marked)
-                if first.kernel.startswith("persistent_") != (choice.persistent is not None):
+                family = next((name for name in ("persistent", "one_program") if first.kernel.startswith(name)), "step")
+                if family != choice.family:
                     raise RuntimeError(f"{job}: {first.kernel} was launched, where the plan is {choice}")
                 about = (code, cell, job.hidden, element.itemsize, backward)
-                if choice.persistent is None:
-                    plan, made = choice.step, counts.step_row(*about, choice.step, B, limits)
+                plan: Any = choice.plan
+                words, programs = plan.words(B), [math.prod(each.grid) for each in launches[0]]
+                if family == "step":
+                    made = counts.step_row(*about, choice.step, B, limits)
                     words = f"tiles of {plan.BLOCK_B} rows, {plan.BLOCK_H} units, chunks of {plan.BLOCK_K}"
+                elif family == "persistent":
+                    made = counts.persistent_row(*about, plan, programs, limits, B)
                 else:
-                    plan, words = choice.persistent, choice.persistent.words(B)
-                    made = counts.persistent_row(*about, plan, [math.prod(each.grid) for each in launches[0]], limits, B)
+                    made = counts.one_program_row(*about, plan, programs[0], limits, B, training)
                 row = {
                     "arch": job.arch, "gpu": limits.name, "sms": limits.sms,
                     "cell": job.cell, "dtype": job.dtype, "hidden": job.hidden, "batch": B,
                     "direction": direction, "training": training, "marked": job.marked,
-                    "family": "persistent" if choice.persistent else "step", "why_step": choice.reason,
+                    "family": family, "why_step": choice.reason,
                     "kernel": first.kernel, "variants": len(variants), "plan": words,
-                    "launches": len(launches[0]) / (1 if choice.persistent else STEPS[0]),  # a launch, or a step
-                    "block_b": plan.BLOCK_B, "block_h": plan.BLOCK_H, "block_k": plan.BLOCK_K,
+                    "launches": len(launches[0]) / (STEPS[0] if family == "step" else 1),  # a launch, or a step
+                    "block_b": plan.BLOCK_B, "block_h": getattr(plan, "BLOCK_H", job.hidden),
+                    "block_k": getattr(plan, "BLOCK_K", job.hidden),
                     "split": getattr(plan, "SPLIT", 1), "parts": getattr(plan, "PARTS", 1),
                     "in_registers": getattr(plan, "IN_REGISTERS", 0), "resident_programs": counts.resident(code, limits),
                 }  # fmt: skip

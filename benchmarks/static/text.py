@@ -59,17 +59,17 @@ def terms_of(row: dict) -> dict[str, int]:
 
 
 def _step(row: dict, reasons: dict[str, int]) -> dict[str, str]:
-    """The line of a step. `reasons` numbers why there is no persistent plan."""
+    """The line of a step. `reasons` numbers why there is no plan."""
     note = reasons.setdefault(row["why_step"], len(reasons) + 1) if row["why_step"] else 0
     return _columns("step", row, note, terms_of(row))
 
 
 def violations(rows: list[dict]) -> list[str]:
-    """The faults of the rows: spills, weights that a persistent kernel reads again, products computed twice, more variants."""
+    """The faults of the rows: spills, weights read again although they stay on chip, products computed twice, more variants."""
     found = []
     for row in rows:
         wrong = [f"{row['stack_bytes']} bytes of stack, {row['spills']} spill accesses"] * _spilled(row)
-        if row["family"] == "persistent" and row["weights_reread_bytes"]:
+        if row["family"] != "step" and row["weights_reread_bytes"]:
             wrong.append(f"{row['weights_reread_bytes']} bytes of weights re-read")
         wrong += [f"redundancy {row['redundancy']:.2f}"] * (row["redundancy"] > 1.05)
         wrong += [f"{row['variants']} variants"] * (row["variants"] > 1)

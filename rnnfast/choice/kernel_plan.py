@@ -2,6 +2,7 @@
 
     "step"         one launch for each time step; runs any size
     "persistent"   one launch for many time steps, with the recurrent weights on chip; runs sizes that have a plan on this GPU
+    "one_program"  the same for a small layer, whole in one program for a few batch rows; runs sizes whose weights fit
     "auto"         the fastest family, as measured or predicted, of those that this GPU's canary found right
 
 RNNFAST_KERNELS names one of them. The default is "auto". `rnnfast.choice.trust` has the canary.

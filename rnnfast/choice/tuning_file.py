@@ -29,7 +29,8 @@ from rnnfast.reference import GATES
 from rnnfast.settings import TUNING_FILE
 
 if TYPE_CHECKING:
-    from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
+    from rnnfast.kernels.families import Plan
+    from rnnfast.kernels.persistent.plan import GpuLimits
 
 __all__ = [
     "Entry", "Shape", "Unusable", "decode", "encode", "machine", "names", "plan_with", "read", "slug", "store", "tiles",
@@ -39,7 +40,7 @@ __all__ = [
 FORMAT, SCHEMA = "rnnfast tuning", 1
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 SIZES = ("T", "B", "I", "H", "layers", "directions")
-MOST_ROWS = 1 << 16  # with more batch rows, no persistent plan is looked for
+MOST_ROWS = 1 << 16  # with more batch rows, no plan is looked for
 FITTED = ("steps", "H_PAD", "BLOCK_K")  # fields of a plan that follow from the batch; the file does not hold them
 
 
@@ -95,8 +96,8 @@ class Entry:
 
     shape: Shape
     winner: str
-    forward: PersistentPlan | None = None
-    backward: PersistentPlan | None = None
+    forward: Plan | None = None
+    backward: Plan | None = None
     times: dict[str, float] = field(default_factory=dict, hash=False)
 
 
@@ -177,18 +178,18 @@ def decode(raw: Any, gpu: GpuLimits) -> Entry:
     return Entry(shape, raw["winner"], **plans, times={name: float(time) for name, time in times.items()})
 
 
-def tiles(plan: PersistentPlan) -> dict[str, Any]:
+def tiles(plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in asdict(plan).items() if name not in FITTED}
 
 
-def plan_with(wanted: Any, shape: Shape, B: int, backward: bool, gpu: GpuLimits) -> PersistentPlan | None:
-    """The plan that the planner makes for `B` rows with the tiles `wanted`. None if it makes none."""
-    from rnnfast.kernels.persistent.plan import persistent_plans
+def plan_with(wanted: Any, shape: Shape, B: int, backward: bool, gpu: GpuLimits) -> Plan | None:
+    """The plan that a planner makes for `B` rows with the tiles `wanted`. None if none makes it."""
+    from rnnfast.kernels.families import plans_to_measure
 
     if wanted is None or (backward and not shape.training) or B > MOST_ROWS:
         return None
     itemsize = 4 if shape.dtype == "float32" else 2
-    plans = persistent_plans(GATES[shape.cell], B, shape.H, itemsize, shape.precision, backward, gpu, sys.maxsize)
+    plans = plans_to_measure(GATES[shape.cell], B, shape.H, itemsize, shape.precision, backward, gpu, sys.maxsize)
     return next((plan for plan in plans if tiles(plan) == wanted), None)
 
 

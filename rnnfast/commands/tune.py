@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 DTYPES = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}  # --dtype: the precision of `Shape`
-MOST = 4  # persistent plans
+MOST = 4  # plans of a family
 NO_GPU = "rnnfast tune needs an NVIDIA GPU, and PyTorch sees none here: run it on the machine that has the GPU"
 
 
@@ -65,18 +65,18 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
 
 
 def candidates(shape: Shape, limits: GpuLimits, forward: Entry | None = None, most: int = MOST) -> list[Entry]:
-    """PyTorch's own layer, the step kernels, and the persistent plans worth measuring.
+    """PyTorch's own layer, the step kernels, and the plans worth measuring of the other families.
 
     Args:
         forward: for training, the result for inference. All candidates use its forward kernels and vary the backward kernels.
-        most: how many persistent plans, at most.
+        most: how many plans of each family, at most.
     """
-    from rnnfast.kernels.persistent.plan import persistent_plans
+    from rnnfast.kernels.families import plans_to_measure
 
     itemsize = 4 if shape.dtype == "float32" else 2
     sizes = (GATES[shape.cell], shape.B, shape.H, itemsize, shape.precision, shape.training, limits)
     found = [Entry(shape, "torch"), Entry(shape, "triton")]
-    plans = persistent_plans(*sizes, most)
+    plans = plans_to_measure(*sizes, most)
     if shape.training:
         best = forward.forward if forward else None
         pairs = [(best, plan) for plan in (None, *plans)]

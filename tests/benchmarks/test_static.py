@@ -82,6 +82,10 @@ def check(table, arch, marked=False):
             assert row["launches"] == 1, name  # a step
             continue
         assert row["weights_reread_bytes"] == 0, name
+        if row["family"] == "one_program":  # nothing between programs
+            assert row["launches"] == 1 and row["polls"] == 0 and not row["exchange"] and not row["cooperative"], name
+            assert row["programs"] == -(-row["batch"] // row["block_b"]) and row["resident_programs"] >= 1, name
+            continue
         assert row["round_trips"] == (2 if row["parts"] > 1 else 1), name  # the sums of several programs are a second
         # words of one width, stored and loaded strongly; nothing loaded ahead of its poll; resident or refused
         assert row["exchange"] == "ld.volatile b32, st.cg b32", name
@@ -146,6 +150,39 @@ def test_persistent_kernels():
     text = "\n".join(texts.show(rows))
     assert "[1] no tiles fit: " in text
     assert "Spills, weights re-read, redundancy over 1.05, variants: " in text
+
+
+ONE_PROGRAM = [
+    ("one_program", ["lstm"], ["float16"], [128], [8]),
+    ("one_program", ["gru"], ["tf32"], [29], [300]),
+    ("one_program", ["rnn_tanh"], ["float32"], [128], [1]),
+]
+
+
+def test_one_program_kernels():
+    """The largest LSTM, which has the fewest registers to spare; a padded size, 4 rows a program; no tensor cores."""
+    rows = check(ONE_PROGRAM, 90)
+    assert {row["family"] for row in rows} == {"one_program"} and len(rows) == 9
+    for row in rows:
+        if row["cell"] == "lstm":
+            assert row["predicted_us"] <= (0.60 if row["direction"] == "forward" else 0.78)
+    assert next(row["block_b"] for row in rows if row["cell"] == "gru") == 4
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("arch", [80, 86, 90, 100])
+def test_one_program_table(arch, marked):
+    """The largest of each kind, odd sizes and whole tiles, with each number of rows a program; none may spill."""
+    cells = ["lstm", "gru", "rnn_tanh"]
+    batches = [1, 400, 1000]
+    table = [
+        ("one_program", cells, ["float16", "bfloat16"], [16, 64, 127, 128], batches),
+        ("one_program", cells, ["tf32", "float32"], [16, 29, 63, 64], batches),
+        ("one_program", ["rnn_tanh"], ["float16"], [255, 256], batches),
+        ("one_program", ["rnn_tanh"], ["tf32", "float32"], [128], batches),
+    ]
+    assert {row["family"] for row in check(table, arch, marked)} == {"one_program"}
 
 
 def test_marked_kernels():

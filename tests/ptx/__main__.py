@@ -29,6 +29,8 @@ KERNELS = (  # whose barriers are left out, one at a time
     (mistakes.PERSISTENT, mistakes.BACKWARD),
     (mistakes.STEP, mistakes.STEP_FORWARD),
     (mistakes.STEP, mistakes.STEP_BACKWARD),
+    (mistakes.ONE, mistakes.ONE_FORWARD),
+    (mistakes.ONE, mistakes.ONE_BACKWARD),
 )
 
 
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--layers", default="quick", choices=LAYERS)
     parser.add_argument("--mistakes", action="store_true", help="plant each mistake")
-    parser.add_argument("--barriers", action="store_true", help="leave out each barrier of four kernels")
+    parser.add_argument("--barriers", action="store_true", help="leave out each barrier of six kernels")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which warps run")
     parser.add_argument("--json", action="store_true", help="name -> what is wrong, for the tests")
     args = parser.parse_args(argv)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch.nn.functional import linear
@@ -11,14 +13,16 @@ from torch.overrides import TorchFunctionMode
 
 import rnnfast
 from rnnfast import ops
+from rnnfast.kernels.one_program import plan
 from rnnfast.numerics import Contract, Verdict
 from tests.ptx.gpu import DTYPES, settings
 
 
 class Layer(NamedTuple):
-    """One layer. `marked`: with lengths and resets. `inference`: without gradients too, which is another kernel."""
+    """One layer. `marked`: with lengths and resets. `inference`: without gradients too, which is another kernel. `rows`: of a
+    program of the one-program kernels, else as planned."""
 
-    family: str  # "step" or "persistent"
+    family: str  # "step", "persistent" or "one_program"
     cell: str  # "lstm", "gru", "rnn_tanh" or "rnn_relu"
     dtype: str  # of `DTYPES`
     H: int = 32
@@ -28,10 +32,20 @@ class Layer(NamedTuple):
     marked: bool = False
     reverse: bool = False
     inference: bool = True
+    rows: int = 0
 
     def __str__(self) -> str:
-        options = " marked" * self.marked + " reversed" * self.reverse
+        options = " marked" * self.marked + " reversed" * self.reverse + f" rows={self.rows}" * bool(self.rows)
         return f"{self.family} {self.cell} {self.dtype} H={self.H} B={self.B} T={self.T}{options}"
+
+
+@contextmanager
+def _rows(rows: int) -> Iterator[None]:
+    """Let the one-program kernels be planned with `rows` batch rows a program; 0 for any."""
+    with mock.patch.object(plan, "BATCH_ROWS", (rows,) if rows else plan.BATCH_ROWS):
+        plan._rank.cache_clear()
+        yield
+    plan._rank.cache_clear()
 
 
 class _Tf32Linear(torch.autograd.Function):
@@ -105,6 +119,6 @@ def run(layer: Layer, backward: bool = True) -> list[Verdict]:
 
     with _Tf32Products() if tf32 else nullcontext():
         common = everything(rnnfast.reference.layer, dtype)
-    with settings(layer.family, tf32):
+    with settings(layer.family, tf32), _rows(layer.rows):
         ours = everything(ops.layer, dtype)
     return Contract(lambda: everything(rnnfast.reference.layer, torch.float64), common, dtype, tf32).judge(ours)

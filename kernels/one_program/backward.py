@@ -1,0 +1,289 @@
+"""One program's backward: all units of R batch rows from the last step to the first, W_hh^T on chip throughout.
+
+    d_h_t = d_y_t + W^T d_gates_{t+1}      d_gates_t = cell.backward(saved_t, ..., d_h_t, d_c_t)
+
+A warp owns 16 units. The warps share the summed axis: each multiplies the gate gradients of its own units, so its operand is
+its own, and the sums of all warps go through shared memory. The gradients of the states stay in registers; see tiles.py for
+how.
+
+With marks (`rnnfast.kernels.marks`) the gate gradients of a row that does not run are zero, and the gradients of its last
+states wait. Where a state began anew, the whole gradient of what entered is added to that of the initial or the reset state,
+and the program goes on from zero. It begins with the last step at which one of its rows runs, and ends with the first.
+
+Legend: T steps, B batch, H hidden units, HP = 16 W units of a program of W warps, G gates, D blocks of gate gradients, R batch
+rows of a program. Next and before are meant in forward's order: this kernel comes from the next step and goes on to the one
+before.
+"""
+
+import triton
+import triton.language as tl
+
+from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, anew
+from rnnfast.kernels.maths import dot, round_to
+from rnnfast.kernels.one_program.plain import plain_product, plain_weights, sum_plain
+from rnnfast.kernels.one_program.tiles import (
+    by_row,
+    cells,
+    enter,
+    hand_over,
+    load,
+    load_cells,
+    mask_rows,
+    masks,
+    offsets,
+    program_rows,
+    row_marks,
+    store_cells,
+    sum_parts,
+    threads_unit,
+    to_product,
+    units_inside,
+)
+from rnnfast.kernels.one_program.weights import backward_weights
+
+
+@triton.jit
+def _nobody_runs(word, word_next, NEEDS_STARTS: tl.constexpr):
+    """Whether there is nothing to do at a step: no row runs, and none hands over the gradient of what entered the next."""
+    return ((word & word_next) if NEEDS_STARTS else word) == ALL_PADDED
+
+
+@triton.jit(do_not_specialize=["t", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "t_saved", "B"])
+def one_program_backward_kernel(
+    # inputs
+    dy_ptr,  # (T, B, H) gradient of the outputs
+    saved_ptr,  # (*, B, SAVED * H) activations that forward saved, those of step t at index t - t_saved
+    h_ptr,  # (T, B, H) h_t
+    h0_ptr,  # (B, H) the hidden state before step t_first
+    c_ptr,  # (T, B, H) float32, c_t
+    c0_ptr,  # (B, H) float32, the cell state before step t_first
+    w_ptr,  # (G * H, H) W_hh
+    dcs_ptr,  # (T, B, H) float32, gradient of c_t from outside, besides the last one's
+    mark_ptrs,  # `Marks`, packed for R rows a tile
+    # outputs
+    d_gates_ptr,  # (T * B, D * H) gate gradients; those of step t_next are read
+    d_h_ptr,  # (B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
+    d_c_ptr,  # (B, H) float32, carried likewise: gradient of c_t
+    d_start_ptrs,  # `StartGrads`
+    # sizes
+    t,  # the first step that this launch runs
+    dt,  # from it to the one before, 1 or -1
+    steps,
+    t_first,  # the step that forward began with
+    has_first,  # 0 if it began from zeros, or if marks say where it began
+    t_next,
+    has_next,  # 0 if there is no next step
+    t_saved,
+    B,
+    H: tl.constexpr,
+    # flags
+    CELL: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SAVED: tl.constexpr,
+    CARRIES_C: tl.constexpr,
+    DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    PARTS: tl.constexpr,  # of the summed axis, without tensor cores; 0 with them
+):
+    HAS_DY: tl.constexpr = dy_ptr is not None
+    HAS_DCS: tl.constexpr = dcs_ptr is not None
+    HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
+    NEEDS_STARTS: tl.constexpr = d_start_ptrs.h is not None
+    HP: tl.constexpr = 16 * W
+    DTYPE: tl.constexpr = d_gates_ptr.dtype.element_ty
+    PAIRED: tl.constexpr = H % 2 == 0
+    UNIT: tl.constexpr = 16 if H % 16 == 0 else 8 if H % 8 == 0 else 4 if H % 4 == 0 else 2 if H % 2 == 0 else 1
+    STRIDE: tl.constexpr = H // UNIT  # addresses are counted in UNITs, so that Triton sees how they are aligned
+    batch = B.to(tl.int64)
+    dt = dt.to(tl.int64)
+    t = t.to(tl.int64)
+    t_first = t_first.to(tl.int64)
+
+    w = ()
+    for g in tl.static_range(G):
+        if PARTS > 0:
+            w = w + (plain_weights(w_ptr, g, H, HP, PARTS, True),)
+        else:
+            w = w + (backward_weights(w_ptr, g, H, W, DTYPE.primitive_bitwidth == 16),)
+
+    unit = threads_unit(W, R)
+    slots, rows, base, count = program_rows(mark_ptrs.order, B, W, R, HAS_MARKS)
+    off = offsets(rows, unit, H, R, PAIRED)
+    off_s = offsets(rows, unit, SAVED * H, R, PAIRED)
+    off_d = offsets(rows, unit, D * H, R, PAIRED)
+    mask = masks(slots, count, unit, H, HP, R, PAIRED)
+    inside = units_inside(slots, unit, H, HP, R, PAIRED)
+
+    # the last step at which a row of this program runs
+    step = 0
+    word = 0
+    word_next = 0
+    if HAS_MARKS:
+        tiles = tl.cdiv(B, R)
+        words_ptr = mark_ptrs.codes.to(tl.pointer_type(tl.int64)) + tl.program_id(0)
+        word = tl.load(words_ptr + t * tiles)
+        word_next = tl.load(words_ptr + t_next.to(tl.int64) * tiles, mask=has_next > 0, other=ALL_PADDED)
+        while (step < steps) & _nobody_runs(word, word_next, NEEDS_STARTS):
+            step += 1
+            word_next = word
+            word = tl.load(words_ptr + (t + step * dt) * tiles, mask=step < steps, other=ALL_PADDED)
+
+    # the gradients that come from the next step
+    carried = base * H
+    row_next = t_next.to(tl.int64) * batch + base
+    came = masks(slots, count * has_next, unit, H, HP, R, PAIRED)
+    ends = masks(slots, count * (1 - has_next), unit, H, HP, R, PAIRED)
+    if HAS_MARKS:
+        marks_next = row_marks(word_next, slots, R)
+        came = masks(slots, tl.where(step == 0, count * has_next, 0), unit, H, HP, R, PAIRED)
+        came = mask_rows(came, marks_next, R, PAIRED)
+        ends = mask
+    d_next = ()
+    for g in tl.static_range(G):
+        at_g = d_gates_ptr + row_next * (D * STRIDE) * UNIT + (D - G + g) * H
+        d_next = d_next + (load_cells(at_g, off_d, came, W, R, PAIRED),)
+    d_direct = load_cells(d_h_ptr + carried, off, mask if DIRECT else ends, W, R, PAIRED)
+    d_c = ()
+    if CARRIES_C:
+        d_c = (load_cells(d_c_ptr + carried, off, mask, W, R, PAIRED),)
+    if HAS_MARKS:
+        mark_next = by_row(marks_next, W, R)
+        if not DIRECT:
+            d_direct = tl.where(mark_next == PADDED, d_direct, 0.0)
+        if CARRIES_C:
+            d_c = (tl.where(anew(mark_next), 0.0, d_c[0]),)
+
+    # what the first step needs, and the states before it
+    t_now = tl.where(step < steps, t + step * dt, t)  # an address that is there
+    at = (t_now * batch + base) * STRIDE  # of the step whose inputs are loaded
+    at_d = at * D
+    at_s = at - t_saved.to(tl.int64) * batch * STRIDE
+    back = dt * batch * STRIDE
+    is_first = t_now == t_first
+    before = masks(slots, tl.where(t_now == t_first, count * has_first, count), unit, H, HP, R, PAIRED)
+    at_before = tl.where(is_first, base * STRIDE, at + back)
+    dy = ()
+    dcs = ()
+    if HAS_DY:
+        dy = load(dy_ptr + at * UNIT, off, inside, R)
+    if HAS_DCS:
+        dcs = load(dcs_ptr + at * UNIT, off, inside, R)
+    saved = ()
+    for s in tl.static_range(SAVED):
+        saved = saved + (load(saved_ptr + at_s * (UNIT * SAVED) + s * H, off_s, inside, R),)
+    h_new = load(h_ptr + at * UNIT, off, inside, R)
+    h_old = load(tl.where(is_first, h0_ptr, h_ptr) + at_before * UNIT, off, before, R)
+    c_new = ()
+    c_old = ()
+    if CARRIES_C:
+        c_new = load(c_ptr + at * UNIT, off, inside, R)
+        c_old = load(tl.where(is_first, c0_ptr, c_ptr) + at_before * UNIT, off, before, R)
+    while step < steps:
+        # of the step before, in flight during this one; the last loads its own again
+        more = step + 1 < steps
+        now = tl.where(more, back, 0)
+        at += now
+        at_s += now
+        t_now += tl.where(more, dt, 0)
+        is_first = t_now == t_first
+        before = masks(slots, tl.where(t_now == t_first, count * has_first, count), unit, H, HP, R, PAIRED)
+        at_before = tl.where(is_first, base * STRIDE, at + back)
+        dy_before = ()
+        dcs_before = ()
+        if HAS_DY:
+            dy_before = load(dy_ptr + at * UNIT, off, inside, R)
+        if HAS_DCS:
+            dcs_before = load(dcs_ptr + at * UNIT, off, inside, R)
+        saved_before = ()
+        for s in tl.static_range(SAVED):
+            saved_before = saved_before + (load(saved_ptr + at_s * (UNIT * SAVED) + s * H, off_s, inside, R),)
+        h_before = load(tl.where(is_first, h0_ptr, h_ptr) + at_before * UNIT, off, before, R)
+        c_before = ()
+        if CARRIES_C:
+            c_before = load(tl.where(is_first, c0_ptr, c_ptr) + at_before * UNIT, off, before, R)
+        word_before = word
+        if HAS_MARKS:
+            word_before = tl.load(words_ptr + (t + (step + 1) * dt) * tiles, mask=more, other=ALL_PADDED)
+
+        if PARTS > 0:
+            sums = plain_product(w[0], d_next[0], PARTS, R)
+            for g in tl.static_range(1, G):
+                sums += plain_product(w[g], d_next[g], PARTS, R)
+            d_h = sum_plain((sums,), PARTS, R)[0] + d_direct
+        else:
+            sums = tl.zeros((W, HP, R), tl.float32)
+            for g in tl.static_range(G):
+                sums = dot(w[g], to_product(d_next[g], W, R), sums, PRECISION, EMULATE_BF16)
+            d_h = sum_parts(sums, W, R) + d_direct
+        written = mask
+        if HAS_MARKS:
+            marks = row_marks(word, slots, R)
+            mark = by_row(marks, W, R)
+            written = mask_rows(mask, marks, R, PAIRED)
+            if NEEDS_STARTS:
+                hand_over(d_start_ptrs.h, off, marks_next, mask, d_h, batch * H, W, R, PAIRED)
+            d_h = tl.where(anew(by_row(marks_next, W, R)), 0.0, d_h)
+        if HAS_DY:
+            d_h += cells(dy, W, R, PAIRED).to(tl.float32)
+        kept = ()
+        for s in tl.static_range(SAVED):
+            kept = kept + (cells(saved[s], W, R, PAIRED).to(tl.float32),)
+        old_h = cells(h_old, W, R, PAIRED)
+        if HAS_MARKS:
+            old_h = enter(mark_ptrs.starts_h, off, marks, mask, old_h, batch * H, W, R, PAIRED)
+        old = (old_h.to(tl.float32),)
+        new = (cells(h_new, W, R, PAIRED).to(tl.float32),)
+        d_states = (d_h,)
+        if CARRIES_C:
+            old_c = cells(c_old, W, R, PAIRED)
+            if HAS_MARKS:
+                old_c = enter(mark_ptrs.starts_c, off, marks, mask, old_c, batch * H, W, R, PAIRED)
+            old = old + (old_c,)
+            new = new + (cells(c_new, W, R, PAIRED),)
+            if HAS_DCS:
+                d_states = d_states + (d_c[0] + cells(dcs, W, R, PAIRED),)
+            else:
+                d_states = d_states + (d_c[0],)
+        d_gates, d_through, d_c_before = CELL(kept, old, new, d_states)
+
+        d_next = ()
+        for d in tl.static_range(D):
+            tile = round_to(d_gates[d], DTYPE, EMULATE_BF16)
+            store_cells(d_gates_ptr + at_d * UNIT + d * H, off_d, written, tile, W, R, PAIRED)
+            if HAS_MARKS:
+                tile = tl.where(mark != PADDED, tile, 0.0).to(DTYPE)
+            if d >= D - G:
+                d_next = d_next + (tile,)
+        if not DIRECT:
+            d_through = tl.zeros(d_h.shape, tl.float32)
+        if HAS_MARKS:
+            d_direct = tl.where(mark != PADDED, d_through, d_direct)
+            if CARRIES_C:
+                if NEEDS_STARTS:
+                    hand_over(d_start_ptrs.c, off, marks, mask, d_c_before, batch * H, W, R, PAIRED)
+                d_c = (tl.where(mark == PADDED, d_c[0], tl.where(mark == CONTINUES, d_c_before, 0.0)),)
+            steps = tl.where(_nobody_runs(word_before, word, NEEDS_STARTS), step + 1, steps)
+            marks_next = marks
+            word = word_before
+        else:
+            d_direct = d_through
+            if CARRIES_C:
+                d_c = (d_c_before,)
+        at_d += back * D
+        dy = dy_before
+        dcs = dcs_before
+        saved = saved_before
+        h_new = h_old
+        h_old = h_before
+        if CARRIES_C:
+            c_new = c_old
+            c_old = c_before
+        step += 1
+    if DIRECT:
+        store_cells(d_h_ptr + carried, off, mask, d_direct, W, R, PAIRED)
+    if CARRIES_C:
+        store_cells(d_c_ptr + carried, off, mask, d_c[0], W, R, PAIRED)

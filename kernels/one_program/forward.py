@@ -1,0 +1,221 @@
+"""One program's forward: all units of R batch rows through many time steps, W_hh on chip throughout.
+
+    gates_t = x_t + b_ih + W h_{t-1} + b_hh      states_t, saved_t = cell.forward(...)
+
+A warp owns 16 units with all their gates. Every warp needs all of h_{t-1}: it goes through shared memory, two barriers a step.
+The states stay in registers; see tiles.py for how. The loop over steps is a `while`: Triton moves the load of the weights from
+shared memory out of it, into registers, but back into a `for`.
+
+With marks (`rnnfast.kernels.marks`), the state that enters a step is loaded anew where the mark says so, after the step before.
+A program begins with the first step at which one of its rows runs and ends with the last. Without, the arguments that go with
+marks are None.
+
+Legend: T steps, B batch, H hidden units, HP = 16 W units of a program of W warps, G gates, R batch rows of a program.
+"""
+
+import triton
+import triton.language as tl
+
+from rnnfast.kernels.marks import ALL_PADDED
+from rnnfast.kernels.maths import round_to
+from rnnfast.kernels.one_program.plain import plain_product, plain_weights, sum_plain
+from rnnfast.kernels.one_program.tiles import (
+    bias_of,
+    cells,
+    enter,
+    from_product,
+    load,
+    load_cells,
+    mask_rows,
+    masks,
+    offsets,
+    product,
+    program_rows,
+    row_marks,
+    rows_of_thread,
+    store_cells,
+    threads_unit,
+    to_product,
+    units_inside,
+    units_of_thread,
+)
+from rnnfast.kernels.one_program.weights import forward_weights
+
+
+@triton.jit(do_not_specialize=["t", "t_x", "dt", "steps", "t_prev", "has_prev", "t_c_prev", "B"])
+def one_program_forward_kernel(
+    # inputs
+    x_ptr,  # (n, B, G * H) float32, W_ih x_t, at index t_x for the first step
+    w_ptr,  # (G * H, H) W_hh
+    bias_x_ptr,  # (G * H,) b_ih
+    bias_h_ptr,  # (G * H,) b_hh
+    h_prev_ptr,  # (*, B, H) the hidden state before, at index t_prev
+    c_prev_ptr,  # (*, B, H) float32, the cell state before, at index t_c_prev
+    mark_ptrs,  # `Marks`, packed for R rows a tile; codes at the first step of the chunk
+    # outputs
+    h_ptr,  # (T, B, H) h_t
+    c_ptr,  # (T, B, H) float32, c_t, if KEEP_C, else (1, B, H), the last
+    saved_ptr,  # (T, B, SAVED * H) activations for backward
+    # sizes
+    t,  # the first step that this launch runs
+    t_x,
+    dt,  # from it to the next, 1 or -1
+    steps,
+    t_prev,
+    has_prev,  # 0 if the states before are zero
+    t_c_prev,
+    B,
+    H: tl.constexpr,
+    # flags
+    CELL: tl.constexpr,
+    G: tl.constexpr,
+    SAVED: tl.constexpr,
+    CARRIES_C: tl.constexpr,
+    APART: tl.constexpr,  # the cell keeps the two sides of its last gate apart
+    KEEP_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    PARTS: tl.constexpr,  # of the summed axis, without tensor cores; 0 with them
+):
+    HAS_BIAS: tl.constexpr = bias_x_ptr is not None
+    HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
+    HP: tl.constexpr = 16 * W
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+    PAIRED: tl.constexpr = H % 2 == 0
+    UNIT: tl.constexpr = 16 if H % 16 == 0 else 8 if H % 8 == 0 else 4 if H % 4 == 0 else 2 if H % 2 == 0 else 1
+    STRIDE: tl.constexpr = H // UNIT  # addresses are counted in UNITs, so that Triton sees how they are aligned
+    batch = B.to(tl.int64)
+    dt = dt.to(tl.int64)
+    t_x = t_x.to(tl.int64)
+
+    w = ()
+    for g in tl.static_range(G):
+        if PARTS > 0:
+            w = w + (plain_weights(w_ptr, g, H, HP, PARTS, False),)
+        else:
+            w = w + (forward_weights(w_ptr, g, H, W, DTYPE.primitive_bitwidth == 16),)
+
+    unit = threads_unit(W, R)
+    slots, rows, base, count = program_rows(mark_ptrs.order, B, W, R, HAS_MARKS)
+    off = offsets(rows, unit, H, R, PAIRED)
+    off_x = offsets(rows, unit, G * H, R, PAIRED)
+    off_s = offsets(rows, unit, SAVED * H, R, PAIRED)
+    mask = masks(slots, count, unit, H, HP, R, PAIRED)
+    inside = units_inside(slots, unit, H, HP, R, PAIRED)
+    bias = ()
+    bias_apart = ()
+    if HAS_BIAS:
+        for g in tl.static_range(G):
+            bias_x = bias_of(bias_x_ptr, unit, g, H, R)
+            bias_h = bias_of(bias_h_ptr, unit, g, H, R)
+            if APART and g == G - 1:
+                bias = bias + (bias_x,)
+                bias_apart = (bias_h,)
+            else:
+                bias = bias + (bias_x + bias_h,)
+
+    # the first step at which a row of this program runs
+    step = 0
+    word = 0
+    if HAS_MARKS:
+        tiles = tl.cdiv(B, R)
+        words_ptr = mark_ptrs.codes.to(tl.pointer_type(tl.int64)) + tl.program_id(0)
+        word = tl.load(words_ptr + t_x * tiles)
+        while (step < steps) & (word == ALL_PADDED):
+            step += 1
+            word = tl.load(words_ptr + (t_x + step * dt) * tiles, mask=step < steps, other=ALL_PADDED)
+    at_x = ((t_x + step * dt) * batch + base) * (G * STRIDE)
+    at = ((t.to(tl.int64) + step * dt) * batch + base) * STRIDE
+    to_next = dt * batch * STRIDE
+
+    # the states that enter it
+    entered = masks(slots, count * has_prev, unit, H, HP, R, PAIRED)
+    h = load_cells(h_prev_ptr + (t_prev.to(tl.int64) * batch + base) * STRIDE * UNIT, off, entered, W, R, PAIRED)
+    c = tl.zeros((32 * W, units_of_thread(R), rows_of_thread(R)), tl.float32)
+    if CARRIES_C:
+        c = load_cells(c_prev_ptr + (t_c_prev.to(tl.int64) * batch + base) * STRIDE * UNIT, off, entered, W, R, PAIRED)
+    if HAS_MARKS:
+        marks = row_marks(word, slots, R)
+        h = enter(mark_ptrs.starts_h, off, marks, mask, h, batch * H, W, R, PAIRED)
+        if CARRIES_C:
+            c = enter(mark_ptrs.starts_c, off, marks, mask, c, batch * H, W, R, PAIRED)
+    hf = h.to(tl.float32)
+
+    # -0.0, by its bits, which Triton 3.6 would take for 0.0: x + -0.0 is x, and the compiler leaves it out
+    nothing = tl.full(c.shape, -0x80000000, tl.int32).to(tl.float32, bitcast=True)
+    xs = ()
+    if HAS_MARKS:
+        at_x = tl.where(step < steps, at_x, 0)  # an address that is there
+    for g in tl.static_range(G):
+        xs = xs + (load(x_ptr + at_x * UNIT + g * H, off_x, inside, R),)
+    while step < steps:
+        # in flight during the product; the last step loads its own again
+        more = step + 1 < steps
+        at_x += tl.where(more, to_next, 0) * G
+        xs_next = ()
+        for g in tl.static_range(G):
+            xs_next = xs_next + (load(x_ptr + at_x * UNIT + g * H, off_x, inside, R),)
+        if HAS_MARKS:
+            word = tl.load(words_ptr + (t_x + (step + 1) * dt) * tiles, mask=more, other=ALL_PADDED)
+
+        plain_sums = ()
+        if PARTS > 0:
+            for g in tl.static_range(G):
+                plain_sums = plain_sums + (plain_product(w[g], h, PARTS, R),)
+            plain_sums = sum_plain(plain_sums, PARTS, R)
+        operand = to_product(h, W, R)
+        x_sides = ()
+        h_sides = ()
+        for g in tl.static_range(G):
+            x_side = cells(xs[g], W, R, PAIRED)
+            h_side = tl.zeros(c.shape, tl.float32)
+            if HAS_BIAS:
+                x_side += bias[g]
+                if APART and g == G - 1:
+                    h_side += bias_apart[0]
+            if PARTS > 0:
+                h_side += plain_sums[g]
+            elif R == 8:  # what is added to the sum is its first value
+                if APART and g == G - 1:
+                    h_side = from_product(product(w[g], operand, to_product(h_side, W, R), PRECISION, EMULATE_BF16), W, R)
+                else:
+                    h_side = from_product(product(w[g], operand, to_product(x_side, W, R), PRECISION, EMULATE_BF16), W, R)
+                    x_side = nothing
+            else:  # lanes have sums of cells that are not theirs
+                sums = product(w[g], operand, tl.zeros((W, 16, R), tl.float32), PRECISION, EMULATE_BF16)
+                h_side += from_product(sums, W, R)
+            x_sides = x_sides + (x_side,)
+            h_sides = h_sides + (h_side,)
+        states = (hf,)
+        if CARRIES_C:
+            states = states + (c,)
+        new_states, saved = CELL(x_sides, h_sides, states)
+
+        written = mask
+        if HAS_MARKS:
+            written = mask_rows(mask, marks, R, PAIRED)
+        h = round_to(new_states[0], DTYPE, EMULATE_BF16)
+        store_cells(h_ptr + at * UNIT, off, written, h, W, R, PAIRED)
+        if CARRIES_C:
+            c = new_states[1]
+            if KEEP_C:
+                store_cells(c_ptr + at * UNIT, off, written, c, W, R, PAIRED)
+            elif HAS_MARKS:  # a row's last step may not be the program's
+                store_cells(c_ptr + base * H, off, written, c, W, R, PAIRED)
+        for s in tl.static_range(SAVED):
+            tile = round_to(saved[s], DTYPE, EMULATE_BF16)
+            store_cells(saved_ptr + at * (UNIT * SAVED) + s * H, off_s, written, tile, W, R, PAIRED)
+        at += to_next
+        if HAS_MARKS:
+            marks = row_marks(word, slots, R)
+            h = enter(mark_ptrs.starts_h, off, marks, mask, h, batch * H, W, R, PAIRED)
+            if CARRIES_C:
+                c = enter(mark_ptrs.starts_c, off, marks, mask, c, batch * H, W, R, PAIRED)
+            steps = tl.where(word == ALL_PADDED, step + 1, steps)
+        hf = h.to(tl.float32)
+        xs = xs_next
+        step += 1
+    if CARRIES_C and not KEEP_C and not HAS_MARKS:
+        store_cells(c_ptr + base * H, off, mask, c, W, R, PAIRED)
