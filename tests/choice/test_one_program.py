@@ -108,10 +108,11 @@ def test_explain_and_where_there_is_no_plan(counted):
     assert counted == ["step"]
 
 
-def test_not_chosen_by_itself(monkeypatch, counted):
+def test_chosen_by_itself(monkeypatch, counted):
+    """Where it is predicted the fastest of the families that are trusted: here, of all."""
     monkeypatch.delenv("RNNFAST_KERNELS")
     with kernel_plan.pretend_gpu(GPUS["H100"]):
-        assert kernel_plan.pick("lstm", 9, 2, 64, torch.float16, "half", False, True, torch.device("cpu")).family == "step"
+        assert kernel_plan.pick("lstm", 9, 2, 64, torch.float16, "half", False, True, torch.device("cpu")).family == "one_program"
 
 
 PROGRAM = """
