@@ -1,4 +1,4 @@
-"""The least time that a case can take on a GPU, beside the prediction for the persistent kernels and what others have measured.
+"""The least time that a case can take on a GPU, beside the prediction for the fastest kernels and what others have measured.
 
     python -m benchmarks.roofline [--case LSTM-T1024-B16-I768-H768-float16-training ...] [--gpu H100] [--results FILE] [--json]
 

@@ -166,7 +166,7 @@ def test_one_program_kernels():
     for row in rows:
         if row["cell"] == "lstm":
             assert row["predicted_us"] <= (0.60 if row["direction"] == "forward" else 0.78)
-    assert [row["block_b"] for row in rows if row["cell"] == "gru"][0] == 4
+    assert next(row["block_b"] for row in rows if row["cell"] == "gru") == 4
 
 
 @pytest.mark.sweep
