@@ -128,8 +128,8 @@ def compiled(program: str) -> str:
 
 
 def test_prediction(monkeypatch):
-    """Forward and backward of the static analysis for each layer and direction, of the faster family each, and the other products
-    at the peak rate."""
+    """Forward and backward of the static analysis for each layer and direction, of the faster family each, and the other
+    products at the peak rate."""
     from benchmarks.static import table
 
     def build(jobs, workers):
