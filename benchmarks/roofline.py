@@ -1,4 +1,4 @@
-"""Prints the least time that a case can take on a GPU, the time predicted for rnnfast's kernels, and published times.
+"""Prints the least time that a case can take on a GPU, the time predicted for our fastest kernels, and published times.
 
     python -m benchmarks.roofline [--case LSTM-T1024-B16-I768-H768-float16-training ...] [--gpu H100] [--results FILE] [--json]
 

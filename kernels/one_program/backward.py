@@ -225,7 +225,7 @@ def one_program_backward_kernel(
             mark = by_row(marks, W, R)
             written = mask_rows(mask, marks, R, PAIRED)
             if NEEDS_STARTS:
-                hand_over(d_start_ptrs.h, off, marks_next, mask, d_h, batch * H, W, R, PAIRED)
+                hand_over(d_start_ptrs.h, off, marks_next, mask, d_h, batch * H, W, R, PAIRED, PARTS > 0)
             d_h = tl.where(anew(by_row(marks_next, W, R)), 0.0, d_h)
         if HAS_DY:
             d_h += cells(dy, W, R, PAIRED).to(tl.float32)
@@ -264,7 +264,7 @@ def one_program_backward_kernel(
             d_direct = tl.where(mark != PADDED, d_through, d_direct)
             if CARRIES_C:
                 if NEEDS_STARTS:
-                    hand_over(d_start_ptrs.c, off, marks, mask, d_c_before, batch * H, W, R, PAIRED)
+                    hand_over(d_start_ptrs.c, off, marks, mask, d_c_before, batch * H, W, R, PAIRED, PARTS > 0)
                 d_c = (tl.where(mark == PADDED, d_c[0], tl.where(mark == CONTINUES, d_c_before, 0.0)),)
             steps = tl.where(_nobody_runs(word_before, word, NEEDS_STARTS), step + 1, steps)
             marks_next = marks

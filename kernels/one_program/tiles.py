@@ -285,9 +285,19 @@ def sum_parts(parts, W: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def hand_over(d_starts_ptr, offsets, marks, mask, tile, size, W: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr):
+def _add(pointers, tile, mask, COPIES: tl.constexpr):
+    found = tl.load(pointers, mask=mask, other=0.0)
+    if COPIES:  # only one of them stores
+        tl.debug_barrier()
+    tl.store(pointers, found + tile, mask=mask)
+
+
+@triton.jit
+def hand_over(
+    d_starts_ptr, offsets, marks, mask, tile, size, W: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr, COPIES: tl.constexpr
+):
     """Add gradients of states that began anew to d_starts (2, B, H), initial and reset, `size` elements each. A thread adds to
-    its own cells only, whatever the step."""
+    its own cells only, whatever the step. COPIES: several warps have each cell."""
     if R == 2:
         rows = (tl.reshape(tile, (32 * W, 1)),)
     else:
@@ -298,8 +308,6 @@ def hand_over(d_starts_ptr, offsets, marks, mask, tile, size, W: tl.constexpr, R
         if R == 8 and not PAIRED:
             units = tl.split(rows[n])
             for u in tl.static_range(2):
-                found = tl.load(at + offsets[2 * n + u], mask=mask[2 * n + u] & begins, other=0.0)
-                tl.store(at + offsets[2 * n + u], found + units[u][:, None], mask=mask[2 * n + u] & begins)
+                _add(at + offsets[2 * n + u], units[u][:, None], mask[2 * n + u] & begins, COPIES)
         else:
-            found = tl.load(at + offsets[n], mask=mask[n] & begins, other=0.0)
-            tl.store(at + offsets[n], found + rows[n], mask=mask[n] & begins)
+            _add(at + offsets[n], rows[n], mask[n] & begins, COPIES)

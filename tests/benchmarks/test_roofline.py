@@ -130,13 +130,19 @@ def compiled(program: str) -> str:
 
 
 def test_prediction(monkeypatch):
-    """Forward and backward of the static analysis for each layer and direction, and the other products at the peak rate."""
+    """Forward and backward of the static analysis for each layer and direction, of the faster family each, and the other
+    products at the peak rate."""
     from benchmarks.static import table
 
     def build(jobs, workers):
-        assert (jobs, workers) == ([table.Job("persistent", 90, "gru", "bfloat16", 64, (8,))], 1)
-        passes = (("forward", True, 2.0), ("forward", False, 1.0), ("backward", True, 4.0))
-        return [{"direction": d, "training": t, "predicted_us": us, "family": "persistent"} for d, t, us in passes]
+        families = ("persistent", "one_program")
+        assert (jobs, workers) == ([table.Job(family, 90, "gru", "bfloat16", 64, (8,)) for family in families], 1)
+        passes = (("forward", True, (2.0, 3.0)), ("forward", False, (1.5, 1.0)), ("backward", True, (4.0, 5.0)))
+        return [
+            {"direction": d, "training": t, "predicted_us": us, "family": family}
+            for d, t, each in passes
+            for family, us in zip(families, each, strict=True)
+        ]
 
     monkeypatch.setattr(table, "build", build)
     case = Case("GRU", 16, 8, 64, 64, layers=3, directions=2, dtype="bfloat16")
@@ -154,7 +160,7 @@ def test_prediction_from_compiled_code():
     out = compiled("from benchmarks import roofline as r; r.main(['--case', 'RNN-T64-B8-I64-H64-float16-inference', '--json'])")
     line = json.loads(out)[0]
     assert line["predicted"] > sum(line["floor"].values()) * 1e6 / 64
-    assert "persistent forward" in line["how"]
+    assert "one_program forward" in line["how"]
 
 
 def test_probes_compile():

@@ -13,6 +13,7 @@ QUICK = (
     *(Layer(*choice, "float16", inference=choice[1] == "lstm") for choice in product(FAMILIES, CELLS)),
     Layer("persistent", "rnn_tanh", "float16", B=9, marked=True, inference=False),
     *(Layer("one_program", "lstm", "float16", B=9, rows=rows, marked=rows == 4, inference=False) for rows in (4, 8)),
+    Layer("one_program", "gru", "float32", H=29, marked=True, inference=False),
 )
 SWEEP = (
     *(Layer(*choice) for choice in product(FAMILIES, (*CELLS, "rnn_relu"), ("bfloat16", "tf32", "float32"))),
