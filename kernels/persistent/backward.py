@@ -26,6 +26,8 @@ import triton.language as tl
 from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, RESETS, STARTS, anew, batch_rows, entering, unpacked
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
+    FIRST_WAIT,
+    LATER_WAITS,
     add_product,
     as_operands,
     columns,
@@ -34,9 +36,12 @@ from rnnfast.kernels.persistent.exchange import (
     operands,
     over_parts,
     over_rows,
+    piece,
     poll,
     publish,
     sum_parts,
+    tile_words,
+    vector,
     zero_sums,
 )
 
@@ -148,7 +153,8 @@ def _side_by_side(d_gates, D: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr
 
 @triton.jit
 def _exchange_sums(
-    partial, words_ptr, index, slots, batch, mask, H_PAD: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr
+    partial, words_ptr, index, slots, batch, mask, give_up, most, H_PAD: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """Publish partial sums (BLOCK_B, ROWS) of the units of this program and its partners; the whole sums (BLOCK_B, BLOCK_H) of
     this program's own. One row of words a part of the sum, unit by unit."""
@@ -158,15 +164,15 @@ def _exchange_sums(
     row = words_ptr + ((index * batch + slots) * (PARTS * H_PAD))[:, None]
     publish(row + (own_part * H_PAD + first + tl.arange(0, ROWS))[None, :], partial, mask, 1)
     own = row + (first + own_part * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    parts = poll(own, mask, PARTS, H_PAD, 1, tl.float32, 1, 1)
-    total = parts[0]
+    parts = poll(own, mask, PARTS, 1, H_PAD, WARPS, give_up, most, tl.minimum(index + 1, 1))
+    total = parts[0].to(tl.float32, bitcast=True)
     for part in tl.static_range(1, PARTS):
-        total += parts[part]
+        total += parts[part].to(tl.float32, bitcast=True)
     return total
 
 
 @triton.jit(
-    do_not_specialize=["t", "t_x", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "b_begin", "t_saved", "B"]
+    do_not_specialize=["t", "t_x", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "b_begin", "t_saved", "B", "name"]
 )
 def persistent_backward_kernel(
     # inputs
@@ -179,6 +185,7 @@ def persistent_backward_kernel(
     w_ptr,  # (G * H, H) W_hh
     dcs_ptr,  # (T, B, H) float32, gradient of c_t from outside, besides the last one's
     mark_ptrs,  # `Marks`
+    give_up_ptrs,  # `GiveUp`
     # outputs
     # (n, B, X_ROW) hidden-side gate gradients from X_OFFSET on, at index t_x, EMPTY on entry; unless APART those rows of
     # d_gates_ptr themselves
@@ -200,6 +207,7 @@ def persistent_backward_kernel(
     b_begin,  # the first batch row of this launch
     t_saved,
     B,
+    name,  # of this launch, for the host if it gives up
     H: tl.constexpr,
     # flags
     CELL: tl.constexpr,
@@ -236,6 +244,7 @@ def persistent_backward_kernel(
     X_ROW: tl.constexpr = G * H_PAD if APART else D * H
     X_OFFSET: tl.constexpr = 0 if APART else (D - G) * H
     CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
+    WORD_TILES: tl.constexpr = PART // PER_WORD // piece(CHUNK_WORDS, SPLIT) * vector(CHUNK_WORDS)
     DTYPE: tl.constexpr = d_gates_ptr.dtype.element_ty
     words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32)) + X_OFFSET // PER_WORD
     sums_ptr = sums_ptr.to(tl.pointer_type(tl.int32))
@@ -294,11 +303,12 @@ def persistent_backward_kernel(
     d_words = ()
     for j in tl.static_range(CHUNKS):
         if joined(j, CHUNKS, JOIN) > 0:
-            k = over_parts(row_k, PART, columns(j, joined(j, CHUNKS, JOIN), BLOCK_K, PER_WORD), SPLIT)
+            k = over_parts(row_k, PART, columns(j, joined(j, CHUNKS, JOIN), BLOCK_K, PER_WORD, SPLIT), SPLIT)
             w_mask = (unit < H) & (k % H_PAD < H)
             w_at = (k // H_PAD * H + k % H_PAD).to(tl.int64) * H + unit
             w = w + (tl.load(w_ptr + w_at, mask=w_mask, other=0.0),)
-        k = over_parts(row_k, PART, j * BLOCK_K + tl.arange(0, CHUNK_WORDS) * PER_WORD, SPLIT)
+    for j in tl.static_range(WORD_TILES):
+        k = over_parts(row_k, PART, tile_words(j, CHUNK_WORDS, SPLIT) * PER_WORD, SPLIT)
         d_words = d_words + (load_words(d_next + (k // H_PAD * H + k % H_PAD), d_mask, k % H_PAD, H, PER_WORD),)
     d_chunks = as_operands(d_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
 
@@ -326,6 +336,12 @@ def persistent_backward_kernel(
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = zero_sums(1, ROWS, BLOCK_B, SPLIT)
     d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
+    for j in tl.static_range(IN_REGISTERS, OPERANDS):
+        # a loop of one turn: so these weights are read from shared memory in each step
+        for _ in range(has_next):
+            d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
+    most = FIRST_WAIT
+    give_up = (give_up_ptrs.flag, give_up_ptrs.told, name)
     while step < steps:
         row = t * batch + offs_b
         row_x = t_x * batch + slots
@@ -333,6 +349,7 @@ def persistent_backward_kernel(
         if HAS_MARKS:
             following = marks_before
             steps = tl.where(_nobody_runs(marks_before, marks, NEEDS_STARTS), step + 1, steps)
+        once = tl.minimum(step + 1, 1)  # which the compiler does not know to be 1
         # the last step needs nothing from a step before it, and waits for nobody
         mask_more = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
@@ -347,13 +364,11 @@ def persistent_backward_kernel(
             mask_before = mask & (mask_more & (unpacked(marks_before, BLOCK_B) != PADDED))[:, None]
             new_states_before = _load_new_states(h_ptr, c_ptr, at_before, mask_before, CARRIES_C)
 
-        for j in tl.static_range(IN_REGISTERS, OPERANDS):
-            # a loop of one turn: so these weights are read from shared memory in each step
-            for _ in range(tl.minimum(step + has_next, 1)):
-                d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
         d_h = sum_parts(d_sums, ROWS, BLOCK_B, SPLIT)
         if PARTS > 1:
-            d_h = _exchange_sums(d_h, sums_ptr, step, slots, batch, mask_b, H_PAD, BLOCK_H, ROWS)
+            d_h = _exchange_sums(
+                d_h, sums_ptr, step, slots, batch, mask_b, give_up, most, H_PAD, BLOCK_H, ROWS, PLAN.num_warps
+            )
         d_h += d_h_direct
         if HAS_MARKS:
             mark, mark_next = unpacked(marks, BLOCK_B)[:, None], unpacked(marks_next, BLOCK_B)[:, None]
@@ -392,17 +407,24 @@ def persistent_backward_kernel(
             marks_next = marks
             marks = marks_before
             marks_before = tl.load(tile_marks + (t + 2 * dt) * tiles, mask=step + 2 < steps, other=ALL_PADDED)
-        d_chunks = poll(
-            own_ptr + over_parts(row_x * (X_ROW // PER_WORD), PART // PER_WORD, tl.arange(0, CHUNK_WORDS), SPLIT),
+        d_words = poll(
+            own_ptr + over_parts(row_x * (X_ROW // PER_WORD), PART // PER_WORD, tile_words(0, CHUNK_WORDS, SPLIT), SPLIT),
             over_rows(mask_more, SPLIT),
-            CHUNKS,
-            CHUNK_WORDS,
-            JOIN,
-            DTYPE,
-            PER_WORD,
-            SPLIT,
+            WORD_TILES,
+            vector(CHUNK_WORDS),
+            piece(CHUNK_WORDS, SPLIT),
+            PLAN.num_warps,
+            give_up,
+            most,
+            once,
         )
+        most = LATER_WAITS
+        d_chunks = as_operands(d_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
         d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
+        for j in tl.static_range(IN_REGISTERS, OPERANDS):
+            # a loop of one turn: so these weights are read from shared memory in each step
+            for _ in range(once):
+                d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
 
         if not DIRECT:
             d_h_through = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)

@@ -19,9 +19,11 @@ memory with a barrier before and after.
 import triton
 import triton.language as tl
 
-from rnnfast.kernels.maths import dot
+from rnnfast.kernels.maths import INTERPRETED, dot
 
 EMPTY = tl.constexpr(-1)
+FIRST_WAIT, LATER_WAITS = tl.constexpr(28 * 16), tl.constexpr(4 * 16)  # changes of the clock, every 4.29 seconds, times 16
+INTERPRETED_TRIES = tl.constexpr(30)
 NOT_A_NUMBER = tl.constexpr(0x7FFF7FFF)  # two NaNs of either 16-bit type, or one float32 NaN
 
 
@@ -49,15 +51,37 @@ def operands(CHUNKS, JOIN):
     return CHUNKS // JOIN + (CHUNKS % JOIN).bit_count()
 
 
+@triton.constexpr_function
+def vector(CHUNK_WORDS):
+    """Words one after another that a lane loads at once: 16 bytes, or less where four lanes would not get as much of a chunk."""
+    return min(4, CHUNK_WORDS // 4)
+
+
+@triton.constexpr_function
+def piece(CHUNK_WORDS, SPLIT):
+    """Words of a row that its lanes load at once: four lanes, as a tensor core's operand has it; with SPLIT = 1 a chunk."""
+    return CHUNK_WORDS if SPLIT == 1 else 4 * vector(CHUNK_WORDS)
+
+
 @triton.jit
-def columns(FIRST: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, PER_WORD: tl.constexpr):
-    """Where the columns of an operand lie along its part of K: TILES chunks from number FIRST on, word by word in turn."""
-    k = tl.arange(0, TILES * BLOCK_K)
-    if TILES == 1:
-        return FIRST * BLOCK_K + k
-    else:
+def tile_words(TILE: tl.constexpr, CHUNK_WORDS: tl.constexpr, SPLIT: tl.constexpr):
+    """Where the words of a tile lie along its part of K: of the lanes' pieces, one word of each lane."""
+    VECTOR: tl.constexpr = vector(CHUNK_WORDS)
+    PIECE: tl.constexpr = piece(CHUNK_WORDS, SPLIT)
+    return TILE // VECTOR * PIECE + tl.arange(0, PIECE // VECTOR) * VECTOR + TILE % VECTOR
+
+
+@triton.jit
+def columns(FIRST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr, PER_WORD: tl.constexpr, SPLIT: tl.constexpr):
+    """Where the columns of an operand lie along its part of K: CHUNKS chunks from number FIRST on, in the order of `_merged`."""
+    k = tl.arange(0, CHUNKS * BLOCK_K)
+    if SPLIT > 1:
+        VECTOR: tl.constexpr = vector(BLOCK_K // PER_WORD)
         word = k // PER_WORD
-        return (FIRST + word % TILES) * BLOCK_K + (word // TILES * PER_WORD + k % PER_WORD)
+        tile, lane = word // 8 * 2 + word % 2, word % 8 // 2
+        word = tile // VECTOR * (4 * VECTOR) + lane * VECTOR + tile % VECTOR
+        k = word * PER_WORD + k % PER_WORD
+    return FIRST * BLOCK_K + k
 
 
 @triton.jit
@@ -80,23 +104,6 @@ def over_rows(tile, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _load_words(pointers, mask, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    words = ()
-    for j in tl.static_range(CHUNKS):
-        words = words + (tl.load(pointers + j * WIDTH, mask=mask, other=0, volatile=True),)
-    return words
-
-
-@triton.jit
-def _any_empty(words, CHUNKS: tl.constexpr):
-    """EMPTY is the largest word of all if read as unsigned, so one maximum a word finds it."""
-    largest = words[0].to(tl.uint32, bitcast=True)
-    for j in tl.static_range(1, CHUNKS):
-        largest = tl.maximum(largest, words[j].to(tl.uint32, bitcast=True))
-    return tl.max(tl.ravel(largest), axis=0) == 0xFFFFFFFF
-
-
-@triton.jit
 def _in_turn(a, b, SPLIT: tl.constexpr):
     """Two tiles as one, column by column in turn."""
     if SPLIT == 1:
@@ -110,16 +117,30 @@ def _in_turn(a, b, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _join(words, FIRST: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr):
-    """TILES tiles of words from number FIRST on as one, in the order of `columns`: in registers, where it costs nothing."""
+def _one_after_another(a, b):
+    """Two tiles (SPLIT, ROWS, columns) as one, the columns of `a` first."""
+    SPLIT: tl.constexpr = a.shape[0]
+    ROWS: tl.constexpr = a.shape[1]
+    WIDTH: tl.constexpr = a.shape[2] * 2
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (SPLIT, ROWS, WIDTH))
+
+
+@triton.jit
+def _merged(words, FIRST: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr):
+    """TILES tiles of words from number FIRST on as one, in the order of `columns`. Both ways leave each word in its register."""
     tiles = ()
     for i in tl.static_range(TILES):
         tiles = tiles + (words[FIRST + i],)
-    for level in tl.static_range(1, 6):
+    for level in tl.static_range(1, 10):
         if TILES >> level > 0:
             halves = ()
             for i in tl.static_range(TILES >> level):
-                halves = halves + (_in_turn(tiles[i], tiles[i + (TILES >> level)], SPLIT),)
+                if SPLIT == 1:
+                    halves = halves + (_in_turn(tiles[i], tiles[i + (TILES >> level)], SPLIT),)
+                elif level == 1:
+                    halves = halves + (_in_turn(tiles[2 * i], tiles[2 * i + 1], SPLIT),)
+                else:
+                    halves = halves + (_one_after_another(tiles[2 * i], tiles[2 * i + 1]),)
             tiles = halves
     return tiles[0]
 
@@ -139,11 +160,13 @@ def _elements(words, DTYPE: tl.constexpr, PER_WORD: tl.constexpr, SPLIT: tl.cons
 def as_operands(
     words, CHUNKS: tl.constexpr, JOIN: tl.constexpr, DTYPE: tl.constexpr, PER_WORD: tl.constexpr, SPLIT: tl.constexpr
 ):
-    """CHUNKS tiles of words as the operands of `product`."""
+    """The tiles of words of CHUNKS chunks as the operands of `add_product`."""
+    TILES: tl.constexpr = len(words) // CHUNKS
     chunks = ()
     for j in tl.static_range(CHUNKS):
         if joined(j, CHUNKS, JOIN) > 0:
-            chunks = chunks + (_elements(_join(words, j, joined(j, CHUNKS, JOIN), SPLIT), DTYPE, PER_WORD, SPLIT),)
+            tile = _merged(words, j * TILES, joined(j, CHUNKS, JOIN) * TILES, SPLIT)
+            chunks = chunks + (_elements(tile, DTYPE, PER_WORD, SPLIT),)
     return chunks
 
 
@@ -167,25 +190,133 @@ def _pack(even, odd):
     return (even.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (odd.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
+@triton.constexpr_function
+def _assembly(TILES, VECTOR, STRIDE, PACK):
+    """Each thread waits for its own words; what `poll` says in PTX.
+
+    A warp stays together, and its lanes load again only what they lack. After every 16 tries it looks at the give-up word and
+    at the upper half of the clock, which counts 4.29 seconds. Only changes of that are counted, as the programs may all have
+    been stopped in between. Register n has 16 for each change seen and the tries since the last look.
+    """
+    words, at = TILES * PACK, TILES * PACK
+    here, flag, told, name, most = (at + PACK * i for i in range(1, 6))
+    lines = ["{ .reg .pred p, q, <lacks>; .reg .b32 r, n, clock;".replace("<lacks>", ", ".join(f"p{e}" for e in range(PACK)))]
+    lines += [f"setp.ne.b32 p{e}, ${here + e}, 0;" for e in range(PACK)]
+    lines += [f"mov.b32 ${i}, 0;" for i in range(words)] + ["mov.b32 n, 0;", "mov.b32 clock, 0;", "AGAIN:"]
+    for tile in range(0, TILES, VECTOR):
+        for e in range(PACK):
+            into = ", ".join(f"${(tile + i) * PACK + e}" for i in range(VECTOR))
+            width, into = (f".v{VECTOR}", f"{{{into}}}") if VECTOR > 1 else ("", into)
+            lines.append(f"@p{e} ld.relaxed.gpu.global{width}.b32 {into}, [${at + e} + {tile // VECTOR * STRIDE * 4}];")
+    for e in range(PACK):
+        lines.append(f"mov.b32 r, ${e};")
+        lines += [f"max.u32 r, r, ${tile * PACK + e};" for tile in range(1, TILES)]
+        lines.append(f"setp.eq.u32 p{e}, r, -1;")
+    lines.append("mov.pred p, p0;")
+    lines += [f"or.pred p, p, p{e};" for e in range(1, PACK)]
+    return "\n".join(
+        [
+            *lines,
+            "vote.sync.any.pred q, p, -1;",
+            "@!q bra.uni DONE;",
+            "add.u32 n, n, 1;",
+            "and.b32 r, n, 15;",
+            "setp.ne.u32 q, r, 0;",
+            "@q bra.uni AGAIN;",
+            f"ld.relaxed.gpu.global.b32 r, [${flag}];",
+            "setp.ne.u32 q, r, 0;",
+            "vote.sync.any.pred q, q, -1;",
+            "@q bra.uni DONE;",
+            "mov.u32 r, %globaltimer_hi;",
+            "setp.eq.u32 q, r, clock;",
+            "mov.b32 clock, r;",
+            "@q sub.u32 n, n, 16;",
+            f"setp.gt.u32 q, n, ${most};",
+            "vote.sync.any.pred q, q, -1;",
+            "@!q bra.uni AGAIN;",
+            f"@p st.relaxed.gpu.global.b32 [${flag}], 1;",
+            f"@p st.relaxed.sys.global.b32 [${told}], ${name};",
+            "DONE: }",
+        ]
+    )
+
+
+@triton.constexpr_function
+def _constraints(TILES, PACK):
+    return ",".join(["=&r"] * (TILES * PACK) + [kind for kind in "lrllrr" for _ in range(PACK)])
+
+
+@triton.constexpr_function
+def _per_thread(pointers, WARPS):
+    return max(1, pointers.numel // (32 * WARPS))
+
+
+@triton.constexpr_function
+def _types(TILES):
+    return (tl.int32,) * TILES
+
+
+@triton.jit
+def _interpreted_poll(pointers, mask, TILES: tl.constexpr, VECTOR: tl.constexpr, STRIDE: tl.constexpr, give_up):
+    """`poll` as Triton's interpreter can run it; its bound is a number of tries."""
+    flag, told, name = give_up
+    numbers = tl.arange(0, triton.next_power_of_2(TILES))
+    offsets = numbers // VECTOR * STRIDE + numbers % VECTOR
+    mask = tl.expand_dims(mask, -1) & (numbers < TILES)
+    pointers = tl.expand_dims(pointers, -1) + offsets
+    words = tl.load(pointers, mask=mask, other=0, volatile=True)
+    tries = 0
+    while (tries < INTERPRETED_TRIES) & (tl.max(tl.ravel((words == EMPTY).to(tl.int32)), 0) > 0):
+        words = tl.load(pointers, mask=mask, other=0, volatile=True)
+        tries = tl.where(tl.load(flag) != 0, INTERPRETED_TRIES, tries + 1)
+    lacks = tl.max(tl.ravel((words == EMPTY).to(tl.int32)), 0) > 0
+    tl.store(flag, 1, mask=lacks, cache_modifier=".cg")
+    tl.store(told, name, mask=lacks)
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        tiles = tiles + (tl.sum(tl.where(numbers == tile, words, 0), -1),)
+    return tiles
+
+
 @triton.jit
 def poll(
     pointers,
     mask,
-    CHUNKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    JOIN: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PER_WORD: tl.constexpr,
-    SPLIT: tl.constexpr,
+    TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WARPS: tl.constexpr,
+    give_up,
+    most,
+    once,
 ):
-    """CHUNKS tiles of words, WIDTH apart, as operands, once all words are there.
+    """TILES tiles of words, once all are there; where they do not come in time, of words that are EMPTY, which is NaN.
 
-    All loads go out before the one check, so that a try is one round trip to L2.
+    Tile number i has the words i % VECTOR + i // VECTOR * STRIDE after `pointers`. All loads go out before the one check, so that
+    a try is one round trip to L2. A program gives up when the clock has changed more than `most` / 16 times, every 4.29 seconds,
+    or when another has.
     """
-    words = _load_words(pointers, mask, CHUNKS, WIDTH)
-    while _any_empty(words, CHUNKS):
-        words = _load_words(pointers, mask, CHUNKS, WIDTH)
-    return as_operands(words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
+    if INTERPRETED:
+        return _interpreted_poll(pointers, mask, TILES, VECTOR, STRIDE, give_up)
+    else:
+        PACK: tl.constexpr = _per_thread(pointers, WARPS)
+        at = pointers.to(tl.int64)
+        here = tl.broadcast_to(mask, pointers.shape).to(tl.int32)
+        flag, told, name = give_up
+        words = ()
+        for _ in tl.static_range(TILES):
+            words = words + (tl.zeros(pointers.shape, tl.int32),)
+        # a loop of one turn: Triton 3.6 would move changes of layout in front of the poll, and repeat it for each
+        for _ in range(once):
+            words = tl.inline_asm_elementwise(
+                _assembly(TILES, VECTOR, STRIDE, PACK),
+                _constraints(TILES, PACK),
+                [at, here, flag.to(tl.int64), told.to(tl.int64), name, most],
+                _types(TILES),
+                is_pure=False,
+                pack=PACK,
+            )
+        return words
 
 
 @triton.jit

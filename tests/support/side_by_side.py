@@ -13,9 +13,10 @@ Memory between the programs is as weak as a GPU's may be where nothing orders on
 - A volatile load reads a random part of its words now and the rest later, with others in between.
 
 A program that polls, that is repeats a load of the exchange, goes on only after some word that it polls has come. When nobody
-can go on, that is a hang, noticed at once and without a clock. Programs that go on for ever are noticed by their accesses
-(`MOST_TURNS`, `MOST_LOADS`), and one that does not even load by a clock (`PATIENCE`). Each is raised as `Hang` with the
-programs and their steps.
+can go on, `Run.stuck` says which programs wait at which steps, and from then on all of them poll in vain. A kernel whose waits
+have an end comes to it. One whose waits have none is noticed by its turns without a new word (`VAIN_TURNS`). Programs that go on
+for ever are noticed by their accesses (`MOST_TURNS`, `MOST_LOADS`), and one that does not even load by a clock (`PATIENCE`). Each
+is raised as `Hang` with the programs and their steps.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from triton.runtime import interpreter
 
 EMPTY = -1  # of rnnfast.kernels.persistent.exchange, as is the other
 NOT_A_NUMBER = 0x7FFF7FFF
+VAIN_TURNS = 200  # of a program since a word has become visible; a poll gives up after fewer
 MOST_TURNS = 10_000  # of a program in a launch; the tests' programs take some dozens
 MOST_LOADS = 10_000  # plain loads of a program in one turn
 PATIENCE = 120.0  # seconds of one turn; the tests' turns take milliseconds
@@ -71,12 +73,14 @@ class Fault:
 
 @dataclass
 class Run:
-    """What happened inside `together`: the kernel and grid of each launch, how often another program went on, and how many
-    words of the exchange became visible only after the program that stored them had gone on."""
+    """What happened inside `together`: the kernel and grid of each launch, how often another program went on, how many words of
+    the exchange became visible only after the program that stored them had gone on, and who waited for whom, in words, when for
+    the first time no program could go on."""
 
     grids: list[tuple[str, Index]] = field(default_factory=list)
     switches: int = 0
     late_words: int = 0
+    stuck: str = ""
 
 
 def _step(frame) -> int | None:
@@ -117,6 +121,7 @@ class _Schedule:
         self.looked: dict[Index, tuple[int, bool]] = {}  # program: its news when `missing` was last looked at, whether to go on
         self.waiting: dict[Index, tuple[int, int | None]] = {}  # program: its news when it began to wait, its step
         self.turns = dict.fromkeys(indices, 0)
+        self.vain = 0  # turns since a word has become visible, while nobody could go on
         self.loads = 0  # plain ones in this turn
         self.running: Index | None = None
         self.error: BaseException | None = None
@@ -124,6 +129,7 @@ class _Schedule:
 
     def announce(self, addresses: np.ndarray) -> None:
         """What lies there has changed."""
+        self.vain = 0
         first, last = int(addresses.min()), int(addresses.max())
         for index, (begin, end) in self.span.items():
             self.news[index] += first <= end and begin <= last
@@ -185,8 +191,13 @@ class _Schedule:
                 break
             else:
                 who = ", ".join(f"program {index} at step {self.waiting[index][1]}" for index in self.alive)
-                self.fail(Hang(f"every program waits for another: {who}"))
-                return None
+                self.run.stuck = self.run.stuck or f"every program waits for another: {who}"
+                self.vain += 1
+                if self.vain > VAIN_TURNS * len(self.alive):
+                    self.fail(Hang(f"every program waits for another: {who}"))
+                    return None
+                able = self.alive
+                break
         chosen = self.random.choices(able, [self.pace[index] for index in able])[0]
         self.turns[chosen] += 1
         if self.turns[chosen] > MOST_TURNS:
