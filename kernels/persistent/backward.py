@@ -164,7 +164,7 @@ def _exchange_sums(
     row = words_ptr + ((index * batch + slots) * (PARTS * H_PAD))[:, None]
     publish(row + (own_part * H_PAD + first + tl.arange(0, ROWS))[None, :], partial, mask, 1)
     own = row + (first + own_part * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    parts = poll(own, mask, PARTS, 1, H_PAD, WARPS, give_up, most, tl.minimum(index + 1, 1))
+    parts = poll(own, mask, PARTS, 1, H_PAD, 1, WARPS, give_up, most, tl.minimum(index + 1, 1))
     total = parts[0].to(tl.float32, bitcast=True)
     for part in tl.static_range(1, PARTS):
         total += parts[part].to(tl.float32, bitcast=True)
@@ -413,6 +413,7 @@ def persistent_backward_kernel(
             WORD_TILES,
             vector(CHUNK_WORDS),
             piece(CHUNK_WORDS, SPLIT),
+            SPLIT,
             PLAN.num_warps,
             give_up,
             most,

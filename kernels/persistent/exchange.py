@@ -64,11 +64,21 @@ def piece(CHUNK_WORDS, SPLIT):
 
 
 @triton.jit
+def _place(tile, VECTOR: tl.constexpr, SPLIT: tl.constexpr):
+    """Which of the VECTOR words that a lane loads at once belongs to a tile. A tensor core takes two of every other tile from
+    neighbouring registers, where such a load puts neighbouring words."""
+    place = tile % VECTOR
+    if SPLIT > 1 and VECTOR == 4:
+        place = place % 2 * 2 + place // 2
+    return place
+
+
+@triton.jit
 def tile_words(TILE: tl.constexpr, CHUNK_WORDS: tl.constexpr, SPLIT: tl.constexpr):
     """Where the words of a tile lie along its part of K: of the lanes' pieces, one word of each lane."""
     VECTOR: tl.constexpr = vector(CHUNK_WORDS)
     PIECE: tl.constexpr = piece(CHUNK_WORDS, SPLIT)
-    return TILE // VECTOR * PIECE + tl.arange(0, PIECE // VECTOR) * VECTOR + TILE % VECTOR
+    return TILE // VECTOR * PIECE + tl.arange(0, PIECE // VECTOR) * VECTOR + _place(TILE, VECTOR, SPLIT)
 
 
 @triton.jit
@@ -79,7 +89,7 @@ def columns(FIRST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr, PE
         VECTOR: tl.constexpr = vector(BLOCK_K // PER_WORD)
         word = k // PER_WORD
         tile, lane = word // 8 * 2 + word % 2, word % 8 // 2
-        word = tile // VECTOR * (4 * VECTOR) + lane * VECTOR + tile % VECTOR
+        word = tile // VECTOR * (4 * VECTOR) + lane * VECTOR + _place(tile, VECTOR, SPLIT)
         k = word * PER_WORD + k % PER_WORD
     return FIRST * BLOCK_K + k
 
@@ -191,7 +201,7 @@ def _pack(even, odd):
 
 
 @triton.constexpr_function
-def _assembly(TILES, VECTOR, STRIDE, PACK):
+def _assembly(TILES, VECTOR, STRIDE, SPLIT, PACK):
     """Each thread waits for its own words; what `poll` says in PTX.
 
     A warp stays together, and its lanes load again only what they lack. After every 16 tries it looks at the give-up word and
@@ -202,10 +212,11 @@ def _assembly(TILES, VECTOR, STRIDE, PACK):
     here, flag, told, name, most = (at + PACK * i for i in range(1, 6))
     lines = ["{ .reg .pred p, q, <lacks>; .reg .b32 r, n, clock;".replace("<lacks>", ", ".join(f"p{e}" for e in range(PACK)))]
     lines += [f"setp.ne.b32 p{e}, ${here + e}, 0;" for e in range(PACK)]
+    places = (0, 2, 1, 3) if SPLIT > 1 and VECTOR == 4 else range(VECTOR)  # as `_place` has it
     lines += [f"mov.b32 ${i}, 0;" for i in range(words)] + ["mov.b32 n, 0;", "mov.b32 clock, 0;", "AGAIN:"]
     for tile in range(0, TILES, VECTOR):
         for e in range(PACK):
-            into = ", ".join(f"${(tile + i) * PACK + e}" for i in range(VECTOR))
+            into = ", ".join(f"${(tile + i) * PACK + e}" for i in places)
             width, into = (f".v{VECTOR}", f"{{{into}}}") if VECTOR > 1 else ("", into)
             lines.append(f"@p{e} ld.relaxed.gpu.global{width}.b32 {into}, [${at + e} + {tile // VECTOR * STRIDE * 4}];")
     for e in range(PACK):
@@ -257,11 +268,11 @@ def _types(TILES):
 
 
 @triton.jit
-def _interpreted_poll(pointers, mask, TILES: tl.constexpr, VECTOR: tl.constexpr, STRIDE: tl.constexpr, give_up):
+def _interpreted_poll(pointers, mask, TILES: tl.constexpr, VECTOR: tl.constexpr, STRIDE: tl.constexpr, SPLIT: tl.constexpr, give_up):
     """`poll` as Triton's interpreter can run it; its bound is a number of tries."""
     flag, told, name = give_up
     numbers = tl.arange(0, triton.next_power_of_2(TILES))
-    offsets = numbers // VECTOR * STRIDE + numbers % VECTOR
+    offsets = numbers // VECTOR * STRIDE + _place(numbers, VECTOR, SPLIT)
     mask = tl.expand_dims(mask, -1) & (numbers < TILES)
     pointers = tl.expand_dims(pointers, -1) + offsets
     words = tl.load(pointers, mask=mask, other=0, volatile=True)
@@ -285,6 +296,7 @@ def poll(
     TILES: tl.constexpr,
     VECTOR: tl.constexpr,
     STRIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
     WARPS: tl.constexpr,
     give_up,
     most,
@@ -297,7 +309,7 @@ def poll(
     or when another has.
     """
     if INTERPRETED:
-        return _interpreted_poll(pointers, mask, TILES, VECTOR, STRIDE, give_up)
+        return _interpreted_poll(pointers, mask, TILES, VECTOR, STRIDE, SPLIT, give_up)
     else:
         PACK: tl.constexpr = _per_thread(pointers, WARPS)
         at = pointers.to(tl.int64)
@@ -309,7 +321,7 @@ def poll(
         # a loop of one turn: Triton 3.6 would move changes of layout in front of the poll, and repeat it for each
         for _ in range(once):
             words = tl.inline_asm_elementwise(
-                _assembly(TILES, VECTOR, STRIDE, PACK),
+                _assembly(TILES, VECTOR, STRIDE, SPLIT, PACK),
                 _constraints(TILES, PACK),
                 [at, here, flag.to(tl.int64), told.to(tl.int64), name, most],
                 _types(TILES),

@@ -275,6 +275,7 @@ def persistent_forward_kernel(
             WORD_TILES,
             vector(CHUNK_WORDS),
             piece(CHUNK_WORDS, SPLIT),
+            SPLIT,
             PLAN.num_warps,
             give_up,
             most,
