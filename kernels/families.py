@@ -52,7 +52,7 @@ class Family:
             Arguments as in `rnnfast.kernels.persistent.plan.persistent_plan`. On a CPU, which has no limits, a family that
             does not wait gets None.
         waits: whether the programs of a grid wait for one another. Such a grid has to be resident as a whole, which takes a GPU
-            with cooperative launch.
+            with cooperative launch. The package then has `gave_up`, which says whether a wait on a device was in vain.
     """
 
     package: ModuleType

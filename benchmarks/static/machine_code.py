@@ -1,7 +1,8 @@
 """The machine code of a compiled kernel, taken apart and counted. It takes text and returns figures; it compiles nothing.
 
 The loop over time steps of a persistent kernel, or over the summed axis of a step kernel, is the largest cycle of the control
-flow. A loop in it that loads strongly is a poll. The loads of a poll stand once before it and again in each retry.
+flow. A loop in it that loads strongly is a poll. The loads of a poll stand once before it and again in each retry, or in its
+loop alone.
 """
 
 import os
@@ -105,14 +106,17 @@ class Code:
         return max(self.cycles(self.graph), key=len, default=[])
 
     def loops(self) -> tuple[list[Instruction], list[list[Instruction]]]:
-        """The largest loop without its polls, and each of its polls: the loops in it that load strongly."""
+        """The largest loop without its polls, and each of its polls: the loops in it that load strongly, without what they do
+        after many tries, which is to look at the clock."""
         inside = set(self.largest())
         entries = {follower for at, follower in self.graph.edges if follower in inside and at not in inside}
         polls = []
         for inner in self.cycles(inside - entries):
             instructions = [self.instructions[at] for at in inner]
             if any(each.is_a("LDG") and each.strong for each in instructions):
-                polls.append(instructions)
+                clock = {at for at in inner if "GLOBALTIMER" in self.instructions[at].operands}
+                tries = max(self.cycles(set(inner) - clock), key=len) if clock else inner
+                polls.append([self.instructions[at] for at in tries])
                 inside -= set(inner)
         return [self.instructions[at] for at in sorted(inside)], polls
 

@@ -349,7 +349,7 @@ def persistent_backward_kernel(
         if HAS_MARKS:
             following = marks_before
             steps = tl.where(_nobody_runs(marks_before, marks, NEEDS_STARTS), step + 1, steps)
-        once = tl.minimum(step + 1, 1)  # which the compiler does not know to be 1
+        once = tl.where(step + 1 < steps, 1, 0)
         # the last step needs nothing from a step before it, and waits for nobody
         mask_more = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product

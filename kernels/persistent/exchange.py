@@ -210,7 +210,8 @@ def _assembly(TILES, VECTOR, STRIDE, SPLIT, PACK):
     """
     words, at = TILES * PACK, TILES * PACK
     here, flag, told, name, most = (at + PACK * i for i in range(1, 6))
-    lines = ["{ .reg .pred p, q, <lacks>; .reg .b32 r, n, clock;".replace("<lacks>", ", ".join(f"p{e}" for e in range(PACK)))]
+    lacks = ", ".join(f"p{e}" for e in range(PACK))
+    lines = ["{", f".reg .pred p, q, {lacks};", ".reg .b32 r, n, clock;"]
     lines += [f"setp.ne.b32 p{e}, ${here + e}, 0;" for e in range(PACK)]
     places = (0, 2, 1, 3) if SPLIT > 1 and VECTOR == 4 else range(VECTOR)  # as `_place` has it
     lines += [f"mov.b32 ${i}, 0;" for i in range(words)] + ["mov.b32 n, 0;", "mov.b32 clock, 0;", "AGAIN:"]

@@ -220,7 +220,7 @@ def persistent_forward_kernel(
         if HAS_MARKS:
             mask_runs = mask & (unpacked(marks, BLOCK_B) != PADDED)[:, None]
             steps = tl.where(marks_next == ALL_PADDED, step + 1, steps)
-        once = tl.minimum(step + 1, 1)  # which the compiler does not know to be 1
+        once = tl.where(step + 1 < steps, 1, 0)
         # the last step needs nothing from a next one, and waits for nobody
         mask_next = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product

@@ -37,7 +37,7 @@ def for_launch(tensor) -> GiveUp:
 
 def name_of(direction: str, cell: Cell, H: int, dtype) -> int:
     """The number by which a launch tells the host who it is."""
-    known = next((name for name, other in CELLS.items() if other is cell), "a cell of its own")
+    known = next((name for name, other in CELLS.items() if other is cell), "another cell")
     return _names.setdefault((direction, known, H, str(dtype).removeprefix("torch.")), len(_names) + 1)
 
 
@@ -49,4 +49,4 @@ def gave_up(device) -> str:
     if not told:
         return ""
     direction, cell, H, dtype = next(key for key, number in _names.items() if number == told)
-    return f"{direction} of {cell}, hidden size {H}, {dtype}"
+    return f"{direction} of {cell} with {H} hidden units in {dtype}"
