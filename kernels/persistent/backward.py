@@ -338,7 +338,7 @@ def persistent_backward_kernel(
     d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     for j in tl.static_range(IN_REGISTERS, OPERANDS):
         # a loop of one turn: so these weights are read from shared memory in each step
-        for _ in range(has_next):
+        for _ in range(tl.where(step < steps, tl.minimum(step + has_next, 1), 0)):
             d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
     most = FIRST_WAIT
     give_up = (give_up_ptrs.flag, give_up_ptrs.told, name)
@@ -349,7 +349,6 @@ def persistent_backward_kernel(
         if HAS_MARKS:
             following = marks_before
             steps = tl.where(_nobody_runs(marks_before, marks, NEEDS_STARTS), step + 1, steps)
-        once = tl.where(step + 1 < steps, 1, 0)
         # the last step needs nothing from a step before it, and waits for nobody
         mask_more = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
@@ -417,14 +416,14 @@ def persistent_backward_kernel(
             PLAN.num_warps,
             give_up,
             most,
-            once,
+            tl.minimum(step + 1, 1),
         )
         most = LATER_WAITS
         d_chunks = as_operands(d_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
         d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
         for j in tl.static_range(IN_REGISTERS, OPERANDS):
             # a loop of one turn: so these weights are read from shared memory in each step
-            for _ in range(once):
+            for _ in range(tl.where(step + 1 < steps, 1, 0)):
                 d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
 
         if not DIRECT:

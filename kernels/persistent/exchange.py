@@ -23,6 +23,7 @@ from rnnfast.kernels.maths import INTERPRETED, dot
 
 EMPTY = tl.constexpr(-1)
 FIRST_WAIT, LATER_WAITS = tl.constexpr(28 * 16), tl.constexpr(4 * 16)  # changes of the clock, every 4.29 seconds, times 16
+HAS_RELAXED_STORES = tl.constexpr(hasattr(tl, "atomic_store"))  # from Triton 3.9 on
 INTERPRETED_TRIES = tl.constexpr(30)
 NOT_A_NUMBER = tl.constexpr(0x7FFF7FFF)  # two NaNs of either 16-bit type, or one float32 NaN
 
@@ -343,7 +344,10 @@ def publish(pointers, tile, mask, PER_WORD: tl.constexpr):
         even, odd = tl.split(tl.reshape(tile, (BLOCK_B, PAIRS, 2)))
         words = _pack(even, odd)
     words = tl.where(words == EMPTY, NOT_A_NUMBER, words)
-    tl.store(pointers, words, mask=mask, cache_modifier=".cg")
+    if HAS_RELAXED_STORES:
+        tl.atomic_store(pointers, words, mask=mask, sem="relaxed", scope="gpu")
+    else:
+        tl.store(pointers, words, mask=mask, cache_modifier=".cg")
 
 
 @triton.jit

@@ -208,7 +208,7 @@ def persistent_forward_kernel(
     h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     for j in tl.static_range(IN_REGISTERS, OPERANDS):
         # a loop of one turn: so these weights are read from shared memory in each step
-        for _ in range(has_prev):
+        for _ in range(tl.where(step < steps, tl.minimum(step + has_prev, 1), 0)):
             h_sums = add_product(h_sums, w, h_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
     most = FIRST_WAIT
     give_up = (give_up_ptrs.flag, give_up_ptrs.told, name)
@@ -220,7 +220,6 @@ def persistent_forward_kernel(
         if HAS_MARKS:
             mask_runs = mask & (unpacked(marks, BLOCK_B) != PADDED)[:, None]
             steps = tl.where(marks_next == ALL_PADDED, step + 1, steps)
-        once = tl.where(step + 1 < steps, 1, 0)
         # the last step needs nothing from a next one, and waits for nobody
         mask_next = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
@@ -279,14 +278,14 @@ def persistent_forward_kernel(
             PLAN.num_warps,
             give_up,
             most,
-            once,
+            tl.minimum(step + 1, 1),
         )
         most = LATER_WAITS
         h_chunks = as_operands(h_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
         h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
         for j in tl.static_range(IN_REGISTERS, OPERANDS):
             # a loop of one turn: so these weights are read from shared memory in each step
-            for _ in range(once):
+            for _ in range(tl.where(step + 1 < steps, 1, 0)):
                 h_sums = add_product(h_sums, w, h_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
         x_gates = x_gates_next
         t += dt
