@@ -23,7 +23,7 @@ before.
 import triton
 import triton.language as tl
 
-from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, RESETS, STARTS, anew, batch_rows, entering, unpacked
+from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, RESETS, STARTS, anew, entering, unpacked
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
     FIRST_WAIT,
@@ -44,35 +44,16 @@ from rnnfast.kernels.persistent.exchange import (
     vector,
     zero_sums,
 )
+from rnnfast.kernels.persistent.tile import packed_marks, program_tile
 
 
 @triton.jit
 def _load_step(
-    dy_ptr,
-    saved_ptr,
-    h_ptr,
-    h0_ptr,
-    c_ptr,
-    c0_ptr,
-    dcs_ptr,
-    mark_ptrs,
-    t,
-    dt,
-    t_first,
-    has_first,
-    marks,
-    offs_b,
-    offs_h,
-    mask,
-    batch,
-    H: tl.constexpr,
-    SAVED: tl.constexpr,
-    CARRIES_C: tl.constexpr,
-    HAS_DY: tl.constexpr,
-    HAS_DCS: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
+    dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, mark_ptrs,
+    t, dt, t_first, has_first, marks, offs_b, offs_h, mask, batch,
+    H: tl.constexpr, SAVED: tl.constexpr, CARRIES_C: tl.constexpr, HAS_DY: tl.constexpr, HAS_DCS: tl.constexpr,
+    HAS_MARKS: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
     """What step t needs besides the gate gradients of the next: dy or (), the gradient of c or (), what was saved, and the
     states before it; with marks, of the rows that run."""
     if HAS_MARKS:
@@ -153,11 +134,11 @@ def _side_by_side(d_gates, D: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr
 
 @triton.jit
 def _exchange_sums(
-    partial, words_ptr, index, slots, batch, mask, give_up, most, H_PAD: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """Publish partial sums (BLOCK_B, ROWS) of the units of this program and its partners; the whole sums (BLOCK_B, BLOCK_H) of
-    this program's own. One row of words a part of the sum, unit by unit."""
+    partial, words_ptr, index, slots, batch, mask, give_up, most,
+    H_PAD: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Publishes partial sums (BLOCK_B, ROWS) of the units of this program and its partners, and returns the whole sums
+    (BLOCK_B, BLOCK_H) of its own units. The exchange has a row of words for each part of the sum."""
     PARTS: tl.constexpr = ROWS // BLOCK_H
     own_part = tl.program_id(0) % PARTS
     first = tl.program_id(0) // PARTS * ROWS
@@ -172,7 +153,20 @@ def _exchange_sums(
 
 
 @triton.jit(
-    do_not_specialize=["t", "t_x", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "b_begin", "t_saved", "B", "name"]
+    do_not_specialize=[
+        "t",
+        "t_x",
+        "dt",
+        "steps",
+        "t_first",
+        "has_first",
+        "t_next",
+        "has_next",
+        "b_begin",
+        "t_saved",
+        "B",
+        "name",
+    ]
 )
 def persistent_backward_kernel(
     # inputs
@@ -250,21 +244,16 @@ def persistent_backward_kernel(
     sums_ptr = sums_ptr.to(tl.pointer_type(tl.int32))
 
     # what is exchanged lies in the order of the programs, all else in that of the batch
-    slots = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_b = batch_rows(slots, mark_ptrs.order, B)
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    slots, offs_b, offs_h, mask = program_tile(mark_ptrs.order, b_begin, B, H, UNITS_PADDED, BLOCK_B, BLOCK_H)
     mask_b = (slots < B)[:, None]
-    mask = mask_b
     # a row of words to publish: GATES times these units
     column = tl.arange(0, GATES * BLOCK_H // PER_WORD)
     gate_of_word = column // (BLOCK_H // PER_WORD)
     offs_word = gate_of_word * (H_PAD // PER_WORD) + tl.program_id(0) * (BLOCK_H // PER_WORD) + column % (BLOCK_H // PER_WORD)
-    mask_word = mask
+    mask_word = mask_b
     if GATES != G:
-        mask_word = mask & (gate_of_word < G)[None, :]
+        mask_word = mask_b & (gate_of_word < G)[None, :]
     unit_of_column = tl.program_id(0) * BLOCK_H + tl.arange(0, GATES * BLOCK_H) % BLOCK_H
-    if UNITS_PADDED:
-        mask = mask & (offs_h < H)[None, :]
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
@@ -277,7 +266,7 @@ def persistent_backward_kernel(
     step = 0
     if HAS_MARKS:
         tiles = tl.cdiv(B, BLOCK_B)
-        tile_marks = mark_ptrs.codes.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
+        tile_marks = packed_marks(mark_ptrs.codes, b_begin, BLOCK_B)
         marks = tl.load(tile_marks + t * tiles)
         marks_next = tl.load(tile_marks + t_next.to(tl.int64) * tiles, mask=has_next > 0, other=ALL_PADDED)
         while (step < steps) & _nobody_runs(marks, marks_next, NEEDS_STARTS):
@@ -365,9 +354,7 @@ def persistent_backward_kernel(
 
         d_h = sum_parts(d_sums, ROWS, BLOCK_B, SPLIT)
         if PARTS > 1:
-            d_h = _exchange_sums(
-                d_h, sums_ptr, step, slots, batch, mask_b, give_up, most, H_PAD, BLOCK_H, ROWS, PLAN.num_warps
-            )
+            d_h = _exchange_sums(d_h, sums_ptr, step, slots, batch, mask_b, give_up, most, H_PAD, BLOCK_H, ROWS, PLAN.num_warps)
         d_h += d_h_direct
         if HAS_MARKS:
             mark, mark_next = unpacked(marks, BLOCK_B)[:, None], unpacked(marks_next, BLOCK_B)[:, None]
@@ -408,16 +395,9 @@ def persistent_backward_kernel(
             marks_before = tl.load(tile_marks + (t + 2 * dt) * tiles, mask=step + 2 < steps, other=ALL_PADDED)
         d_words = poll(
             own_ptr + over_parts(row_x * (X_ROW // PER_WORD), PART // PER_WORD, tile_words(0, CHUNK_WORDS, SPLIT), SPLIT),
-            over_rows(mask_more, SPLIT),
-            WORD_TILES,
-            vector(CHUNK_WORDS),
-            piece(CHUNK_WORDS, SPLIT),
-            SPLIT,
-            PLAN.num_warps,
-            give_up,
-            most,
-            tl.minimum(step + 1, 1),
-        )
+            over_rows(mask_more, SPLIT), WORD_TILES, vector(CHUNK_WORDS), piece(CHUNK_WORDS, SPLIT), SPLIT, PLAN.num_warps,
+            give_up, most, tl.minimum(step + 1, 1),
+        )  # fmt: skip
         most = LATER_WAITS
         d_chunks = as_operands(d_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
         d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)

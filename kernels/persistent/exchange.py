@@ -5,15 +5,22 @@ address that belongs to step t alone; whoever needs it loads it again and again 
 counter, no fence, and no address is ever used twice, so the only order needed is that of each word with itself. It rests on:
 
 - Words of 32 bits, stored and loaded at that one scalar width: two 16-bit elements, or one of 32 bits.
-- Strong accesses: volatile loads, and stores with ".cg", which Triton turns into ``st.global.cg`` and the assembler into a
-  store to L2, where every SM looks.
+- Strong accesses: ``ld.relaxed.gpu``, and ``st.relaxed.gpu`` where Triton has it. Triton 3.6 stores with ".cg", which becomes
+  ``st.global.cg``, and the assembler makes of that the instruction that it makes of ``st.relaxed.gpu``.
 - No result looks EMPTY: EMPTY is a pattern of NaNs, and `publish` stores another NaN in its place.
-- num_stages=1 at the launch: Triton's pipeliner ignores volatile and would move a polling load ahead of the poll before it.
+- num_stages=1 at the launch, which turns Triton's pipeliner off.
+
+Every poll ends. One that gives up has EMPTY in place of the words that did not come. That is NaN, and it goes through the
+product, the cell and the next exchange into everything that depends on those words. See `poll` and give_up.py.
 
 Legend: SPLIT is the number of parts that the summed axis K is cut into, so that each warp multiplies its own part, a
-leading axis of every tile that has K; with SPLIT = 1 there is no such axis. A part is loaded in CHUNKS of BLOCK_K, all of one
-shape, so that one check of all is cheap, and multiplied in OPERANDS of up to JOIN chunks: each takes a pass through shared
-memory with a barrier before and after.
+leading axis of every tile that has K; with SPLIT = 1 there is no such axis. A part is cut into CHUNKS of BLOCK_K, all of one
+shape, and multiplied in OPERANDS of up to JOIN chunks.
+
+The words of a part are polled in tiles of one word for each row and lane. With SPLIT > 1 four lanes share a row, as in the
+operand of a tensor core, and each loads 16 bytes at once, which are words of four tiles. `columns` says which column of K this
+makes of each column of an operand. The order in which K is summed is free, so the weights are loaded in that order, and no
+word leaves its lane on the way from the poll to the product.
 """
 
 import triton
@@ -22,7 +29,8 @@ import triton.language as tl
 from rnnfast.kernels.maths import INTERPRETED, dot
 
 EMPTY = tl.constexpr(-1)
-FIRST_WAIT, LATER_WAITS = tl.constexpr(28 * 16), tl.constexpr(4 * 16)  # changes of the clock, every 4.29 seconds, times 16
+# bounds of `poll`: 16 for each change of the clock, which is every 4.29 seconds. The first wait may be for SMs that others have
+FIRST_WAIT, LATER_WAITS = tl.constexpr(28 * 16), tl.constexpr(4 * 16)
 HAS_RELAXED_STORES = tl.constexpr(hasattr(tl, "atomic_store"))  # from Triton 3.9 on
 INTERPRETED_TRIES = tl.constexpr(30)
 NOT_A_NUMBER = tl.constexpr(0x7FFF7FFF)  # two NaNs of either 16-bit type, or one float32 NaN
@@ -54,7 +62,7 @@ def operands(CHUNKS, JOIN):
 
 @triton.constexpr_function
 def vector(CHUNK_WORDS):
-    """Words one after another that a lane loads at once: 16 bytes, or less where four lanes would not get as much of a chunk."""
+    """Neighbouring words that a lane loads at once: 16 bytes, or less where a chunk has less for each of four lanes."""
     return min(4, CHUNK_WORDS // 4)
 
 
@@ -84,7 +92,7 @@ def tile_words(TILE: tl.constexpr, CHUNK_WORDS: tl.constexpr, SPLIT: tl.constexp
 
 @triton.jit
 def columns(FIRST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr, PER_WORD: tl.constexpr, SPLIT: tl.constexpr):
-    """Where the columns of an operand lie along its part of K: CHUNKS chunks from number FIRST on, in the order of `_merged`."""
+    """Where the columns of an operand lie along its part of K. It has CHUNKS chunks from number FIRST on, merged."""
     k = tl.arange(0, CHUNKS * BLOCK_K)
     if SPLIT > 1:
         VECTOR: tl.constexpr = vector(BLOCK_K // PER_WORD)
@@ -138,7 +146,7 @@ def _one_after_another(a, b):
 
 @triton.jit
 def _merged(words, FIRST: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr):
-    """TILES tiles of words from number FIRST on as one, in the order of `columns`. Both ways leave each word in its register."""
+    """TILES tiles of words from number FIRST on as one, in the order of `columns`. Each word stays in its register."""
     tiles = ()
     for i in tl.static_range(TILES):
         tiles = tiles + (words[FIRST + i],)
@@ -203,11 +211,12 @@ def _pack(even, odd):
 
 @triton.constexpr_function
 def _assembly(TILES, VECTOR, STRIDE, SPLIT, PACK):
-    """Each thread waits for its own words; what `poll` says in PTX.
+    """`poll` in PTX, for PACK pointers a thread.
 
-    A warp stays together, and its lanes load again only what they lack. After every 16 tries it looks at the give-up word and
-    at the upper half of the clock, which counts 4.29 seconds. Only changes of that are counted, as the programs may all have
-    been stopped in between. Register n has 16 for each change seen and the tries since the last look.
+    A warp stays together, and its lanes load again only what they lack. After every 16 tries it looks at the word of programs
+    that gave up, and at the upper half of the clock, which changes every 4.29 seconds. It counts the changes and not the time
+    between them, as the GPU may have stopped all programs in between. Register n is 16 for each change seen, the first look
+    included, plus the tries since the last look.
     """
     words, at = TILES * PACK, TILES * PACK
     here, flag, told, name, most = (at + PACK * i for i in range(1, 6))
@@ -270,7 +279,9 @@ def _types(TILES):
 
 
 @triton.jit
-def _interpreted_poll(pointers, mask, TILES: tl.constexpr, VECTOR: tl.constexpr, STRIDE: tl.constexpr, SPLIT: tl.constexpr, give_up):
+def _interpreted_poll(
+    pointers, mask, TILES: tl.constexpr, VECTOR: tl.constexpr, STRIDE: tl.constexpr, SPLIT: tl.constexpr, give_up
+):
     """`poll` as Triton's interpreter can run it; its bound is a number of tries."""
     flag, told, name = give_up
     numbers = tl.arange(0, triton.next_power_of_2(TILES))
@@ -306,9 +317,19 @@ def poll(
 ):
     """TILES tiles of words, once all are there; where they do not come in time, of words that are EMPTY, which is NaN.
 
-    Tile number i has the words i % VECTOR + i // VECTOR * STRIDE after `pointers`. All loads go out before the one check, so that
-    a try is one round trip to L2. A program gives up when the clock has changed more than `most` / 16 times, every 4.29 seconds,
-    or when another has.
+    Args:
+        pointers: of each lane's first word.
+        mask: lanes without it get zeros.
+        TILES: tile number i has the words i // VECTOR * STRIDE + `_place` of i after `pointers`.
+        VECTOR: words that a lane loads at once.
+        STRIDE: words from one such load to the next.
+        SPLIT: as above; 1 for tiles without that axis.
+        WARPS: of the program.
+        give_up: the two words of `GiveUp`, and what to tell the host.
+        most: a warp gives up after `most` / 16 changes of the clock, or when another has given up.
+        once: 1, from a value that the compiler does not know.
+
+    All loads go out before the one check, so that a try is one round trip to L2.
     """
     if INTERPRETED:
         return _interpreted_poll(pointers, mask, TILES, VECTOR, STRIDE, SPLIT, give_up)

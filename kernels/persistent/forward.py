@@ -16,7 +16,7 @@ row is t * B + b. ROWS are the weight rows of a program, GATES to a unit: G roun
 import triton
 import triton.language as tl
 
-from rnnfast.kernels.marks import ALL_PADDED, PADDED, anew, batch_rows, entering, start_rows, unpacked
+from rnnfast.kernels.marks import ALL_PADDED, PADDED, anew, entering, start_rows, unpacked
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
     FIRST_WAIT,
@@ -37,6 +37,7 @@ from rnnfast.kernels.persistent.exchange import (
     vector,
     zero_sums,
 )
+from rnnfast.kernels.persistent.tile import packed_marks, program_tile
 
 
 @triton.jit
@@ -127,14 +128,9 @@ def persistent_forward_kernel(
     words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32))
 
     # what is exchanged lies in the order of the programs, all else in that of the batch
-    slots = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_b = batch_rows(slots, mark_ptrs.order, B)
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    slots, offs_b, offs_h, mask = program_tile(mark_ptrs.order, b_begin, B, H, UNITS_PADDED, BLOCK_B, BLOCK_H)
     offs_word = tl.program_id(0) * (BLOCK_H // PER_WORD) + tl.arange(0, BLOCK_H // PER_WORD)
     mask_b = slots < B
-    mask = mask_b[:, None]
-    if UNITS_PADDED:
-        mask = mask & (offs_h < H)[None, :]
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
@@ -144,7 +140,7 @@ def persistent_forward_kernel(
     step = 0
     if HAS_MARKS:
         tiles = tl.cdiv(B, BLOCK_B)
-        tile_marks = mark_ptrs.codes.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
+        tile_marks = packed_marks(mark_ptrs.codes, b_begin, BLOCK_B)
         marks = tl.load(tile_marks + t_x * tiles)
         while (step < steps) & (marks == ALL_PADDED):
             step += 1
@@ -270,16 +266,9 @@ def persistent_forward_kernel(
             marks_next = tl.load(tile_marks + (t_x + 2 * dt) * tiles, mask=step + 2 < steps, other=ALL_PADDED)
         h_words = poll(
             words_ptr + over_parts(row_x * WORDS, PART // PER_WORD, tile_words(0, CHUNK_WORDS, SPLIT), SPLIT),
-            over_rows(mask_next, SPLIT),
-            WORD_TILES,
-            vector(CHUNK_WORDS),
-            piece(CHUNK_WORDS, SPLIT),
-            SPLIT,
-            PLAN.num_warps,
-            give_up,
-            most,
-            tl.minimum(step + 1, 1),
-        )
+            over_rows(mask_next, SPLIT), WORD_TILES, vector(CHUNK_WORDS), piece(CHUNK_WORDS, SPLIT), SPLIT, PLAN.num_warps,
+            give_up, most, tl.minimum(step + 1, 1),
+        )  # fmt: skip
         most = LATER_WAITS
         h_chunks = as_operands(h_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
         h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)

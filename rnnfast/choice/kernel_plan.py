@@ -52,7 +52,7 @@ FAMILIES = KERNELS.choices
 MOST_KNOWN = 4096  # choices kept: a program whose batches vary asks for new ones again and again
 UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
 GAVE_UP = (
-    "programs of the persistent kernels waited for one another in vain and gave up: in {} on {}. All results since then are NaN "
+    "programs of the persistent kernels waited for one another in vain and gave up: in {} on {}. Results since then are NaN "
     "where they were not computed. This process runs the step kernels from now on; RNNFAST_KERNELS=step avoids the wait"
 )
 REFUSALS = {  # what cuGetErrorString says of the errors that mean: this launch is not possible here
@@ -256,7 +256,9 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
 
     if device in _waiting and device not in _gave_up and (launch := _waiting[device].gave_up(device)):
         _gave_up[device] = launch
-        _unannounced.append(f"the {choice.family} kernels were chosen, but the step kernels run: they gave up waiting, in {launch}")
+        _unannounced.append(
+            f"the {choice.family} kernels were chosen, but the step kernels run: they gave up waiting, in {launch}"
+        )
         raise RuntimeError(GAVE_UP.format(launch, device))
     if _unannounced and choice.wanted:
         warnings.warn(_unannounced.pop(), FallbackWarning, stacklevel=user_level())

@@ -85,7 +85,10 @@ def check(table, arch, marked=False):
         assert row["round_trips"] == (2 if row["parts"] > 1 else 1), name  # the sums of several programs are a second
         # words of one width, stored and loaded strongly; nothing loaded ahead of its poll; resident or refused
         # of the stores, those of results may be .cg, which become the same instruction, and the word of a program that gives up
-        assert row["exchange"] in ("ld.relaxed.gpu b32, st.relaxed.gpu b32", "ld.relaxed.gpu b32, st.cg b32, st.relaxed.gpu b32")
+        assert row["exchange"] in (
+            "ld.relaxed.gpu b32, st.relaxed.gpu b32",
+            "ld.relaxed.gpu b32, st.cg b32, st.relaxed.gpu b32",
+        )
         assert all(store.endswith(".STRONG.GPU") for store in row["publish"].split(",")), name
         assert row["async_copies"] == 0 and row["cooperative"], name
         assert row["resident_programs"] >= 1 and row["programs"] <= row["sms"], name

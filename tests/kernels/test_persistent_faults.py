@@ -48,8 +48,8 @@ def is_right(layer: Layer, direction: str, seed: int, fault: Fault | None) -> bo
 def given_up(layer: Layer, direction: str, seed: int, fault: Fault, plan: PersistentPlan):
     """The run of a layer whose programs give up: each number of its outputs is right, or NaN, or written by neither family.
 
-    A program that is missing writes nothing. Launches are cooperative so that there is none on a GPU. One that stores to a wrong
-    place gives wrong numbers there.
+    A program that is missing writes nothing. Launches are cooperative so that there is none on a GPU. One that stores to a
+    wrong place gives wrong numbers there.
     """
     with together(seed, fault) as happened:
         ours = run(layer, direction, persistent, plan)

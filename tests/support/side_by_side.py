@@ -75,9 +75,8 @@ class Fault:
 
 @dataclass
 class Run:
-    """What happened inside `together`: the kernel and grid of each launch, how often another program went on, how many words of
-    the exchange became visible only after the program that stored them had gone on; who waited at which step when for the first
-    time no program could go on; and which launch gave up."""
+    """What happened inside `together`: the kernel and grid of each launch, how often another program went on, how many words
+    became visible only after their program had gone on; who waited when first nobody could go on; and which launch gave up."""
 
     grids: list[tuple[str, Index]] = field(default_factory=list)
     switches: int = 0
@@ -88,17 +87,13 @@ class Run:
 
 def _step(frame) -> int | None:
     """The time step of the kernel that runs in `frame`."""
-    while frame is not None:
-        if "steps" in frame.f_locals and "step" in frame.f_locals:
-            return int(frame.f_locals["step"])
+    while frame is not None and not {"step", "steps"} <= frame.f_locals.keys():
         frame = frame.f_back
-    return None
+    return None if frame is None else int(frame.f_locals["step"])
 
 
 def _is_within(frame, function: str) -> bool:
-    while frame is not None and frame.f_code.co_name != function:
-        frame = frame.f_back
-    return frame is not None
+    return frame is not None and (frame.f_code.co_name == function or _is_within(frame.f_back, function))
 
 
 class _Schedule:
@@ -190,9 +185,7 @@ class _Schedule:
             unseen = [index for index, words in self.words.items() if words]
             if unseen:
                 self.show(self.random.choice(unseen))
-            elif able := self.able(eager=True):
-                break
-            else:
+            elif not (able := self.able(eager=True)):
                 who = ", ".join(f"program {index} at step {self.waiting[index][1]}" for index in self.alive)
                 stuck = f"every program waits for another: {who}"
                 self.run.stuck, self.vain = self.run.stuck or stuck, self.vain + 1
@@ -200,6 +193,7 @@ class _Schedule:
                     self.fail(Hang(stuck))
                     return None
                 able = self.alive
+            if able:
                 break
         chosen = self.random.choices(able, [self.pace[index] for index in able])[0]
         self.turns[chosen] += 1
