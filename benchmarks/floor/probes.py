@@ -14,7 +14,8 @@ import triton.language as tl
 from benchmarks.timing.cases import DTYPES
 from benchmarks.timing.measure import Call, stopwatch
 from benchmarks.timing.problem import tf32
-from rnnfast.kernels.persistent.exchange import clear_kernel, poll, publish
+from rnnfast.kernels.persistent.exchange import FIRST_WAIT, clear_kernel, poll, publish
+from rnnfast.kernels.persistent.give_up import for_launch
 
 WORDS = 32  # of a message: one for each lane of a warp
 HOPS = 4096
@@ -22,7 +23,7 @@ READ_BLOCK = 4096
 
 
 @triton.jit(do_not_specialize=["steps"])
-def ping_pong_kernel(exchange_ptr, out_ptr, steps, WORDS: tl.constexpr):
+def ping_pong_kernel(exchange_ptr, out_ptr, flag_ptr, told_ptr, steps, WORDS: tl.constexpr):
     """Two programs hand a row of words to and fro, `steps` times, and add one each time. That is the exchange of the persistent
     kernels with nothing else around it."""
     own = tl.program_id(0)
@@ -35,7 +36,8 @@ def ping_pong_kernel(exchange_ptr, out_ptr, steps, WORDS: tl.constexpr):
             value += 1
             publish(row, value, mask, 1)
         else:
-            (value,) = poll(row, mask, 1, WORDS, 1, tl.float32, 1, 1)
+            words_there = poll(row, mask, 1, 1, WORDS, 1, 1, (flag_ptr, told_ptr, 1), FIRST_WAIT, tl.minimum(step + 1, 1))
+            value = words_there[0].to(tl.float32, bitcast=True)
     tl.store(out_ptr + own * WORDS + tl.arange(0, WORDS)[None, :], value)
 
 
@@ -55,7 +57,8 @@ def ping_pong(device: str, hops: int = HOPS) -> torch.Tensor:
     exchange = torch.empty(hops, WORDS, device=device)
     out = torch.zeros(2, WORDS, device=device)
     clear_kernel[(-(-exchange.numel() // 1024),)](exchange, exchange.numel(), BLOCK=1024)
-    ping_pong_kernel[(2,)](exchange, out, hops, WORDS=WORDS, num_warps=1, num_stages=1, launch_cooperative_grid=True)
+    give_up = for_launch(out)
+    ping_pong_kernel[(2,)](exchange, out, *give_up, hops, WORDS=WORDS, num_warps=1, num_stages=1, launch_cooperative_grid=True)
     return out
 
 
