@@ -1,8 +1,8 @@
 """What a launch whose programs waited in vain tells: its own later polls and the launches after it, and the host.
 
 A poll that gives up writes two words. `flag`, in the GPU's memory, is looked at by all polls that have to try often, so that
-they do not wait as long one after another. `told`, in pinned memory of the host, gets the number of the launch by `name_of`. The
-host reads it without waiting for the GPU. Neither is ever cleared: nobody launches the kernels after that.
+they do not wait as long one after another. `told`, in pinned memory of the host, gets the number of the launch by `name_of`.
+The host reads it without waiting for the GPU. Neither is ever cleared: nobody launches the kernels after that.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ def gave_up(device) -> str:
     told = ctypes.c_int32.from_address(_words[device].told.data_ptr()).value
     if not told:
         return ""
-    direction, cell, H, dtype = next(key for key, number in _names.items() if number == told)
+    key = next((key for key, number in _names.items() if number == told), None)
+    if key is None:
+        return "a kernel without a name"
+    direction, cell, H, dtype = key
     name = next((name for name, other in CELLS.items() if other is cell), "another cell")
     return f"{direction} of {name} with {H} hidden units in {str(dtype).removeprefix('torch.')}"

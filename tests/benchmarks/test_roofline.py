@@ -169,7 +169,8 @@ def test_probes_compile():
         "    for kernel in (probes.ping_pong_kernel, probes.read_kernel):\n"
         "        (built,) = [one for cache in kernel.device_caches.values() for one in cache[0].values()]\n"
         "        ptx, copies = built.asm['ptx'], built.asm['ttgir'].count('async_copy')\n"
-        "        counts = [ptx.count(one) for one in ('ld.relaxed.gpu.global.', 'st.relaxed.gpu', 'st.global.cg', 'ld.global.cg')]\n"
+        "        accesses = 'ld.relaxed.gpu.global.', 'st.relaxed.gpu', 'st.global.cg', 'ld.global.cg'\n"
+        "        counts = [ptx.count(one) for one in accesses]\n"
         "        print(kernel.__name__, *counts, copies, built.metadata.launch_cooperative_grid)\n"
     )  # fmt: skip
     ping_pong, read = (line.split() for line in out.splitlines())
