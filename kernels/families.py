@@ -57,7 +57,7 @@ class Family:
         plans: (gates, B, H, itemsize, precision, backward, limits of the GPU, how many at most) to the plans worth measuring,
         the fastest by the family's model first. None for a family that has one plan for each size.
         waits: whether the programs of a grid wait for one another. Such a grid has to be resident as a whole, which takes a GPU
-            with cooperative launch.
+            with cooperative launch. The package then has `gave_up`, which says whether a wait on a device was in vain.
         many_steps: whether a launch runs many time steps; if not, a step takes at least what its launch costs the host.
         clocks: predicted SM clocks of a time step of the plan, from the arguments of `plan` for a GPU; None without a plan.
     """

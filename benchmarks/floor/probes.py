@@ -13,7 +13,8 @@ import triton.language as tl
 from benchmarks.timing.cases import DTYPES
 from benchmarks.timing.measure import Call, stopwatch
 from benchmarks.timing.problem import tf32
-from rnnfast.kernels.persistent.exchange import clear_kernel, poll, publish
+from rnnfast.kernels.persistent.exchange import FIRST_WAIT, clear_kernel, poll, publish
+from rnnfast.kernels.persistent.give_up import for_launch, name_of
 
 HOPS = ((2, 32, 1), (2, 512, 4), (16, 32, 4), (64, 64, 8), (64, 128, 8))  # programs, words of each, and warps
 STEPS, BUFFER_WORDS = 4096, 1 << 22  # the most steps, and words of all: they have to stay in L2
@@ -21,8 +22,11 @@ READ_BLOCK = 4096
 CLUSTERS = (2, 4, 8, 16)  # CTAs
 
 
-@triton.jit(do_not_specialize=["steps"])
-def hop_kernel(exchange_ptr, out_ptr, steps, PROGRAMS: tl.constexpr, WORDS: tl.constexpr):
+@triton.jit(do_not_specialize=["steps", "name", "once"])
+def hop_kernel(
+    exchange_ptr, out_ptr, give_up_ptrs, steps, name, once,
+    PROGRAMS: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """Each program sends a row of words to all others, at each of `steps`, and waits for theirs.
 
     They use the exchange of the persistent kernels and do nothing else. `out` (PROGRAMS, PROGRAMS * WORDS) gets what each
@@ -33,13 +37,15 @@ def hop_kernel(exchange_ptr, out_ptr, steps, PROGRAMS: tl.constexpr, WORDS: tl.c
     lanes, everyone = tl.arange(0, WORDS)[None, :], tl.arange(0, PROGRAMS * WORDS)[None, :]
     mask = tl.full((1, WORDS), 1, tl.int1)
     value = tl.zeros((1, WORDS), tl.float32)
-    seen = tl.zeros((1, PROGRAMS * WORDS), tl.float32)
+    seen = tl.zeros((1, PROGRAMS * WORDS), tl.int32)
+    give_up = (give_up_ptrs.flag, give_up_ptrs.told, name)
     for step in range(steps):
         row = words + tl.cast(step, tl.int64) * (PROGRAMS * WORDS)
         value += 1
         publish(row + own * WORDS + lanes, value, mask, 1)
-        (seen,) = poll(row + everyone, tl.full((1, PROGRAMS * WORDS), 1, tl.int1), 1, PROGRAMS * WORDS, 1, tl.float32, 1, 1)
-    tl.store(out_ptr + own * (PROGRAMS * WORDS) + everyone, seen)
+        all_words = tl.full((1, PROGRAMS * WORDS), 1, tl.int1)
+        (seen,) = poll(row + everyone, all_words, 1, 1, 1, 1, WARPS, give_up, FIRST_WAIT, once)
+    tl.store(out_ptr + own * (PROGRAMS * WORDS) + everyone, seen.to(tl.float32, bitcast=True))
 
 
 @triton.jit(do_not_specialize=["blocks", "rounds"])
@@ -59,7 +65,8 @@ def hop(device: str, steps: int, programs: int = 2, words: int = 32, warps: int 
     out = torch.zeros(programs, programs * words, device=device)
     clear_kernel[(-(-exchange.numel() // 1024),)](exchange, exchange.numel(), BLOCK=1024)
     hop_kernel[(programs,)](
-        exchange, out, steps, programs, words, num_warps=warps, num_stages=1, launch_cooperative_grid=True
+        exchange, out, for_launch(out), steps, name_of("hop", None, words, out.dtype), 1, programs, words, warps,
+        num_warps=warps, num_stages=1, launch_cooperative_grid=True,
     )  # fmt: skip
     return out
 

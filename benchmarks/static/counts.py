@@ -36,17 +36,27 @@ def code_of(built: CompiledKernel) -> dict:
     polled = sorted((loaded(poll, True) * threads for poll in polls), reverse=True)
     exchange = {
         f"{access} {width}"
-        for access, pattern in (("ld.volatile", r"ld\.volatile"), ("st.cg", r"st\.global\.cg"))
+        for access, pattern in (
+            ("ld.volatile", r"ld\.volatile"),
+            ("ld.relaxed.gpu", r"ld\.relaxed\.gpu"),
+            ("st.cg", r"st\.global\.cg"),
+            ("st.relaxed.gpu", r"st\.relaxed\.gpu"),
+        )
         for width in re.findall(rf"{pattern}[\w.]*\.([bsuf]\d+)", built.asm["ptx"])
     }
+    first = sum(map(len, polls)) if "ld.relaxed" in built.asm["ptx"] else 0  # a try that is not before the loop of tries too
+    published = [each.opcode for each in loop if each.is_a("STG") and each.strong]
+    if first:
+        for word in ("STG.E.STRONG.GPU", "STG.E.STRONG.SYS") * len(polls):  # of a program that gives up
+            published.remove(word)
     opcodes = {
         "poll": sorted({each.opcode for poll in polls for each in poll if each.is_a("LDG") and each.strong}),
-        "publish": sorted({each.opcode for each in loop if each.is_a("STG") and each.strong}),
+        "publish": sorted(set(published)),
     }
     return {
         "compiled": built.hash[:12], "registers": registers, "stack_bytes": stack,
         "spills": tally(code.instructions, "LDL", "STL"),
-        "shared_bytes": built.metadata.shared, "warps": built.metadata.num_warps, "instructions": len(loop),
+        "shared_bytes": built.metadata.shared, "warps": built.metadata.num_warps, "instructions": len(loop) + first,
         "instructions_beside_product": products[-1] - products[0] + 1 if products else 0,
         "barriers": tally(loop, "BAR"), "retry_instructions": sum(map(len, polls)),
         "retry_barriers": sum(tally(poll, "BAR") for poll in polls),

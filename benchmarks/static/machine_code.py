@@ -1,8 +1,9 @@
 """Reads the machine code of a compiled kernel and counts its instructions. It takes text and compiles nothing.
 
+
 The largest cycle of the control flow is the loop over time steps of a persistent kernel, or the loop over the summed axis of a
-step kernel. A loop inside it that contains strong loads is a poll. The code has the loads of a poll twice: before its loop, for
-the first try, and in its loop, for each further try.
+step kernel. A loop inside it that contains strong loads is a poll. The code has the loads of a poll once before its loop and
+again in each further try, or in its loop alone.
 """
 
 import os
@@ -106,14 +107,17 @@ class Code:
         return max(self.cycles(self.graph), key=len, default=[])
 
     def loops(self) -> tuple[list[Instruction], list[list[Instruction]]]:
-        """The largest loop without its polls, and each of its polls: the loops in it that load strongly."""
+        """The largest loop without its polls, and each of its polls: the loops in it that load strongly, without what they do
+        after many tries, which is to look at the clock."""
         inside = set(self.largest())
         entries = {follower for at, follower in self.graph.edges if follower in inside and at not in inside}
         polls = []
         for inner in self.cycles(inside - entries):
             instructions = [self.instructions[at] for at in inner]
             if any(each.is_a("LDG") and each.strong for each in instructions):
-                polls.append(instructions)
+                clock = {at for at in inner if "GLOBALTIMER" in self.instructions[at].operands}
+                tries = max(self.cycles(set(inner) - clock), key=len) if clock else inner
+                polls.append([self.instructions[at] for at in tries])
                 inside -= set(inner)
         return [self.instructions[at] for at in sorted(inside)], polls
 

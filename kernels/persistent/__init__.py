@@ -8,12 +8,14 @@ from rnnfast.kernels.marks import pack_kernel
 from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
+from rnnfast.kernels.persistent.give_up import gave_up
 from rnnfast.kernels.persistent.launch import backward, forward
 
 __all__ = [
     "backward",
     "clear_kernel",
     "forward",
+    "gave_up",
     "pack_kernel",
     "persistent_backward_kernel",
     "persistent_forward_kernel",

@@ -23,9 +23,11 @@ before.
 import triton
 import triton.language as tl
 
-from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, RESETS, STARTS, anew, batch_rows, entering, unpacked
+from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, RESETS, STARTS, anew, entering, unpacked
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
+    FIRST_WAIT,
+    LATER_WAITS,
     add_product,
     as_operands,
     columns,
@@ -34,40 +36,24 @@ from rnnfast.kernels.persistent.exchange import (
     operands,
     over_parts,
     over_rows,
+    piece,
     poll,
     publish,
     sum_parts,
+    tile_words,
+    vector,
     zero_sums,
 )
+from rnnfast.kernels.persistent.tile import packed_marks, program_tile
 
 
 @triton.jit
 def _load_step(
-    dy_ptr,
-    saved_ptr,
-    h_ptr,
-    h0_ptr,
-    c_ptr,
-    c0_ptr,
-    dcs_ptr,
-    mark_ptrs,
-    t,
-    dt,
-    t_first,
-    has_first,
-    marks,
-    offs_b,
-    offs_h,
-    mask,
-    batch,
-    H: tl.constexpr,
-    SAVED: tl.constexpr,
-    CARRIES_C: tl.constexpr,
-    HAS_DY: tl.constexpr,
-    HAS_DCS: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
+    dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, mark_ptrs,
+    t, dt, t_first, has_first, marks, offs_b, offs_h, mask, batch,
+    H: tl.constexpr, SAVED: tl.constexpr, CARRIES_C: tl.constexpr, HAS_DY: tl.constexpr, HAS_DCS: tl.constexpr,
+    HAS_MARKS: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
     """What step t needs besides the gate gradients of the next: dy or (), the gradient of c or (), what was saved, and the
     states before it; with marks, of the rows that run."""
     if HAS_MARKS:
@@ -148,25 +134,39 @@ def _side_by_side(d_gates, D: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr
 
 @triton.jit
 def _exchange_sums(
-    partial, words_ptr, index, slots, batch, mask, H_PAD: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr
-):
-    """Publish partial sums (BLOCK_B, ROWS) of the units of this program and its partners; the whole sums (BLOCK_B, BLOCK_H) of
-    this program's own. One row of words a part of the sum, unit by unit."""
+    partial, words_ptr, index, slots, batch, mask, give_up, most,
+    H_PAD: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Publishes partial sums (BLOCK_B, ROWS) of the units of this program and its partners, and returns the whole sums
+    (BLOCK_B, BLOCK_H) of its own units. The exchange has a row of words for each part of the sum."""
     PARTS: tl.constexpr = ROWS // BLOCK_H
     own_part = tl.program_id(0) % PARTS
     first = tl.program_id(0) // PARTS * ROWS
     row = words_ptr + ((index * batch + slots) * (PARTS * H_PAD))[:, None]
     publish(row + (own_part * H_PAD + first + tl.arange(0, ROWS))[None, :], partial, mask, 1)
     own = row + (first + own_part * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    parts = poll(own, mask, PARTS, H_PAD, 1, tl.float32, 1, 1)
-    total = parts[0]
+    parts = poll(own, mask, PARTS, 1, H_PAD, 1, WARPS, give_up, most, tl.minimum(index + 1, 1))
+    total = parts[0].to(tl.float32, bitcast=True)
     for part in tl.static_range(1, PARTS):
-        total += parts[part]
+        total += parts[part].to(tl.float32, bitcast=True)
     return total
 
 
 @triton.jit(
-    do_not_specialize=["t", "t_x", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "b_begin", "t_saved", "B"]
+    do_not_specialize=[
+        "t",
+        "t_x",
+        "dt",
+        "steps",
+        "t_first",
+        "has_first",
+        "t_next",
+        "has_next",
+        "b_begin",
+        "t_saved",
+        "B",
+        "name",
+    ]
 )
 def persistent_backward_kernel(
     # inputs
@@ -179,6 +179,7 @@ def persistent_backward_kernel(
     w_ptr,  # (G * H, H) W_hh
     dcs_ptr,  # (T, B, H) float32, gradient of c_t from outside, besides the last one's
     mark_ptrs,  # `Marks`
+    give_up_ptrs,  # `GiveUp`
     # outputs
     # (n, B, X_ROW) hidden-side gate gradients from X_OFFSET on, at index t_x, EMPTY on entry; unless APART those rows of
     # d_gates_ptr themselves
@@ -200,6 +201,7 @@ def persistent_backward_kernel(
     b_begin,  # the first batch row of this launch
     t_saved,
     B,
+    name,  # of this launch, for the host if it gives up
     H: tl.constexpr,
     # flags
     CELL: tl.constexpr,
@@ -236,26 +238,22 @@ def persistent_backward_kernel(
     X_ROW: tl.constexpr = G * H_PAD if APART else D * H
     X_OFFSET: tl.constexpr = 0 if APART else (D - G) * H
     CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
+    WORD_TILES: tl.constexpr = PART // PER_WORD // piece(CHUNK_WORDS, SPLIT) * vector(CHUNK_WORDS)
     DTYPE: tl.constexpr = d_gates_ptr.dtype.element_ty
     words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32)) + X_OFFSET // PER_WORD
     sums_ptr = sums_ptr.to(tl.pointer_type(tl.int32))
 
     # what is exchanged lies in the order of the programs, all else in that of the batch
-    slots = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_b = batch_rows(slots, mark_ptrs.order, B)
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    slots, offs_b, offs_h, mask = program_tile(mark_ptrs.order, b_begin, B, H, UNITS_PADDED, BLOCK_B, BLOCK_H)
     mask_b = (slots < B)[:, None]
-    mask = mask_b
     # a row of words to publish: GATES times these units
     column = tl.arange(0, GATES * BLOCK_H // PER_WORD)
     gate_of_word = column // (BLOCK_H // PER_WORD)
     offs_word = gate_of_word * (H_PAD // PER_WORD) + tl.program_id(0) * (BLOCK_H // PER_WORD) + column % (BLOCK_H // PER_WORD)
-    mask_word = mask
+    mask_word = mask_b
     if GATES != G:
-        mask_word = mask & (gate_of_word < G)[None, :]
+        mask_word = mask_b & (gate_of_word < G)[None, :]
     unit_of_column = tl.program_id(0) * BLOCK_H + tl.arange(0, GATES * BLOCK_H) % BLOCK_H
-    if UNITS_PADDED:
-        mask = mask & (offs_h < H)[None, :]
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
@@ -268,7 +266,7 @@ def persistent_backward_kernel(
     step = 0
     if HAS_MARKS:
         tiles = tl.cdiv(B, BLOCK_B)
-        tile_marks = mark_ptrs.codes.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
+        tile_marks = packed_marks(mark_ptrs.codes, b_begin, BLOCK_B)
         marks = tl.load(tile_marks + t * tiles)
         marks_next = tl.load(tile_marks + t_next.to(tl.int64) * tiles, mask=has_next > 0, other=ALL_PADDED)
         while (step < steps) & _nobody_runs(marks, marks_next, NEEDS_STARTS):
@@ -294,11 +292,12 @@ def persistent_backward_kernel(
     d_words = ()
     for j in tl.static_range(CHUNKS):
         if joined(j, CHUNKS, JOIN) > 0:
-            k = over_parts(row_k, PART, columns(j, joined(j, CHUNKS, JOIN), BLOCK_K, PER_WORD), SPLIT)
+            k = over_parts(row_k, PART, columns(j, joined(j, CHUNKS, JOIN), BLOCK_K, PER_WORD, SPLIT), SPLIT)
             w_mask = (unit < H) & (k % H_PAD < H)
             w_at = (k // H_PAD * H + k % H_PAD).to(tl.int64) * H + unit
             w = w + (tl.load(w_ptr + w_at, mask=w_mask, other=0.0),)
-        k = over_parts(row_k, PART, j * BLOCK_K + tl.arange(0, CHUNK_WORDS) * PER_WORD, SPLIT)
+    for j in tl.static_range(WORD_TILES):
+        k = over_parts(row_k, PART, tile_words(j, CHUNK_WORDS, SPLIT) * PER_WORD, SPLIT)
         d_words = d_words + (load_words(d_next + (k // H_PAD * H + k % H_PAD), d_mask, k % H_PAD, H, PER_WORD),)
     d_chunks = as_operands(d_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
 
@@ -326,6 +325,12 @@ def persistent_backward_kernel(
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = zero_sums(1, ROWS, BLOCK_B, SPLIT)
     d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
+    for j in tl.static_range(IN_REGISTERS, OPERANDS):
+        # a loop of one turn: so these weights are read from shared memory in each step
+        for _ in range(tl.where(step < steps, tl.minimum(step + has_next, 1), 0)):
+            d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
+    most = FIRST_WAIT
+    give_up = (give_up_ptrs.flag, give_up_ptrs.told, name)
     while step < steps:
         row = t * batch + offs_b
         row_x = t_x * batch + slots
@@ -347,13 +352,9 @@ def persistent_backward_kernel(
             mask_before = mask & (mask_more & (unpacked(marks_before, BLOCK_B) != PADDED))[:, None]
             new_states_before = _load_new_states(h_ptr, c_ptr, at_before, mask_before, CARRIES_C)
 
-        for j in tl.static_range(IN_REGISTERS, OPERANDS):
-            # a loop of one turn: so these weights are read from shared memory in each step
-            for _ in range(tl.minimum(step + has_next, 1)):
-                d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
         d_h = sum_parts(d_sums, ROWS, BLOCK_B, SPLIT)
         if PARTS > 1:
-            d_h = _exchange_sums(d_h, sums_ptr, step, slots, batch, mask_b, H_PAD, BLOCK_H, ROWS)
+            d_h = _exchange_sums(d_h, sums_ptr, step, slots, batch, mask_b, give_up, most, H_PAD, BLOCK_H, ROWS, PLAN.num_warps)
         d_h += d_h_direct
         if HAS_MARKS:
             mark, mark_next = unpacked(marks, BLOCK_B)[:, None], unpacked(marks_next, BLOCK_B)[:, None]
@@ -392,17 +393,18 @@ def persistent_backward_kernel(
             marks_next = marks
             marks = marks_before
             marks_before = tl.load(tile_marks + (t + 2 * dt) * tiles, mask=step + 2 < steps, other=ALL_PADDED)
-        d_chunks = poll(
-            own_ptr + over_parts(row_x * (X_ROW // PER_WORD), PART // PER_WORD, tl.arange(0, CHUNK_WORDS), SPLIT),
-            over_rows(mask_more, SPLIT),
-            CHUNKS,
-            CHUNK_WORDS,
-            JOIN,
-            DTYPE,
-            PER_WORD,
-            SPLIT,
-        )
+        d_words = poll(
+            own_ptr + over_parts(row_x * (X_ROW // PER_WORD), PART // PER_WORD, tile_words(0, CHUNK_WORDS, SPLIT), SPLIT),
+            over_rows(mask_more, SPLIT), WORD_TILES, vector(CHUNK_WORDS), piece(CHUNK_WORDS, SPLIT), SPLIT, PLAN.num_warps,
+            give_up, most, tl.minimum(step + 1, 1),
+        )  # fmt: skip
+        most = LATER_WAITS
+        d_chunks = as_operands(d_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
         d_sums = add_product(none, w, d_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
+        for j in tl.static_range(IN_REGISTERS, OPERANDS):
+            # a loop of one turn: so these weights are read from shared memory in each step
+            for _ in range(tl.where(step + 1 < steps, 1, 0)):
+                d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
 
         if not DIRECT:
             d_h_through = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)

@@ -16,9 +16,11 @@ row is t * B + b. ROWS are the weight rows of a program, GATES to a unit: G roun
 import triton
 import triton.language as tl
 
-from rnnfast.kernels.marks import ALL_PADDED, PADDED, anew, batch_rows, entering, start_rows, unpacked
+from rnnfast.kernels.marks import ALL_PADDED, PADDED, anew, entering, start_rows, unpacked
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
+    FIRST_WAIT,
+    LATER_WAITS,
     add_product,
     as_operands,
     columns,
@@ -27,11 +29,15 @@ from rnnfast.kernels.persistent.exchange import (
     operands,
     over_parts,
     over_rows,
+    piece,
     poll,
     publish,
     sum_parts,
+    tile_words,
+    vector,
     zero_sums,
 )
+from rnnfast.kernels.persistent.tile import packed_marks, program_tile
 
 
 @triton.jit
@@ -57,7 +63,7 @@ def _split_gates(rows, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.c
         return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["t", "t_x", "dt", "steps", "t_prev", "has_prev", "t_c_prev", "b_begin", "B"])
+@triton.jit(do_not_specialize=["t", "t_x", "dt", "steps", "t_prev", "has_prev", "t_c_prev", "b_begin", "B", "name"])
 def persistent_forward_kernel(
     # inputs
     x_ptr,  # (n, B, G * H) float32, W_ih x_t at index t_x
@@ -67,6 +73,7 @@ def persistent_forward_kernel(
     h_prev_ptr,  # (*, B, H) the hidden state to start from, at index t_prev
     c_prev_ptr,  # (*, B, H) float32, the cell state to start from, at index t_c_prev
     mark_ptrs,  # `Marks`, its codes those of the n steps, at index t_x
+    give_up_ptrs,  # `GiveUp`
     # outputs
     exchange_ptr,  # (n, B, H_PAD) what is exchanged after step t, at index t_x, EMPTY on entry; unless APART h_ptr's own rows
     h_ptr,  # (T, B, H) h_t at index t
@@ -82,6 +89,7 @@ def persistent_forward_kernel(
     t_c_prev,
     b_begin,  # the first batch row of this launch
     B,
+    name,  # of this launch, for the host if it gives up
     H: tl.constexpr,
     # flags
     CELL: tl.constexpr,
@@ -111,6 +119,7 @@ def persistent_forward_kernel(
     WORDS: tl.constexpr = H_PAD // PER_WORD
     OPERANDS: tl.constexpr = operands(CHUNKS, JOIN)
     CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
+    WORD_TILES: tl.constexpr = PART // PER_WORD // piece(CHUNK_WORDS, SPLIT) * vector(CHUNK_WORDS)
     ROWS: tl.constexpr = BLOCK_H * GATES
     # three gates of 16 units are three products of 16 rows, where a product of all would have to be one of 64
     TILES: tl.constexpr = 3 if G == 3 and SPLIT > 1 and BLOCK_H >= 16 else 1
@@ -119,14 +128,9 @@ def persistent_forward_kernel(
     words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32))
 
     # what is exchanged lies in the order of the programs, all else in that of the batch
-    slots = b_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_b = batch_rows(slots, mark_ptrs.order, B)
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    slots, offs_b, offs_h, mask = program_tile(mark_ptrs.order, b_begin, B, H, UNITS_PADDED, BLOCK_B, BLOCK_H)
     offs_word = tl.program_id(0) * (BLOCK_H // PER_WORD) + tl.arange(0, BLOCK_H // PER_WORD)
     mask_b = slots < B
-    mask = mask_b[:, None]
-    if UNITS_PADDED:
-        mask = mask & (offs_h < H)[None, :]
     batch = B.to(tl.int64)  # 64-bit addresses
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
@@ -136,7 +140,7 @@ def persistent_forward_kernel(
     step = 0
     if HAS_MARKS:
         tiles = tl.cdiv(B, BLOCK_B)
-        tile_marks = mark_ptrs.codes.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
+        tile_marks = packed_marks(mark_ptrs.codes, b_begin, BLOCK_B)
         marks = tl.load(tile_marks + t_x * tiles)
         while (step < steps) & (marks == ALL_PADDED):
             step += 1
@@ -160,14 +164,15 @@ def persistent_forward_kernel(
     h_words = ()
     for j in tl.static_range(CHUNKS):
         if joined(j, CHUNKS, JOIN) > 0:
-            k = columns(j, joined(j, CHUNKS, JOIN), BLOCK_K, PER_WORD)
+            k = columns(j, joined(j, CHUNKS, JOIN), BLOCK_K, PER_WORD, SPLIT)
             w_chunk_mask = w_mask
             if UNITS_PADDED:
                 w_chunk_mask = w_mask & (over_parts(no_row, PART, k, SPLIT) < H)
             for i in tl.static_range(TILES):
                 w_at = over_parts(w_rows + i * (H * H), PART, k, SPLIT)
                 w = w + (tl.load(w_ptr + w_at, mask=w_chunk_mask, other=0.0),)
-        k = over_parts(no_row, PART, j * BLOCK_K + tl.arange(0, CHUNK_WORDS) * PER_WORD, SPLIT)
+    for j in tl.static_range(WORD_TILES):
+        k = over_parts(no_row, PART, tile_words(j, CHUNK_WORDS, SPLIT) * PER_WORD, SPLIT)
         h_words = h_words + (load_words(over_rows(rows_prev, SPLIT) + k, h_mask, k, H, PER_WORD),)
     h_chunks = as_operands(h_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
 
@@ -197,6 +202,12 @@ def persistent_forward_kernel(
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = zero_sums(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)
     h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
+    for j in tl.static_range(IN_REGISTERS, OPERANDS):
+        # a loop of one turn: so these weights are read from shared memory in each step
+        for _ in range(tl.where(step < steps, tl.minimum(step + has_prev, 1), 0)):
+            h_sums = add_product(h_sums, w, h_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
+    most = FIRST_WAIT
+    give_up = (give_up_ptrs.flag, give_up_ptrs.told, name)
     while step < steps:
         row = t * batch + offs_b
         row_x = t_x * batch + slots
@@ -209,11 +220,6 @@ def persistent_forward_kernel(
         mask_next = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
         x_gates_next = _load_gates(x_ptr + row_x_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
-
-        for j in tl.static_range(IN_REGISTERS, OPERANDS):
-            # a loop of one turn: so these weights are read from shared memory in each step
-            for _ in range(tl.minimum(step + has_prev, 1)):
-                h_sums = add_product(h_sums, w, h_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
         h_rows = sum_parts(h_sums, ROWS, BLOCK_B, SPLIT)
         h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
         x_sides = ()
@@ -258,17 +264,18 @@ def persistent_forward_kernel(
         if HAS_MARKS:
             marks = marks_next
             marks_next = tl.load(tile_marks + (t_x + 2 * dt) * tiles, mask=step + 2 < steps, other=ALL_PADDED)
-        h_chunks = poll(
-            words_ptr + over_parts(row_x * WORDS, PART // PER_WORD, tl.arange(0, CHUNK_WORDS), SPLIT),
-            over_rows(mask_next, SPLIT),
-            CHUNKS,
-            CHUNK_WORDS,
-            JOIN,
-            DTYPE,
-            PER_WORD,
-            SPLIT,
-        )
+        h_words = poll(
+            words_ptr + over_parts(row_x * WORDS, PART // PER_WORD, tile_words(0, CHUNK_WORDS, SPLIT), SPLIT),
+            over_rows(mask_next, SPLIT), WORD_TILES, vector(CHUNK_WORDS), piece(CHUNK_WORDS, SPLIT), SPLIT, PLAN.num_warps,
+            give_up, most, tl.minimum(step + 1, 1),
+        )  # fmt: skip
+        most = LATER_WAITS
+        h_chunks = as_operands(h_words, CHUNKS, JOIN, DTYPE, PER_WORD, SPLIT)
         h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
+        for j in tl.static_range(IN_REGISTERS, OPERANDS):
+            # a loop of one turn: so these weights are read from shared memory in each step
+            for _ in range(tl.where(step + 1 < steps, 1, 0)):
+                h_sums = add_product(h_sums, w, h_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
         x_gates = x_gates_next
         t += dt
         t_x += dt

@@ -9,6 +9,7 @@ from rnnfast.kernels.marks import Marks, StartGrads, pack_kernel
 from rnnfast.kernels.persistent.backward import persistent_backward_kernel
 from rnnfast.kernels.persistent.exchange import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
+from rnnfast.kernels.persistent.give_up import for_launch, name_of
 from rnnfast.kernels.persistent.plan import ROWS, PersistentPlan
 from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, as_a_gpu, emulates_bf16, in_chunks
 from rnnfast.kernels.step.launch import after, before
@@ -99,6 +100,7 @@ def forward(
     Arguments as in `rnnfast.kernels.step.forward`. The rows of the chunk in `h` are its exchange, unless there are marks.
     """
     T, B, H = h.shape
+    give_up, name = for_launch(x), name_of("forward", cell, H, h.dtype)
     n = x.shape[0]
     training = saved is not None
     exchange = _exchange(h[begin : begin + n], H, plan, 1, marks.codes is not None)
@@ -111,8 +113,8 @@ def forward(
     t_c_prev = t_prev if training else 0
     for grid, b_begin in plan.launches(B):
         launch(
-            grid, x, w, bias_x, bias_h, h_prev, c_prev, chunk_marks, exchange, h, c, saved,
-            t, t_x, dt, n, t_prev, has_prev, t_c_prev, b_begin, B,
+            grid, x, w, bias_x, bias_h, h_prev, c_prev, chunk_marks, give_up, exchange, h, c, saved,
+            t, t_x, dt, n, t_prev, has_prev, t_c_prev, b_begin, B, name,
         )  # fmt: skip
 
 
@@ -126,6 +128,7 @@ def backward(
     The rows of a launch in `d_gates` are its exchange; with marks it has a buffer of its own, which bounds the steps.
     """
     T, B, H = h.shape
+    give_up, name = for_launch(d_h), name_of("backward", cell, H, h.dtype)
     launch = _backward_launcher(cell, plan, H, h.dtype, precision)
     has_first, h0 = (0, h) if h0 is None else (1, h0)
     c0 = c if c0 is None else c0
@@ -144,8 +147,8 @@ def backward(
         sums = d_h if plan.PARTS == 1 else _cleared(d_h.new_empty(n, B, plan.PARTS * plan.H_PAD))
         for grid, b_begin in plan.launches(B):
             launch(
-                grid, dy, saved, h, h0, c, c0, w, dcs, all_marks,
+                grid, dy, saved, h, h0, c, c0, w, dcs, all_marks, give_up,
                 exchange, sums, d_gates, d_h, d_c, d_starts,
-                first + t_x, t_x, dt, n, t_first, has_first, t_next, has_next, b_begin, begin, B,
+                first + t_x, t_x, dt, n, t_first, has_first, t_next, has_next, b_begin, begin, B, name,
             )  # fmt: skip
         t_next, has_next = first + t_x + dt * (n - 1), 1

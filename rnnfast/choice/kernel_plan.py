@@ -30,6 +30,8 @@ from rnnfast.settings import CANARY, KERNELS, STRICT, strict
 from rnnfast.torch_private import environment
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from rnnfast.kernels.families import Plan
     from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
     from rnnfast.kernels.step.plan import StepPlan
@@ -53,6 +55,10 @@ __all__ = [
 FAMILIES = KERNELS.choices
 MOST_KNOWN = 4096  # choices that are kept; a program whose batch size varies asks for ever new ones
 UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
+GAVE_UP = (
+    "programs of the persistent kernels waited for one another in vain and gave up: in {} on {}. Results since then are NaN "
+    "where they were not computed. This process runs the step kernels from now on; RNNFAST_KERNELS=step avoids the wait"
+)
 REFUSALS = {  # the texts of cuGetErrorString for the errors that mean: this GPU cannot make this launch
     "invalid argument": 1,  # CUDA_ERROR_INVALID_VALUE: the grid, the block or the shared memory is too large for the GPU
     "too many resources requested for launch": 701,  # CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: registers or threads
@@ -61,6 +67,9 @@ REFUSALS = {  # the texts of cuGetErrorString for the errors that mean: this GPU
 }
 
 _refused: dict[tuple[torch.device, Plan], str] = {}  # the plans that a driver refused to launch, and its message
+_waiting: dict[torch.device, ModuleType] = {}  # the kernels whose programs have waited for one another on each device
+_gave_up: dict[torch.device, str] = {}  # devices on which they waited in vain, and which launch it was
+_unannounced: list[str] = []  # reasons why other kernels run from then on, until a call has warned of it
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,17 @@ def pick(
         choice = known[key] = _choice(cell, T, B, H, dtype, precision, backward, training, device, marked)
     if _refused and not choice.strict and (refusal := _refused.get((device, choice.plan))):
         return choice.without(refusal)
-    return choice
+    return _without_waits(choice) if _gave_up else choice
+
+
+def _without_waits(choice: Choice) -> Choice:
+    """The choice where programs have waited for one another in vain: in this process none do so again."""
+    from rnnfast.kernels.families import FAMILIES
+
+    if not FAMILIES[choice.family].waits:
+        return choice
+    reason = f"they gave up waiting, in {next(iter(_gave_up.values()))}"
+    return replace(choice, hindrance=reason) if choice.strict else choice.without(reason)
 
 
 def _settings() -> tuple:
@@ -206,10 +225,10 @@ def _predicted_family(
 
 
 def _able(device: torch.device, families: Iterable[str]) -> tuple[str, ...]:
-    """Those of `families` whose grids the device can launch."""
+    """Those of `families` whose grids the device can launch, and whose programs have not waited for one another in vain."""
     from rnnfast.kernels.families import FAMILIES
 
-    return tuple([family for family in families if not FAMILIES[family].waits or cooperative(device)])
+    return tuple([family for family in families if not FAMILIES[family].waits or (cooperative(device) and not _gave_up)])
 
 
 def predicts(x: torch.Tensor) -> bool:
@@ -309,15 +328,28 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
         The choice for the rest of the sequence.
 
     Raises:
-        RuntimeError: RNNFAST_STRICT=1 is set and the driver refuses.
+        RuntimeError: RNNFAST_STRICT=1 is set and the driver refuses. And once if programs have waited for one another in vain,
+            in this call or one before it on the device. That is read without waiting for the GPU.
     """
     from rnnfast.kernels.families import FAMILIES
 
+    if device in _waiting and device not in _gave_up and (launch := _waiting[device].gave_up(device)):
+        _gave_up[device] = launch
+        known.clear()
+        _unannounced.append(
+            f"the {choice.family} kernels were chosen, but the step kernels run: they gave up waiting, in {launch}"
+        )
+        raise RuntimeError(GAVE_UP.format(launch, device))
+    if _unannounced and choice.wanted:
+        warnings.warn(_unannounced.pop(), FallbackWarning, stacklevel=user_level())
     words = f"RNNFAST_STRICT is set and the {choice.family} kernels cannot run this call"
     if choice.hindrance:
         raise RuntimeError(f"{words}: {choice.hindrance}")
     try:
-        getattr(FAMILIES[choice.family].package, direction)(*args, **options, plan=choice.plan)
+        family = FAMILIES[choice.family]
+        if family.waits:
+            _waiting[device] = family.package
+        getattr(family.package, direction)(*args, **options, plan=choice.plan)
         return choice
     except Exception as error:
         if choice.family == "step" or not _is_refusal(error):

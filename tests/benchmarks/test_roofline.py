@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import made_up_results
-from support.side_by_side import Fault, Hang, together
+from support.side_by_side import Fault, together
 
 from benchmarks import roofline
 from benchmarks.floor import ceilings
@@ -179,12 +179,14 @@ def test_probes_compile():
         "    for kernel in (probes.hop_kernel, probes.read_kernel):\n"
         "        (built,) = [one for cache in kernel.device_caches.values() for one in cache[0].values()]\n"
         "        ptx, copies = built.asm['ptx'], built.asm['ttgir'].count('async_copy')\n"
-        "        counts = [ptx.count(one) for one in ('ld.volatile.global.', 'st.global.cg', 'ld.global.cg')]\n"
+        "        accesses = 'ld.relaxed.gpu.global.', 'st.relaxed.gpu', 'st.global.cg', 'ld.global.cg'\n"
+        "        counts = [ptx.count(one) for one in accesses]\n"
         "        print(kernel.__name__, *counts, copies, built.metadata.launch_cooperative_grid)\n"
     )  # fmt: skip
     hop, read = (line.split() for line in out.splitlines())
-    assert hop[0] == "hop_kernel" and int(hop[1]) >= 1 and hop[2:] == ["1", "0", "0", "True"]
-    assert read[0] == "read_kernel" and int(read[3]) > 0 and read[4] == "0"
+    # strong loads and stores; Triton before 3.9 has only the store that goes to L2
+    assert hop[0] == "hop_kernel" and int(hop[1]) >= 1 and int(hop[2]) + int(hop[3]) >= 1 and hop[4:] == ["0", "0", "True"]
+    assert read[0] == "read_kernel" and int(read[4]) > 0 and read[5] == "0"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -197,8 +199,9 @@ def test_hop(programs, words, seed, device):
         out = probes.hop(device, 9, programs, words)
     assert out.shape == (programs, programs * words) and (out == 9).all()
     if device == "cpu":
-        with pytest.raises(Hang), together(seed, Fault("skipped store", (1, 0, 0), step=3)):
+        with together(seed, Fault("skipped store", (1, 0, 0), step=3)) as run:
             probes.hop(device, 9, programs, words)
+        assert run.gave_up.startswith("hop of")
 
 
 def test_hop_us(monkeypatch):

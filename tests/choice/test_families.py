@@ -14,7 +14,7 @@ from support.side_by_side import together
 import rnnfast
 from rnnfast import ops, reference
 from rnnfast.choice import gpu, kernel_plan, obstacles, tuned, tuning_file
-from rnnfast.kernels import families, persistent, step
+from rnnfast.kernels import cells, families, persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan, persistent_plans
 from rnnfast.kernels.step import plan
 from rnnfast.settings import KERNELS
@@ -390,3 +390,50 @@ def test_one_launch_a_chunk():
     assert done.returncode == 0, done.stderr
     forward, backward = ["clear_kernel", "persistent_forward_kernel"], ["clear_kernel", "persistent_backward_kernel"]
     assert json.loads(done.stdout) == {"False": forward * 3 + backward, "True": forward * 3 + backward}
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """CPU tensors pass for an H100's. In place of persistent kernels step kernels run, so that none really waits; the words by
+    which a launch on the CPU would give up."""
+
+    def stand_in(direction):
+        own = getattr(step, direction)
+
+        def run(cell, *args, plan, **options):
+            assert isinstance(plan, persistent.plan.PersistentPlan)
+            own(cell, *args, plan=step.plan.step_plan(48, 4, "ieee"), **options)
+
+        return run
+
+    for name, empty in (("_waiting", {}), ("_gave_up", {}), ("_unannounced", [])):
+        monkeypatch.setattr(kernel_plan, name, empty)
+    monkeypatch.setattr(persistent.give_up, "_words", {})
+    for direction in ("forward", "backward"):
+        monkeypatch.setattr(persistent, direction, stand_in(direction))
+    monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
+    with kernel_plan.pretend_gpu(GPUS["H100"]):
+        yield persistent.give_up.for_launch(torch.zeros(1))
+
+
+@on_cpu
+@pytest.mark.parametrize("when", ["backward", "the next call"])
+def test_programs_that_gave_up(waiting, layer, monkeypatch, when):
+    """One error, in backward or at the next call; from then on step kernels, with one warning."""
+    x = torch.randn(3, 2, 3)
+    expected = layer(x)[0]
+    waiting.told.fill_(persistent.give_up.name_of("forward", cells.CELLS["gru"], 48, torch.float32))
+    words = "gave up: in forward of gru with 48 hidden units in float32 on cpu.*RNNFAST_KERNELS=step"
+    with pytest.raises(RuntimeError, match=words):
+        expected.sum().backward() if when == "backward" else layer(x)
+    with pytest.warns(rnnfast.FallbackWarning, match="step kernels run: they gave up waiting, in forward of gru"):
+        assert torch.equal(layer(x)[0], expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rnnfast.FallbackWarning)
+        layer(x)[0].sum().backward()
+    assert "not persistent: they gave up waiting, in forward of gru" in str(rnnfast.explain(layer, x))
+    monkeypatch.setenv("RNNFAST_STRICT", "1")
+    with pytest.raises(
+        RuntimeError, match="RNNFAST_STRICT is set and the persistent kernels cannot run this call: they gave up"
+    ):
+        layer(x)

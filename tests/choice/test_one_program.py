@@ -112,7 +112,9 @@ def test_chosen_by_itself(monkeypatch, counted):
     """Where it is predicted the fastest of the families that are trusted: here, of all."""
     monkeypatch.delenv("RNNFAST_KERNELS")
     with kernel_plan.pretend_gpu(GPUS["H100"]):
-        assert kernel_plan.pick("lstm", 9, 2, 64, torch.float16, "half", False, True, torch.device("cpu")).family == "one_program"
+        assert (
+            kernel_plan.pick("lstm", 9, 2, 64, torch.float16, "half", False, True, torch.device("cpu")).family == "one_program"
+        )
 
 
 PROGRAM = """

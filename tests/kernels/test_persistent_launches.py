@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.layers import run
 from support.recurrence import tiles
-from support.side_by_side import together
+from support.side_by_side import Fault, together
 
 import rnnfast
 from rnnfast.choice import kernel_plan
@@ -45,3 +45,21 @@ def test_one_launch_for_each_n_steps(name, monkeypatch):
     for result in results[1:]:
         for one, other in zip(result, results[0], strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_call_that_waits_in_vain(monkeypatch):
+    """Its output is NaN where a word was lost; backward raises the one error, and the next call runs the step kernels."""
+    for name, empty in (("_waiting", {}), ("_gave_up", {}), ("_unannounced", [])):
+        monkeypatch.setattr(kernel_plan, name, empty)
+    monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
+    monkeypatch.setattr("rnnfast.kernels.persistent.plan.persistent_plan", lambda *_: tiles(32))
+    layer, x = rnnfast.LSTM(3, 32, backend="triton"), torch.randn(T, 2, 3)
+    expected = layer(x)[0]
+    with kernel_plan.pretend_gpu(GPUS["H100"]), together(0, Fault("skipped word", (2, 0, 0), step=1)) as happened:
+        y = layer(x)[0]
+        assert (y.isclose(expected, 1e-5, 1e-5) | y.isnan()).all() and y[-1].isnan().any()
+        with pytest.raises(RuntimeError, match="gave up: in forward of lstm with 32 hidden units in float32"):
+            y.sum().backward()
+        with pytest.warns(rnnfast.FallbackWarning, match="gave up"):
+            assert torch.equal(layer(x)[0], expected)
+    assert happened.grids[-1][0] == "forward_step_kernel"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton.language as tl  # noqa: F401 - the interpreter wants it in sight of every jit function
 from support.recurrence import TOLERANCE, Layer, assert_close, steps_of
-from support.side_by_side import Fault, Hang, together
+from support.side_by_side import Fault, together
 
 from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.persistent.plan import PersistentPlan
@@ -89,5 +89,6 @@ def test_lost_sum_is_caught():
     """A program that publishes nothing in a step, gate gradients or sums, holds its partners up at that step."""
     layer = Layer("lstm", torch.float16, 3, 2, 64)
     forward = layer.forward(step, steps_of(64, torch.float16))
-    with together(3, Fault("skipped store", (1, 0, 0), step=1)), pytest.raises(Hang, match="at step 1"):
+    with together(3, Fault("skipped store", (1, 0, 0), step=1)) as happened:
         layer.backward(persistent, parts(64, 2), *forward)
+    assert "at step 1" in happened.stuck and happened.gave_up

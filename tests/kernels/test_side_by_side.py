@@ -123,6 +123,7 @@ def stuck_kernel(ptr, HOW: tl.constexpr):
     ],
 )
 def test_what_never_ends_is_a_hang(how, message, monkeypatch):
+    monkeypatch.setattr(side_by_side, "VAIN_TURNS", 10)
     monkeypatch.setattr(side_by_side, "MOST_TURNS", 50)
     monkeypatch.setattr(side_by_side, "MOST_LOADS", 500)
     monkeypatch.setattr(side_by_side, "PATIENCE", 0.2)

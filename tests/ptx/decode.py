@@ -127,13 +127,15 @@ class _Decoder:
         special = {"ldmatrix": self.ldmatrix, "bar": self.barrier, "cp": self.copy}
         if head in special:
             return Turn(special[head](instruction), instruction)
-        special = {"mov": self.move, "mma": self.product, "shfl": self.shuffle, "redux": self.reduction}
+        if instruction.operands[1:] == ("%globaltimer_hi",):
+            return Turn(self.clock(instruction), instruction)
+        special = {"mov": self.move, "mma": self.product, "shfl": self.shuffle, "redux": self.reduction, "vote": self.vote}
         return Plain(self.guarded(instruction, special.get(head, self.arithmetic)(instruction)))
 
     def guarded(self, instruction: Instruction, run: Callable[[Registers], None]) -> Callable[[Registers], None]:
         if not instruction.guard:
             return run
-        assert not instruction.op.startswith(("mma", "shfl", "redux")), f"only some lanes of {instruction}"
+        assert not instruction.op.startswith(("mma", "shfl", "redux", "vote")), f"only some lanes of {instruction}"
         at, negated = self.operand(instruction.guard, "pred"), instruction.negated
         (out,) = self.outputs(instruction)
 
@@ -258,6 +260,26 @@ class _Decoder:
 
         def run(R: Registers) -> None:
             R[out] = np.full(32, reduce(R[at].view(dtype))).astype(dtype).view(np.uint32)
+
+        return run
+
+    def vote(self, instruction: Instruction) -> Callable[[Registers], None]:
+        target, source, lanes = instruction.operands
+        assert instruction.op == "vote.sync.any.pred" and lanes == "-1", f"not a vote that the kernels use: {instruction}"
+        out, at = self.operand(target), self.operand(source)
+
+        def run(R: Registers) -> None:
+            R[out] = np.full(32, R[at].any())
+
+        return run
+
+    def clock(self, instruction: Instruction) -> Callable[[Warp], None]:
+        """A clock that stands still as long as anything happens, and then changes whenever a warp looks at it."""
+        (out,) = self.outputs(instruction)
+
+        def run(warp: Warp) -> None:
+            warp.looks += warp.machine.stands_still()
+            warp.registers[out] = np.full(32, warp.looks, np.uint32)
 
         return run
 

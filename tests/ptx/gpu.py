@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from triton import knobs
 
 from benchmarks.static.offline import pretend_gpu, settings
 from benchmarks.timing.cases import DTYPES
+from rnnfast.choice import kernel_plan
+from rnnfast.kernels.persistent import give_up
 from tests.ptx.decode import Code, decode
 from tests.ptx.machine import Machine, Region
 from tests.ptx.memory import Space
@@ -138,7 +141,8 @@ def simulated_gpu(seed: int, mistakes: dict[str, Mistake] | None = None, arch: i
     """Kernels launched inside run on the CPU as compiled for sm_`arch`, in the order that `seed` gives."""
     simulation = Simulation(seed, mistakes or {})
     deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    with pretend_gpu(arch) as driver:
+    state = {"_waiting": {}, "_gave_up": {}, "_unannounced": []}  # as in a process of its own
+    with mock.patch.multiple(kernel_plan, **state), mock.patch.object(give_up, "_words", {}), pretend_gpu(arch) as driver:
         driver.launcher_cls = simulation.launcher
         knobs.compilation.listener = simulation.listen
         torch.use_deterministic_algorithms(True)

@@ -15,7 +15,7 @@ import numpy as np
 from tests.ptx.decode import Code, Jump, Plain, Turn
 from tests.ptx.memory import Deadlock, Fault, OutOfBounds, Space, stamp
 
-TURNS = 1000  # of each warp, after which nothing having changed in global memory means that nothing will
+TURNS = 10_000  # of each warp, after which nothing having changed in global memory means that nothing will
 BURSTS = (1, 1, 2, 4, 16, 64)
 LANES = np.arange(32)
 
@@ -51,6 +51,7 @@ class Warp:
         self.machine, self.cta, self.number, self.registers = machine, cta, number, registers
         self.at = 0
         self.syncs = 0
+        self.looks = 0  # at the clock
         self.copies: list[list] = [[]]  # groups of cp.async; the last is not committed
         self.restamp()
 
@@ -235,6 +236,10 @@ class Machine:
             if cta.posted:
                 self.show(cta, self.random.random())
         self.show_all()
+
+    def stands_still(self) -> bool:
+        """Whether global memory has not changed for long, though not for so long that it never will."""
+        return self.turns > TURNS // 20 * self.alive
 
     def where(self) -> str:
         """What some warp is about to do."""

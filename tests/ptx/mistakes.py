@@ -3,7 +3,7 @@
 All are made in kernels that are right without. Who notices:
 
 - a fault of `tests.ptx.memory`: "Race", "Unwritten", "OutOfBounds", "Deadlock";
-- "numbers": a result outside of the numerics contract.
+- "numbers": a result outside of the numerics contract, NaN where programs gave up waiting.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tests.ptx.memory import Fault
 
 EARLY = ("Race", "Unwritten")  # what is read too early may be what nobody has written yet
 SCHEDULES = 5  # seeds to try; a mistake that only some orders show must show in one of these
-EXCHANGE = re.compile(r"(st\.global\.cg\.b32 \[ %rd\d+ \+ \d+ \], \{ )(%r\d+)( \};)")
+POLL = r"ld\.relaxed\.gpu\.global\.v"
+EXCHANGE = re.compile(r"(st\.(?:global\.cg|relaxed\.gpu\.global)\.b32 \[ %rd\d+ \+ \d+ \], \{ )(%r\d+)( \};)")
 
 
 class Mistake(NamedTuple):
@@ -68,16 +69,11 @@ def rewrite(pattern: str, into: str) -> Callable[[str], str]:
 
 
 def _poll_once(text: str) -> str:
-    """The loads of the exchange before the loop, none in it: no code from the loop's test to its jump back."""
-    loads = lines_with(text, r"ld\.volatile")
-    test = max(number for number in lines_with(text, r"\bbra\b") if number < loads[len(loads) // 2])
-    return without(text, list(range(test + 1, loads[-1] + 1)))
-
-
-def _poll_unchecked(text: str) -> str:
-    """What the first try loaded is taken, whatever it is: nothing jumps back to load again."""
-    last = lines_with(text, r"ld\.volatile")[-1]
-    return without(text, [min(number for number in lines_with(text, r"\bbra\.uni") if number > last)])
+    """The loads of the exchange before the loop, none in it."""
+    lines = text.splitlines()
+    loads = lines_with(text, POLL)
+    again = lines.index("AGAIN:")
+    return "\n".join([*lines[:again], *lines[again + 1 : loads[-1] + 1], "AGAIN:", *lines[loads[-1] + 1 :]])
 
 
 def _stale_word(text: str) -> str:
@@ -104,6 +100,14 @@ BEFORE_STATE, AFTER_STATE = (leave_out(r"bar\.sync", which) for which in (slice(
 # of A the first and the third, two halves of the summed axis; the second would be other rows, which may be copies
 OPERANDS = rewrite(r"(mma\.sync\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+), (%r\d+)", r"\1\4, \3, \2")
 
+NEVER_STORED = leave_out(r"st\.(global\.cg|relaxed\.gpu\.global)\.b32 \[ ")
+
+
+def _without_an_end(text: str) -> str:
+    """A word is never stored, and polls do not look at the clock."""
+    return rewrite(r"mov\.u32 r, %globaltimer_hi", "mov.u32 r, 0")(NEVER_STORED(text))
+
+
 MISTAKES = (
     Mistake("no barrier between sums and their reading", PERSISTENT, FORWARD, AFTER_SUMS, EARLY),
     Mistake("no barrier before sums overwrite an operand", PERSISTENT, FORWARD, BEFORE_SUMS, EARLY),
@@ -111,12 +115,13 @@ MISTAKES = (
     Mistake("no barrier between the wait for a copy and its reading", STEP, STEP_FORWARD, AFTER_COPY, EARLY),
     Mistake("no bar.warp.sync", STEP, STEP_FORWARD, leave_out(r"bar\.warp\.sync", slice(1, 2)), EARLY),
     Mistake("no wait for cp.async", STEP, STEP_FORWARD, leave_out(r"cp\.async\.wait_group"), EARLY),
-    Mistake("a poll hoisted out of its loop", PERSISTENT, FORWARD, _poll_once, ("Deadlock",)),
-    Mistake("a poll hoisted out of its loop, backward", GRU, BACKWARD, _poll_once, ("Deadlock",)),
-    Mistake("a poll that does not look again", PERSISTENT, FORWARD, _poll_unchecked, ("numbers",)),
-    Mistake("a poll by weak loads", PERSISTENT, FORWARD, rewrite(r"ld\.volatile\.global", "ld.global"), ("Race",)),
+    Mistake("a poll hoisted out of its loop", PERSISTENT, FORWARD, _poll_once, ("numbers",)),
+    Mistake("a poll hoisted out of its loop, backward", GRU, BACKWARD, _poll_once, ("numbers",)),
+    Mistake("a poll that does not look again", PERSISTENT, FORWARD, rewrite("@!q bra.uni DONE", "bra.uni DONE"), ("numbers",)),
+    Mistake("a poll by weak loads", PERSISTENT, FORWARD, rewrite(POLL, "ld.global.v"), ("Race",)),
+    Mistake("a poll without an end", PERSISTENT, FORWARD, _without_an_end, ("Deadlock",)),
     Mistake("a stale word: that of the step before is stored", PERSISTENT, FORWARD, _stale_word, ("numbers",)),
-    Mistake("a word that is never stored", PERSISTENT, FORWARD, leave_out(r"st\.global\.cg"), ("Deadlock",)),
+    Mistake("a word that is never stored", PERSISTENT, FORWARD, NEVER_STORED, ("numbers",)),
     Mistake("two operand registers of mma swapped", PERSISTENT, FORWARD, OPERANDS, ("numbers",)),
     Mistake("two operand registers of mma swapped, backward", PERSISTENT, BACKWARD, OPERANDS, ("numbers",)),
     Mistake("two operand registers of mma swapped, step kernel", STEP, STEP_FORWARD, OPERANDS, ("numbers",)),

@@ -63,6 +63,11 @@ def _operand(text: str) -> Operand:
     return text
 
 
+def _label(name: str, scope: int) -> str:
+    """A label of the kernel, or one of the inline assembly that is scope number `scope`."""
+    return name if name.startswith("$") else f"{name} {scope}"
+
+
 def parse(text: str) -> Program:
     """The one kernel in `text`."""
     head, _, body = text.partition(".visible .entry")[2].partition("{")
@@ -72,6 +77,7 @@ def parse(text: str) -> Program:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     source = name
+    scope = 0  # pieces of inline assembly with labels of their own so far; their registers are set before they are read
     for line in body.splitlines():
         code, _, comment = line.partition("//")
         code = code.strip()
@@ -85,9 +91,10 @@ def parse(text: str) -> Program:
             width = 1 if bits == "pred" else int(bits[1:])
             registers |= {re.sub(r"<\d+>", "", part.strip()): width for part in names.split(",")}
             continue
-        if label := re.match(r"(\$\w+):", code):
-            labels[label[1]] = len(instructions)
+        if label := re.match(r"([$\w]+):", code):
+            labels[_label(label[1], scope)] = len(instructions)
             code = code[label.end() :].strip()
+        scope += code == "{"
         if not code.startswith("{ %"):
             code = code.strip("{}")  # a scope
         for statement in filter(None, map(str.strip, code.split(";"))):
@@ -97,6 +104,8 @@ def parse(text: str) -> Program:
             if found is None:
                 raise ValueError(f"not an instruction: {statement!r}")
             operands = tuple(map(_operand, _OPERAND.findall(found["rest"])))
+            if found["op"].startswith("bra"):
+                operands = (_label(found["rest"], scope),)
             instructions.append(
                 Instruction(
                     found["guard"] or "", found["not"] == "!", found["op"], operands, " ".join(statement.split()), source

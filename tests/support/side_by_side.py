@@ -6,16 +6,16 @@ So a schedule is a seed, and the same seed gives the same schedule again.
 
 Memory between the programs is as weak as a GPU's may be where nothing orders one word with another:
 
-- A store with ".cg" waits in a buffer of its program, which itself sees it at once. The others see each word of it at a
-  random moment, in any order, perhaps only after its program has ended.
+- A store with ".cg" is seen by its program at once, and by the others word by word at random moments, in any order, perhaps
+  only after its program has ended.
 - Any other store is seen, by its own program too, after that program's next release (an atomic operation with sem="release"),
   or else when the launch has ended.
 - A volatile load reads a random part of its words now and the rest later, with others in between.
 
 A program that polls, that is repeats a load of the exchange, goes on only after some word that it polls has come. When nobody
-can go on, that is a hang, noticed at once and without a clock. Programs that go on for ever are noticed by their accesses
-(`MOST_TURNS`, `MOST_LOADS`), and one that does not even load by a clock (`PATIENCE`). Each is raised as `Hang` with the
-programs and their steps.
+can go on, `Run.stuck` says who waits, and all poll in vain until they give up. If they do not, that is a hang (`VAIN_TURNS`).
+Programs that go on for ever are noticed by their accesses (`MOST_TURNS`, `MOST_LOADS`), and one that does not even load by a
+clock (`PATIENCE`). Each is raised as `Hang` with the programs and their steps.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from rnnfast.kernels.persistent import give_up
+
 EMPTY = -1  # of rnnfast.kernels.persistent.exchange, as is the other
 NOT_A_NUMBER = 0x7FFF7FFF
+VAIN_TURNS = 200  # of a program since a word has become visible; a poll gives up after fewer
 MOST_TURNS = 10_000  # of a program in a launch; the tests' programs take some dozens
 MOST_LOADS = 10_000  # plain loads of a program in one turn
 PATIENCE = 120.0  # seconds of one turn; the tests' turns take milliseconds
@@ -71,27 +75,25 @@ class Fault:
 
 @dataclass
 class Run:
-    """What happened inside `together`: the kernel and grid of each launch, how often another program went on, and how many
-    words of the exchange became visible only after the program that stored them had gone on."""
+    """What happened inside `together`: the kernel and grid of each launch, how often another program went on, how many words
+    became visible only after their program had gone on; who waited when first nobody could go on; and which launch gave up."""
 
     grids: list[tuple[str, Index]] = field(default_factory=list)
     switches: int = 0
     late_words: int = 0
+    stuck: str = ""
+    gave_up: str = ""
 
 
 def _step(frame) -> int | None:
-    """The time step of the kernel that runs in `frame`, from its own variable."""
-    while frame is not None:
-        if "steps" in frame.f_locals and "step" in frame.f_locals:
-            return int(frame.f_locals["step"])
+    """The time step of the kernel that runs in `frame`."""
+    while frame is not None and not {"step", "steps"} <= frame.f_locals.keys():
         frame = frame.f_back
-    return None
+    return None if frame is None else int(frame.f_locals["step"])
 
 
 def _is_within(frame, function: str) -> bool:
-    while frame is not None and frame.f_code.co_name != function:
-        frame = frame.f_back
-    return frame is not None
+    return frame is not None and (frame.f_code.co_name == function or _is_within(frame.f_back, function))
 
 
 class _Schedule:
@@ -117,6 +119,7 @@ class _Schedule:
         self.looked: dict[Index, tuple[int, bool]] = {}  # program: its news when `missing` was last looked at, whether to go on
         self.waiting: dict[Index, tuple[int, int | None]] = {}  # program: its news when it began to wait, its step
         self.turns = dict.fromkeys(indices, 0)
+        self.vain = 0  # turns since a word has become visible, while nobody could go on
         self.loads = 0  # plain ones in this turn
         self.running: Index | None = None
         self.error: BaseException | None = None
@@ -124,6 +127,7 @@ class _Schedule:
 
     def announce(self, addresses: np.ndarray) -> None:
         """What lies there has changed."""
+        self.vain = 0
         first, last = int(addresses.min()), int(addresses.max())
         for index, (begin, end) in self.span.items():
             self.news[index] += first <= end and begin <= last
@@ -181,12 +185,16 @@ class _Schedule:
             unseen = [index for index, words in self.words.items() if words]
             if unseen:
                 self.show(self.random.choice(unseen))
-            elif able := self.able(eager=True):
-                break
-            else:
+            elif not (able := self.able(eager=True)):
                 who = ", ".join(f"program {index} at step {self.waiting[index][1]}" for index in self.alive)
-                self.fail(Hang(f"every program waits for another: {who}"))
-                return None
+                stuck = f"every program waits for another: {who}"
+                self.run.stuck, self.vain = self.run.stuck or stuck, self.vain + 1
+                if self.vain > VAIN_TURNS * len(self.alive):
+                    self.fail(Hang(stuck))
+                    return None
+                able = self.alive
+            if able:
+                break
         chosen = self.random.choices(able, [self.pace[index] for index in able])[0]
         self.turns[chosen] += 1
         if self.turns[chosen] > MOST_TURNS:
@@ -273,9 +281,13 @@ class _Schedule:
 
     def store(self, ptrs, value, mask):
         """A store with ".cg"."""
+        if not mask.data.any():
+            return
         self.switch()
         addresses, words = ptrs.data[mask.data], np.broadcast_to(value.data, ptrs.data.shape)[mask.data]
         kind = self.hits("skipped store", "skipped word", "torn store", "misplaced store", "weak store", "empty value")
+        if _is_within(sys._getframe(), "_interpreted_poll"):
+            kind = None  # the word of a program that gives up
         if kind == "skipped store":
             return
         if kind == "weak store":
@@ -293,6 +305,7 @@ class _Schedule:
             self.words[_program.index].append((addresses, words))
 
 
+RELEASES = tl.core.ir.MEM_SEMANTIC.RELEASE, tl.core.ir.MEM_SEMANTIC.ACQUIRE_RELEASE
 _builder = interpreter.InterpreterBuilder
 _plain_load, _plain_store, _plain_rmw = _builder.create_masked_load, _builder.create_masked_store, _builder.create_atomic_rmw
 
@@ -326,13 +339,9 @@ def _store_all(self, ptr, value, *policies):
     self.create_masked_store(ptr, value, interpreter.TensorHandle(np.ones_like(ptr.data, bool), tl.int1), *policies)
 
 
-def _is_release(sem) -> bool:
-    return sem in (tl.core.ir.MEM_SEMANTIC.RELEASE, tl.core.ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
-
-
 def _atomic_store(self, ptr, value, mask, sem, scope):
     """Triton 3.9's; a release orders what came before it, and the word itself becomes visible later."""
-    if _is_release(sem):
+    if sem in RELEASES:
         _program.schedule.release(_program.index)
     _program.schedule.store(ptr, value, mask)
 
@@ -340,7 +349,7 @@ def _atomic_store(self, ptr, value, mask, sem, scope):
 def _atomic_rmw(self, operation, ptr, value, mask, sem, scope):
     """Takes place at once, in the memory that all see."""
     schedule = _program.schedule
-    if _is_release(sem):
+    if sem in RELEASES:
         schedule.switch()
         schedule.release(_program.index)
         schedule.announce(ptr.data)
@@ -425,6 +434,7 @@ def together(seed: int, fault: Fault | None = None) -> Iterator[Run]:
         (_builder, "create_atomic_rmw", _atomic_rmw),
         # Triton 3.9 asks for both policies of an access in one, and its own interpreter forgets them
         (_builder, "get_cache_policy", lambda self, cache, eviction: cache),
+        (give_up, "_words", {}),  # as in a process of its own
     ]
     own = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in patches]
     for owner, name, value in patches:
@@ -432,6 +442,7 @@ def together(seed: int, fault: Fault | None = None) -> Iterator[Run]:
     try:
         yield result
     finally:
+        result.gave_up = give_up.gave_up(torch.device("cpu"))
         for owner, name, value in own:
             delattr(owner, name) if value is None else setattr(owner, name, value)
         for scope in reversed(scopes.values()):
