@@ -261,8 +261,8 @@ class _Candidate:
             yield "l2", exchange, f"a step's exchange is {exchange >> 20} MiB, where L2 has {limits.l2_bytes >> 20} MiB"
 
     def step_time(self, B: int, gates: int, backward: bool, tensor_cores: bool, limits: GpuLimits) -> StepTime:
-        """By the model, from estimates. 6 barriers, 2 an operand and 2 more in backward were counted before gathered words stayed
-        in their registers. There are fewer now, but plans were checked for spills in the order that these give."""
+        """By the model, from estimates. 6 barriers, 2 an operand and 2 more in backward were counted before gathered words
+        stayed in their registers. There are fewer now, but plans were checked for spills in the order that these give."""
         plan = self.plan
         threads = 32 * plan.num_warps
         deep = self.columns / plan.SPLIT / (32 // self.itemsize)  # tensor core instructions in a row on one accumulator
