@@ -1,12 +1,12 @@
-"""The regression gate: compares what can be known without a GPU with committed baselines.
+"""The regression gate: compares figures that need no GPU with committed baselines.
 
     make bench-check                (or python -m benchmarks.check [--parts counts cpu] [--bisect] [--update])
 
-"counts": the machine code of a few kernels for absent GPUs (`benchmarks.static`), with a baseline for each version of Triton.
-"cpu": what rnnfast costs beside torch.nn on CPU tensors (`benchmarks.cpu_overhead`).
+"counts" are figures of the machine code of a few kernels for absent GPUs (`benchmarks.static`). Each version of Triton has its
+own baseline. "cpu" is the cost of rnnfast beside torch.nn on CPU tensors (`benchmarks.cpu_overhead`).
 
-Exit code 1 if a figure is worse than its baseline by more than its tolerance, 2 if there is no baseline. --bisect finds the
-commit that made it worse. --update writes the figures of now as the new baselines.
+The exit code is 1 if a figure is worse than its baseline by more than its tolerance, and 2 if there is no baseline. --bisect
+finds the commit that made it worse. --update writes the current figures as the new baselines.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Worse(NamedTuple):
 
 
 def compare(baseline: Figures, now: Figures, tolerances: dict[str, float]) -> tuple[list[Worse], list[Worse]]:
-    """The figures that got worse, and those that got better. More is worse. Another word is worse."""
+    """The figures that got worse, and those that got better. A larger number is worse. A text that differs is worse, too."""
     worse, better = [], []
     for row, figures in baseline.items():
         for name, before in figures.items():
@@ -67,9 +67,10 @@ def compare(baseline: Figures, now: Figures, tolerances: dict[str, float]) -> tu
 
 
 def figures_of(part: str) -> tuple[Figures, dict[str, float]]:
-    """The figures of now, and their tolerances.
+    """The current figures, and their tolerances.
 
-    "counts" has a row for each kernel of `JOBS`. There `family` is a word: to fall back to the step kernels is a step back.
+    "counts" has a row for each kernel of `JOBS`. One figure is the name of the family. A kernel that falls back to the step
+    kernels therefore counts as worse.
     """
     if part == "cpu":
         from benchmarks import cpu_overhead
@@ -94,7 +95,7 @@ def baseline_path(part: str) -> Path:
 
 
 def git(*args: str | Path, tree: Path | None = None) -> str:
-    """What git prints. Raises subprocess.CalledProcessError."""
+    """The output of git. Raises subprocess.CalledProcessError if git fails."""
     return subprocess.run(["git", "-C", tree or ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -108,14 +109,14 @@ def commits_since(base: str) -> list[str]:
 
 
 def probe_command(part: str, wanted: Path) -> list[str]:
-    """The command by which `git bisect run` tells good from bad."""
+    """The command with which `git bisect run` tells good commits from bad ones."""
     return [sys.executable, "-m", "benchmarks.check", "--parts", part, "--probe", str(wanted)]
 
 
 def probe(part: str, wanted: Path) -> int:
-    """0 if the checked out kernels and library have none of the bad figures in the file `wanted`, 1 if any.
+    """The exit code of a probe: 0 if the checked-out kernels and library have none of the bad figures in `wanted`, 1 if any.
 
-    `SKIP` if the benchmarks of now cannot count them.
+    It is `SKIP` if the current benchmarks cannot count that commit.
     """
     commit = git("log", "-1", "--oneline", tree=Path.cwd())
     try:
@@ -128,9 +129,9 @@ def probe(part: str, wanted: Path) -> int:
 
 
 def bisect(part: str, worse: list[Worse], baseline: dict) -> str:
-    """The first commit with any of the figures `worse`, in words. `git bisect run` finds it in a working tree of its own.
+    """The first commit with any of the figures `worse`, in words. `git bisect run` finds it in a separate working tree.
 
-    The benchmarks of now count the kernels and the library of each commit.
+    The current benchmarks count the kernels and the library of each commit.
     """
     wanted: Figures = {one.row: {} for one in worse}
     for one in worse:

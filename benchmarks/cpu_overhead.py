@@ -1,10 +1,13 @@
-"""What rnnfast's layers cost on CPU tensors above torch.nn's own layers, to which they hand the call.
+"""Measures what rnnfast's layers cost on CPU tensors in addition to torch.nn's layers, which run the call.
 
     python -m benchmarks.cpu_overhead [--seconds 3] [--json FILE]
 
-First the cost of rnnfast's ``forward`` itself, which is the same at any size: calls in which torch.nn's ``forward`` does
-nothing. Then whole calls, which alternate with torch.nn's: the ratio of the fastest, and the median of the ratios of neighbours
-(it includes the noise of the machine). Exit code 1 if the cost is above 2% of torch.nn's fastest call or above 10 us.
+1. The cost of rnnfast's ``forward`` itself. torch.nn's ``forward`` is replaced by a function that does nothing. This cost does
+   not depend on the sizes.
+2. Whole calls, which alternate with torch.nn's: the ratio of the two fastest calls, and the median of the ratios of calls that
+   follow one another. The median includes the noise of the machine.
+
+The exit code is 1 if the cost is above 2 % of torch.nn's fastest call or above 10 us.
 """
 
 import argparse
@@ -25,11 +28,11 @@ from rnnfast.choice.decide import tensor_obstacles
 CELLS = ("LSTM", "GRU", "RNN")
 SIZES = ((1, 1, 8), (1, 1, 128), (16, 4, 32), (32, 8, 128), (64, 16, 256), (128, 32, 512))  # (T, B, H)
 MOST_PART, MOST_MICROSECONDS = 0.02, 10.0
-TOLERANCES = {"call_ratio": 0.3}  # of `figures`, between runs and machines
+TOLERANCES = {"call_ratio": 0.3}  # how much `figures` may differ between runs and machines
 
 
 def compare(case: Case, seconds: float) -> dict:
-    """A row: rnnfast's default beside torch.nn on the same weights and input."""
+    """A row of the table: rnnfast with its default backend beside torch.nn, on the same weights and input."""
     problem = Problem(case, "cpu")
     modules = [problem.module(getattr(library, case.cell)) for library in (rnnfast, torch.nn)]
     watches = [measure.stopwatch(problem.call(of_module(module)), "cpu") for module in modules]
@@ -43,7 +46,7 @@ def compare(case: Case, seconds: float) -> dict:
 
 def own_cost(cell: str, calls: int = 1000, rounds: int = 20) -> tuple[float, float]:
     """Microseconds of a call of rnnfast's layer and of torch.nn's, the fastest of `rounds`, while torch.nn's ``forward`` does
-    nothing. The difference is what rnnfast's ``forward`` adds to any call."""
+    nothing. The difference is the time that rnnfast's ``forward`` adds to every call."""
     theirs, layer = getattr(torch.nn, cell)(8, 8), getattr(rnnfast, cell)(8, 8)
     x = torch.zeros(1, 1, 8)
     layer(x)  # the first call looks for Triton and a device
@@ -59,14 +62,14 @@ def own_cost(cell: str, calls: int = 1000, rounds: int = 20) -> tuple[float, flo
 
 
 def figures() -> dict[str, dict[str, float]]:
-    """For the regression gate: a call's time over torch.nn's while torch.nn's ``forward`` does nothing."""
+    """For the regression gate: the quotient of the two times of `own_cost`, for each cell."""
     return {cell: {"call_ratio": ours / theirs} for cell in CELLS for ours, theirs in [own_cost(cell)]}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_overhead", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing a case; default %(default)s")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; default 1, which is the least noisy")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of timing for a case; default %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch; default 1, which is the least noisy")
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)

@@ -2,10 +2,12 @@
 
     python -m benchmarks.drop_in [--device cpu|cuda]
 
-An entry is one call, forward and backward, that asks for the kernels by name. A figure is the largest error of its outputs and
-gradients against torch.nn in float64, as a part of what `rnnfast.numerics` allows: up to 1 is right. A letter is a call that
-PyTorch's own layer runs; the warning that says why stands below the table. On a CPU, Triton's interpreter runs the kernels. The
-exit code is 0 if every figure is at most 1 and no call falls back without a warning, else 1.
+An entry is one call, forward and backward, with ``backend="triton"``. Its figure is the largest error of its outputs and
+gradients against torch.nn in float64, divided by the error that `rnnfast.numerics` allows. A figure of at most 1 is right. A
+letter means that PyTorch's own layer ran the call. The text of its warning is below the table. On a CPU, Triton's interpreter
+runs the kernels.
+
+The exit code is 0 if every figure is at most 1 and no call falls back without a warning, else 1.
 """
 
 import argparse

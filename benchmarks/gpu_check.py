@@ -1,18 +1,18 @@
-"""The whole check of a GPU machine in one command: is everything right there, and how fast.
+"""Checks and times everything on a GPU machine, in one command.
 
     make gpu-check                      (or python -m benchmarks.gpu_check --out DIR)
 
-1. Side by side, since they need no quiet GPU: the tests on the real device, and the persistent kernels on many shapes against
-   float64.
-2. One after another: both families of kernels beside torch.nn, with the kernels that cuDNN ran; thousands of launches of the
-   persistent kernels; `rnnfast tune` on a few shapes.
+1. Two jobs run at the same time, because they time nothing: the tests on the GPU, and the persistent kernels on many shapes
+   against float64.
+2. The others run one after another: both families of kernels are timed beside torch.nn, with the names of the kernels that
+   cuDNN ran; the persistent kernels are launched thousands of times; `rnnfast tune` measures a few shapes.
 
-Each job runs in a child process that may hang or crash; what was found before stays. All ends within ten minutes. The report
-names what there was no time for.
+Each job runs in a child process, which may hang or crash without loss of earlier results. The command ends within ten minutes.
+The report names the jobs that it had no time for.
 
-It installs nothing. As it goes, it writes gpu-check.json, gpu-check.md and gpu-check-times.json (for `python -m
-benchmarks.report`) into DIR, with the GPU, the versions and the commit (of a copy without its .git: RNNFAST_COMMIT in the
-environment). Exit code 0 if everything ran and was right, 1 if not or if there is no GPU.
+It installs nothing. While it runs, it writes gpu-check.json, gpu-check.md and gpu-check-times.json (for `python -m
+benchmarks.report`) into DIR. They name the GPU, the versions and the commit. In a copy without .git, set the environment
+variable RNNFAST_COMMIT to the commit. The exit code is 0 if everything ran and was right, else 1. It is 1 without a GPU.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from rnnfast.choice import gpu, tuning_file
 from rnnfast.choice.tuning_file import Shape
 from rnnfast.commands import tune
 
-MARK = "pytest.mark.same_everywhere"  # of a test file that says nothing of a GPU, and may need what the machine lacks
+MARK = "pytest.mark.same_everywhere"  # marks a test file that does not depend on the GPU, and may need what is not installed
 TEST_SECONDS = CHECK_SECONDS = 240  # side by side
 ENDS = {"time": 410, "stress": 460, "tune": 565}  # seconds from the start after which a part has no time left
 QUIET = 60  # seconds that one case may take, compilation included
-SECONDS = 0.1  # of timing for a provider in one way of calling
+SECONDS = 0.1  # time for timing a provider in one way of calling
 PROVIDERS = ("torch.nn", "rnnfast-step", "rnnfast-persistent")
-PROCESSES = 8  # that check side by side
+PROCESSES = 8  # processes that check at the same time
 AT_ONCE = 4  # cases of one child process: to start one takes as long as some of them
 SHAPES = ((512, 16, 768, "float16"), (512, 64, 512, "bfloat16"), (256, 32, 512, "float32"), (128, 128, 1024, "float16"))
 MODES = ("inference", "training")
@@ -66,7 +66,7 @@ EXPECTED = {
 
 
 class Report:
-    """What was found so far. Every change is written at once, from whatever thread."""
+    """The results so far. Any thread may add to them, and every change is written to disk at once."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
@@ -115,7 +115,7 @@ def run_tests(folder: Path, seconds: float) -> dict[str, str | int]:
 
 
 def child_env() -> dict[str, str]:
-    """The environment of the child processes, in which what runs is what was asked for."""
+    """The environment of the child processes. In it, a call fails instead of falling back to another backend."""
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "RNNFAST_BACKEND")}
     return kept | {"RNNFAST_STRICT": "1"}
 
@@ -127,7 +127,7 @@ def run_jobs(function: str, numbers: list[int], until: float):
 
 
 def check_all(report: Report, until: float) -> list[Future]:
-    """Check all `CHECKS`, `PROCESSES` child processes side by side. Returns what is to be waited for."""
+    """Start all `CHECKS`, `PROCESSES` child processes at a time. Returns futures, one for each child process."""
 
     def work(numbers: list[int]) -> None:
         for number, row in run_jobs("check", numbers, until):
@@ -138,7 +138,7 @@ def check_all(report: Report, until: float) -> list[Future]:
 
 
 def time_all(report: Report, until: float) -> None:
-    """Time both families beside torch.nn, shape by shape. The persistent kernels are left out after they have hung."""
+    """Time both families beside torch.nn, shape by shape. If the persistent kernels hang, later shapes leave them out."""
     path, providers = report.folder / "gpu-check-times.json", list(PROVIDERS)
     path.unlink(missing_ok=True)
     now = new_results("cuda", {"seconds": SECONDS, "threads": 0, "interpret": False})
@@ -154,13 +154,13 @@ def time_all(report: Report, until: float) -> None:
 
 
 def stress_all(report: Report, until: float) -> None:
-    """Thousands of launches, alone and beside other work."""
+    """Launch the persistent kernels thousands of times, alone and beside other work."""
     for number, row in run_jobs("stress", list(range(len(STRESS))), until):
         report.add("stress", stress_name(*STRESS[number]), row)
 
 
 def tune_all(report: Report, until: float) -> None:
-    """What `rnnfast tune` finds for a few shapes. Its file stays in the folder of the report."""
+    """Run `rnnfast tune` on a few shapes. Its file stays in the folder of the report."""
     limits = gpu.limits(torch.device("cuda", torch.cuda.current_device()))
     assert limits is not None
     path = report.folder / "gpu-check-tuning.json"

@@ -1,10 +1,12 @@
-"""The bytes that a layer keeps for backward, by saved-tensor hooks: rnnfast's kernels beside torch.nn.
+"""Counts the bytes that a layer keeps for backward, with saved-tensor hooks: rnnfast's kernels beside torch.nn.
 
     python -m benchmarks.memory [--T 512] [--B 64] [--H 512] [--dtype float16]
 
-Each storage counts once. Input, parameters and output live anyway and have columns of their own. Without a GPU, rnnfast's bytes
-come from the shapes that its operators declare, on tensors without data (a test compares them with the kernels' results), and
-torch.nn's are those of its CPU layer. Only cuDNN knows what cuDNN keeps, its reserve space: on a GPU it is measured.
+Each storage counts once. Input, parameters and output exist anyway and have columns of their own.
+
+Without a GPU, rnnfast's bytes come from the shapes that its operators declare, on tensors without data. A test compares these
+with the results of the kernels. torch.nn's bytes are those of its CPU layer. cuDNN keeps its values in a buffer called reserve
+space, whose size only cuDNN reports. It is therefore measured on a GPU only.
 """
 
 import argparse
@@ -23,7 +25,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 def kept_by_kernels(case: Case, recompute: bool = False) -> dict[str, int]:
-    """`benchmarks.timing.measure.kept` of rnnfast's kernels on `case`, from declared shapes alone."""
+    """`benchmarks.timing.measure.kept` for rnnfast's kernels on `case`, from the declared shapes only."""
     with FakeTensorMode():
         problem = Problem(case, "cpu")
         layer = problem.module(getattr(rnnfast, case.cell), recompute=recompute)

@@ -1,10 +1,10 @@
-"""The figures of docs/numerics.md, in Triton's interpreter.
+"""Computes the figures of docs/numerics.md, in Triton's interpreter.
 
     python -m benchmarks.numerics [--round-input-side]
     python -m benchmarks.numerics --power [--draws 10000]
 
-Without arguments: our error over torch.nn's, geometric mean over 10 seeds. With --round-input-side, W_ih x is rounded to the
-dtype of the tensors, to see what keeping it in float32 is worth. With --power: the study in tests/power.py.
+Without arguments it prints the ratio of our error to torch.nn's, as a geometric mean over 10 seeds. --round-input-side rounds
+W_ih x to the dtype of the tensors, to show what keeping it in float32 gains. --power runs the study in tests/power.py.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.numerics", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--round-input-side", action="store_true", help="round W_ih x to the dtype of the tensors")
     parser.add_argument("--power", action="store_true", help="false alarms of the contract, and the faults that it finds")
-    parser.add_argument("--draws", type=int, default=10_000, help="of the study of power, over all sets of instructions")
+    parser.add_argument("--draws", type=int, default=10_000, help="draws of the study, over all sets of instructions")
     args = parser.parse_args(argv)
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     if args.power:

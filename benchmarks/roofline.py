@@ -1,8 +1,8 @@
-"""The least time that a case can take on a GPU, beside the prediction for the persistent kernels and what others have measured.
+"""Prints the least time that a case can take on a GPU, the time predicted for rnnfast's kernels, and published times.
 
     python -m benchmarks.roofline [--case LSTM-T1024-B16-I768-H768-float16-training ...] [--gpu H100] [--results FILE] [--json]
 
-Without --case: the case that cuDNN is best at, and others with published times. `benchmarks.floor.work.Floor` says what counts.
+Without --case it prints the cases with published times and a few others. `benchmarks.floor.work.Floor` says what counts.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def predict(case: Case, gpu: Ceilings) -> tuple[float, str]:
     """Microseconds a time step of `case` with the kernels that are compiled for `gpu`, and their parts in words.
 
     `benchmarks.static` predicts the recurrence from the machine code, one layer and direction after another. All other products
-    run at the peak rate, which no program reaches. So the prediction is on the low side.
+    run at the peak rate, which no program reaches. The prediction is therefore on the low side.
 
     Raises:
         LookupError: our kernels are not compiled for this GPU.

@@ -1,8 +1,8 @@
-"""The cases through pytest-benchmark, for its tables, its JSON and its comparisons. -k chooses cases and providers.
+"""Times the cases with pytest-benchmark, which has tables, JSON and comparisons. -k chooses cases and providers.
 
     BENCHMARK_SET=quick pytest benchmarks/ -k "LSTM and (torch.nn or loop)" --benchmark-save=before
 
-What cannot run here is left out. A provider that is wrong fails, and gets no time. `python -m benchmarks` measures more.
+A provider that cannot run a case here is left out. A wrong result fails and is not timed. `python -m benchmarks` measures more.
 """
 
 import os

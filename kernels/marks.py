@@ -25,26 +25,26 @@ ALL_PADDED = tl.constexpr(-1)  # packed marks of a step at which no row of the t
 
 
 class Marks(NamedTuple):
-    """What a kernel is given of the marks; each None where a call has none.
+    """The marks of a call and the states that begin anew; each None where a call has none.
 
     Attributes:
-        codes: (T, B) int8 for the step kernels, (T, tiles) words of `pack_kernel` for the persistent ones.
+        codes: (T, B) int8; the persistent kernels themselves are given (T, tiles) words of `pack_kernel`.
         order: (B,) int32, the batch rows in the order in which programs take them.
         starts_h: (2, B, H), the initial and the reset h.
         starts_c: (2, B, H) float32, the initial and the reset c.
     """
 
-    codes: Any
-    order: Any
-    starts_h: Any
-    starts_c: Any
+    codes: Any = None
+    order: Any = None
+    starts_h: Any = None
+    starts_c: Any = None
 
 
 class StartGrads(NamedTuple):
     """Gradients of `Marks.starts_h` and `Marks.starts_c`, each (2, B, H) float32 and added to; None where not needed."""
 
-    h: Any
-    c: Any
+    h: Any = None
+    c: Any = None
 
 
 @triton.jit

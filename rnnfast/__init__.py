@@ -46,10 +46,11 @@ __all__ = [
 def enable_compile() -> None:
     """Let ``torch.compile`` trace rnnfast layers. Call it once, before compiling.
 
-    Dynamo refuses every instance of torch.nn.LSTM, GRU and RNN, and so of the subclasses here, unless its own switch
-    ``torch._dynamo.config.allow_rnn`` is on. This turns it on, for the whole process. torch.nn's own layers in the same model
-    are then traced too, unrolled step by step, which takes long for a long sequence. Exchange those as well, or wrap them
-    in ``torch.compiler.disable``.
+    Dynamo refuses every instance of torch.nn.LSTM, GRU and RNN, and therefore their subclasses in rnnfast, unless its own
+    switch ``torch._dynamo.config.allow_rnn`` is on. This function turns the switch on for the whole process.
+
+    torch.nn's own layers in the same model are then traced, too. Dynamo unrolls them over time, which takes long for a long
+    sequence. Exchange these layers as well, or wrap them in ``torch.compiler.disable``.
     """
     import torch._dynamo
 

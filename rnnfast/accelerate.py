@@ -1,8 +1,8 @@
-"""Exchange the recurrent layers of a model that exists, `accelerate` and `restore`; build new ones of ours, `as_default`.
+"""`accelerate` and `restore` exchange the recurrent layers of a model. `as_default` makes new layers rnnfast's.
 
-A layer is exchanged by its class alone, ``module.__class__ = rnnfast.LSTM``: it stays the same object with the same parameters,
-buffers, hooks, mode and attributes, wherever it is referred to, so that optimizers, tied modules, DDP wrappers and checkpoints
-go on as before. What this cannot do is said in the report: a class of the user's stays the user's class.
+A layer is exchanged by setting its class: ``module.__class__ = rnnfast.LSTM``. It stays the same object with the same
+parameters, buffers, hooks, mode and attributes. Optimizers, tied modules, DDP wrappers and checkpoints therefore keep working.
+A subclass of torch.nn's layers is not exchanged. The report names each layer that is left, and why.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _THEIRS = {ours: theirs for theirs, ours in (_OURS | _CELLS).items()}
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` or `restore` did. ``print`` it.
+    """What `accelerate` or `restore` did. ``print`` shows it.
 
     Attributes:
-        to: "rnnfast" or "torch.nn", whose layers the exchanged ones are now.
-        changed: name and description of each exchanged layer; the name of the model itself is "".
-        left: name and reason of each recurrent layer that stayed what it was.
+        to: "rnnfast" or "torch.nn": where the classes of the exchanged layers now come from.
+        changed: the name and description of each exchanged layer. The name of the model itself is "".
+        left: the name of each recurrent layer that was not exchanged, and the reason.
     """
 
     to: str
@@ -56,18 +56,18 @@ class Report:
 
 
 def accelerate(model: _Model, *, inplace: bool = True, report: Callable[[Report], Any] | None = print) -> _Model:
-    """Make every torch.nn.LSTM, GRU and RNN inside `model`, and `model` itself if it is one, rnnfast's.
+    """Replace every torch.nn.LSTM, GRU and RNN inside `model`, and `model` itself if it is one, by rnnfast's layer.
 
     Each layer keeps its parameters (the same `Parameter` objects), buffers, hooks, train mode, parametrizations, pruning and
-    attributes. Left as they are, each with its reason in the report: subclasses, cells, layers that are scripted, quantized or
-    whose ``forward`` was replaced on the instance. Found are the modules that ``model.modules()`` finds.
+    attributes. It finds the modules that ``model.modules()`` finds. It leaves subclasses, cells, scripted and quantized layers,
+    and layers whose ``forward`` was replaced on the instance. The report gives the reason for each.
 
     Args:
-        model: any module. Third-party code that asks ``isinstance(layer, torch.nn.LSTM)`` is answered yes, as before; code that
-            asks ``type(layer) is torch.nn.LSTM`` is answered no.
-        inplace: change `model`; if False, a deep copy of it that shares all its parameters and other tensors, those that it
-            keeps in tuples, dictionaries or objects of its own too.
-        report: called with the `Report`; None to be told nothing.
+        model: any module. Afterwards ``isinstance(layer, torch.nn.LSTM)`` is still true, and ``type(layer) is torch.nn.LSTM``
+            is false.
+        inplace: whether to change `model`. If False, a deep copy is changed. It shares all tensors with `model`, including
+            those that the model keeps in tuples, dictionaries or other objects.
+        report: a function that is called with the `Report`. None for no report.
 
     Returns:
         `model`, or the copy.
@@ -89,14 +89,14 @@ def accelerate(model: _Model, *, inplace: bool = True, report: Callable[[Report]
 def restore(
     model: _Model, *, inplace: bool = True, every: bool = False, report: Callable[[Report], Any] | None = print
 ) -> _Model:
-    """Undo `accelerate`: make the layers that it exchanged torch.nn's again, with whatever their parameters are by now.
+    """Undo `accelerate`: replace the layers that it exchanged by torch.nn's, with their current parameters.
 
-    For what asks for the exact class torch.nn.LSTM: ``torch.jit.script``, dynamic quantization, a pickle for a machine without
-    rnnfast.
+    Use it before code that needs exactly the class torch.nn.LSTM: ``torch.jit.script``, dynamic quantization, or a pickle for a
+    machine without rnnfast.
 
     Args:
         model, inplace, report: as in `accelerate`.
-        every: also the layers that were built as rnnfast's, and the cells, which only can be.
+        every: also replace layers and cells that were built as rnnfast's. (`accelerate` leaves cells alone.)
 
     Returns, raises: as `accelerate`.
 
@@ -141,8 +141,8 @@ def _exchange(
 def _exchanged(cls: type, classes: dict[type, type]) -> type | None:
     """The class that replaces `cls`. None if `cls` is neither in `classes` nor derived from one of them by PyTorch.
 
-    PyTorch gives a module that it parametrizes or shards a class of its own, derived from the module's. Its replacement is
-    derived from the new one. The old class stays as it is: copies of the module may share it.
+    PyTorch gives a parametrized or sharded module a new class, which is derived from the module's class. Its replacement is
+    derived from rnnfast's class instead. The old class is not changed, because copies of the module may share it.
     """
     if cls in classes:
         return classes[cls]
@@ -156,7 +156,7 @@ def _exchanged(cls: type, classes: dict[type, type]) -> type | None:
 
 
 def _reason(module: torch.nn.Module, new: type | None, is_meant: bool) -> str | None:
-    """Why a recurrent layer is not exchanged, None if it is or if it is no recurrent layer."""
+    """Why a recurrent layer is not exchanged. None if it is exchanged, and for other modules."""
     cls = type(module)
     name = f"{cls.__module__}.{cls.__qualname__}"
     if new is not None:
@@ -178,7 +178,7 @@ def _reason(module: torch.nn.Module, new: type | None, is_meant: bool) -> str | 
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
-    """All tensors that ``copy.deepcopy`` would meet on its way through `model`, whatever they are kept in."""
+    """All tensors that ``copy.deepcopy(model)`` would copy, wherever the model keeps them."""
     queue: list[Any] = [model]
     seen: dict[int, Any] = {}  # the objects too, so that no other gets the number of one
     while queue:
@@ -199,7 +199,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What an object consists of, as it tells ``copy.deepcopy``."""
+    """The parts of an object that ``copy.deepcopy`` would copy."""
     try:
         made = value.__reduce_ex__(4)
     except Exception:  # it cannot be copied this way: deepcopy may know another, or will raise
@@ -231,14 +231,14 @@ def _building_init(cls: type, init: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def as_default() -> Iterator[None]:
-    """Within the ``with`` block, and in this thread, ``torch.nn.LSTM(...)``, ``GRU(...)`` and ``RNN(...)`` build rnnfast's.
+    """Let ``torch.nn.LSTM(...)``, ``GRU(...)`` and ``RNN(...)`` build rnnfast's layers, in the ``with`` block and this thread.
 
-    Also in code that has imported the names before, as third-party models have. The names stay what they are: ``isinstance``
-    with them is true of old layers and new, and a subclass of them builds itself. Blocks nest, end after an exception, and
-    serve as a decorator. Copies and unpickled modules keep their class: use `accelerate` on those.
+    This also works in code that imported the classes earlier, such as a third-party model. The names still refer to torch.nn's
+    classes, so ``isinstance`` with them is true for old and new layers. A subclass of these classes builds itself. Blocks nest,
+    end after an exception, and serve as a decorator. Copied and unpickled modules keep their class: use `accelerate` on them.
 
-    How: while a block is open in any thread, the three classes have another ``__init__``. When the last one ends, they have
-    their own again.
+    While a block is open in any thread, the three classes have another ``__init__``. When the last block ends, they get their
+    own back.
 
     Example:
         >>> with rnnfast.as_default():

@@ -2,8 +2,8 @@
 
     python -m rnnfast.check [--device cpu|cuda]
 
-On a GPU the kernels run for real; on the CPU in Triton's interpreter, on small cases. Exit code 0 if every tensor is within the
-contract of `rnnfast.numerics`, 1 if one is not, 2 if the kernels cannot run here.
+On a GPU it runs the compiled kernels. On a CPU it runs small cases in Triton's interpreter. The exit code is 0 if every tensor
+meets the contract of `rnnfast.numerics`, 1 if one does not, and 2 if the kernels cannot run here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """One tensor of a case, in the `figure` of `rnnfast.numerics` nearest to its limit: ours, torch.nn's, and the limit."""
+    """The errors of one tensor of a case, ours and torch.nn's, and the limit, in the `figure` that is nearest to its limit."""
 
     case: Case
     tensor: str
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"the Triton kernels cannot be checked here: {'; '.join(obstacles)}", file=sys.stderr)
         return 2
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, interpreted"
-    print(f"Triton kernels on {where}: of each case the tensor nearest to its limit, and in what figure (docs/numerics.md)")
+    print(f"Triton kernels on {where}. Each line has the tensor nearest to its limit, and that figure (docs/numerics.md)")
     print(f"{'case':58} {'tensor':28} {'figure':>8} {'rnnfast':>9} {'torch.nn':>9} {'allowed':>9}")
     failed = 0
     for case in gpu_cases() if device == "cuda" else small_cases():

@@ -1,4 +1,4 @@
-"""`explain`: what will run for a call, and why not another backend."""
+"""`explain` says what will run for a call, and why another backend will not."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = ["Explanation", "explain"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. ``print`` it.
+    """What `explain` found. ``print`` shows it.
 
     Attributes:
         backend: the backend that will run: "triton", "torch" or "reference".
-        asked: how that was asked for, in words.
-        obstacles: all that keeps the Triton kernels from running this call; empty if nothing does.
+        asked: how this backend was chosen, in words.
+        obstacles: every reason why the Triton kernels cannot run this call. Empty if they can.
         call: the layer and its input, in words.
-        details: how it will run, in words.
-        tuning: what `rnnfast tune` has measured for this call, in words; empty where that has no say.
+        details: how the call will run, in words.
+        tuning: what `rnnfast tune` measured for this call, in words. Empty if a measurement would not matter.
     """
 
     backend: str
@@ -84,7 +84,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
             raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")
         chosen, read_options, to_tune = cells.decision(module, input, hx), CallOptions(), None
     else:
-        found, chosen = sequence.decision(module, input, hx, options)
+        found, chosen = sequence.decision(module, input, hx, CallOptions(**options) if options else None)
         read_options = found.options or CallOptions()
         may_be_tuned = isinstance(input, Tensor) and not options and not module.proj_size and not chosen.obstacles
         to_tune = sequence.shape(module, found.cell, tensor, hx) if may_be_tuned and chosen.asked in (None, "triton") else None

@@ -27,9 +27,9 @@ from torch import Tensor
 from rnnfast import ops, reference, torch_private
 from rnnfast.choice import kernel_plan
 from rnnfast.choice.decide import check_backend, decide, tell
-from rnnfast.nn import options as call_options
 from rnnfast.nn.base import checkpointed
-from rnnfast.nn.checks import ONEDNN, check_function, check_recompute, read_options
+from rnnfast.nn.checks import ONEDNN, check_function, check_recompute
+from rnnfast.nn.options import CallOptions, read
 from rnnfast.reference import STATES
 
 __all__ = ["gru", "lstm", "rnn"]
@@ -64,7 +64,7 @@ def lstm(
         >>> y.shape, torch.equal(y[-1], h_n)
         (torch.Size([7, 2, 5]), True)
     """
-    options = (lengths, resets, reset_to, return_all_states, return_gates)
+    options = CallOptions(lengths, resets, reset_to, return_all_states, return_gates)
     y, states, *details = _layer("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, reverse, backend, recompute, options)
     return y, (states[0], states[1]), *details
 
@@ -95,7 +95,7 @@ def gru(
         >>> y.shape
         torch.Size([7, 2, 5])
     """
-    options = (lengths, resets, reset_to, return_all_states, return_gates)
+    options = CallOptions(lengths, resets, reset_to, return_all_states, return_gates)
     start = None if hx is None else (hx,)
     y, states, *details = _layer("gru", x, start, w_ih, w_hh, b_ih, b_hh, reverse, backend, recompute, options)
     return y, states[0], *details
@@ -130,8 +130,8 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    start, options = None if hx is None else (hx,), (lengths, resets, reset_to, return_all_states, return_gates)
-    cell = f"rnn_{nonlinearity}"
+    options = CallOptions(lengths, resets, reset_to, return_all_states, return_gates)
+    start, cell = None if hx is None else (hx,), f"rnn_{nonlinearity}"
     y, states, *details = _layer(cell, x, start, w_ih, w_hh, b_ih, b_hh, reverse, backend, recompute, options)
     return y, states[0], *details
 
@@ -147,16 +147,14 @@ def _layer(
     reverse: bool,
     backend: str | None,
     recompute: bool,
-    options: tuple[Any, ...],
+    options: CallOptions,
 ) -> tuple[Any, ...]:
     check_function(cell, x, hx, w_ih, w_hh, b_ih, b_hh)
     check_backend(backend)
     check_recompute(recompute)
-    given: dict[str, Any] = {}
-    wanted = call_options.CallOptions()
-    if call_options.given(*options):
-        wanted = read_options(x, *options, shapes=((x.shape[1], w_hh.shape[1]),) * STATES[cell])
-        given = {"lengths": wanted.lengths, "resets": wanted.resets, "reset_to": wanted.reset_to or None}
+    given = tuple(options.given)
+    if given:
+        options = read(x, options, shapes=((x.shape[1], w_hh.shape[1]),) * STATES[cell])
     tensors = (x, *(hx or ()), w_ih, w_hh, b_ih, b_hh)
     trains = cell in ONEDNN and torch.is_grad_enabled() and any([each is not None and each.requires_grad for each in tensors])
     chosen = decide(
@@ -164,27 +162,30 @@ def _layer(
         x.device.type,
         x.device.index,
         x.dtype,
-        options="none" if not given else "more",  # PyTorch's operator takes no lengths either
+        options=given,
+        packable=False,  # PyTorch's operator takes no lengths
         onednn_trains=trains,
         measured=not given and _torch_is_fastest(cell, tensors),
     )
     if chosen.gives_way:
         tell(chosen.asked, chosen.asked_by, chosen.gives_way)
     arguments = (cell, x, hx, w_ih, w_hh, b_ih, b_hh)
-    if wanted.details:
+    if options.details:
         run = ops.trace if chosen.runner == "kernels" else reference.trace
     else:
         run = {"kernels": ops.layer, "equations": reference.layer, "torch": _torch_layer}[chosen.runner]
     if chosen.runner == "equations" and torch.jit.is_tracing():
         arguments = (cell, torch.stack(x.unbind(0)), *arguments[2:])  # the trace fails on another number of steps
+    keywords: dict[str, Any] = {"reverse": reverse} | (options.of_layer() if given else {})
     if recompute and chosen.runner == "kernels":
-        given["recompute"] = True
+        keywords["recompute"] = True
     elif recompute and torch.is_grad_enabled() and not chosen.inside:  # torch.func refuses PyTorch's checkpoint
         run = partial(checkpointed, run)
-    if not wanted.details:
-        return run(*arguments, reverse=reverse, **given)
-    y, last, cells, gates = run(*arguments, reverse=reverse, **given)
-    return y, last, *([(y, *cells)] if wanted.all_states else []), *([gates] if wanted.gates else [])
+    y, last, *details = run(*arguments, **keywords)
+    if not details:
+        return y, last
+    cells, gates = details
+    return y, last, *options.returned((y, *cells), gates)
 
 
 def _torch_is_fastest(cell: str, tensors: tuple[Tensor | None, ...]) -> bool:

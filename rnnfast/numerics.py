@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+from rnnfast.torch_private import TorchDispatchMode, tree_map_only
 
 __all__ = ["Contract", "Verdict", "fault", "named", "rms", "samples_for", "tail", "words", "worst"]
 
@@ -273,7 +273,7 @@ class Contract:
         return self.expected[name].exact
 
     def judge(self, ours: Results) -> list[Verdict]:
-        """Of each tensor the figure that is nearest to its limit, or furthest beyond."""
+        """The figure of each tensor that is nearest to its limit, or furthest beyond it."""
         if odd := self.expected.keys() ^ ours.keys():
             raise ValueError(f"the results differ in {', '.join(sorted(odd))}")
         return [worst(self.figures(name, ours[name])) for name in self.expected]

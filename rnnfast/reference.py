@@ -26,7 +26,7 @@ from torch import Tensor, relu, sigmoid, stack, tanh
 from torch.nn.functional import linear
 
 __all__ = [
-    "CELLS", "GATES", "Cell", "gru_step", "layer", "lstm_step", "marks", "rnn_relu_step", "rnn_tanh_step", "trace", "unroll",
+    "CELLS", "GATES", "Cell", "gru_step", "layer", "lstm_step", "marks", "rnn_relu_step", "rnn_tanh_step", "trace",
 ]  # fmt: skip
 
 States = tuple[Tensor, ...]
@@ -158,6 +158,7 @@ def trace(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_to: States | None = None,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, States, tuple[Tensor, ...], Tensor]:
     """One layer in one direction: the step, unrolled over time.
 
@@ -171,31 +172,15 @@ def trace(
         reverse: from the last step to the first; ``y[t]`` still belongs to ``x[t]``.
         lengths, resets: as in `marks`. A padded step gives zeros and leaves the states as they are.
         reset_to: the states after a reset, like `states`. None for zeros.
+        codes: the result of `marks`, instead of lengths and resets.
 
     Returns:
         ``y`` (T, B, H); the states after the last step of each row; the cell states of all steps, ``(c,)`` with c (T, B, H),
         or ``()``; the gate activations of all steps (T, B, G, H), without gradient.
     """
-    codes = None if lengths is None and resets is None else marks(x, lengths, resets, reverse)
-    return unroll(cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, reverse=reverse, codes=codes, reset_to=reset_to)
-
-
-def unroll(
-    cell: str,
-    x: Tensor,
-    states: States | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None = None,
-    *,
-    reverse: bool,
-    codes: Tensor | None,
-    reset_to: States | None,
-) -> tuple[Tensor, States, tuple[Tensor, ...], Tensor]:
-    """`trace` with lengths and resets given as `codes`, the (T, B) result of `marks`. None for neither."""
     T, B, _ = x.shape
+    if codes is None and (lengths is not None or resets is not None):
+        codes = marks(x, lengths, resets, reverse)
     spec = CELLS[cell]
     zeros = (x.new_zeros(B, w_hh.shape[1]), *[x.new_zeros(B, w_hh.shape[0] // spec.gates)] * (spec.states - 1))
     start, reset = states or zeros, reset_to or zeros

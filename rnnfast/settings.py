@@ -1,6 +1,6 @@
-"""The settings of rnnfast: environment variables, of which some can also be set for a ``with`` block.
+"""The settings of rnnfast. They are environment variables. Some can also be set for a ``with`` block.
 
-Read at each use, so that they may change at any time.
+They are read at each use, so they may change at any time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Setting:
         self.block: ContextVar[str | None] = ContextVar(variable, default=None)
 
     def check(self, value: str, source: str) -> str:
-        """`value`, or a `ValueError` that names the choices and the `source` of the value."""
+        """Return `value`. Raise a `ValueError` that lists the choices and names the `source` if it is not one of them."""
         if self.choices and value not in self.choices:
             names = [repr(choice) for choice in self.choices]
             raise ValueError(f"{source} should be one of {', '.join(names[:-1])} or {names[-1]}, got {value!r}")
@@ -45,7 +45,7 @@ class Setting:
 
     @contextmanager
     def within(self, value: str) -> Iterator[None]:
-        """Within the ``with`` block, and in this thread, the setting is `value`, which has been checked."""
+        """Set the setting to `value`, within the ``with`` block and in this thread. The caller has checked the value."""
         token = self.block.set(value)
         try:
             yield
@@ -62,5 +62,5 @@ TUNING_FILE = Setting("RNNFAST_TUNING_FILE")
 
 
 def strict() -> bool:
-    """Whether nothing gives way: a call that the backend asked for cannot run raises."""
+    """Whether a call raises an error if the backend that was asked for cannot run it."""
     return STRICT.get() == "1"

@@ -1,8 +1,7 @@
-"""Every private name of PyTorch that rnnfast uses, and the one of Python's: why, what it buys, and since when it is known.
+"""Every private name of PyTorch that rnnfast uses, and one of Python. Comments say why each is used and what it saves.
 
-Written for torch 2.9 to 2.13, which all have them. On the torch that is installed, tests/choice/test_torch_private.py checks
-that each still means what is said here. The switch ``torch._dynamo.config.allow_rnn`` is the one such name elsewhere: users set
-it too.
+PyTorch 2.9 to 2.14 have them all. tests/choice/test_torch_private.py checks that each still means what this file says, on the
+PyTorch that is installed. One such name is used elsewhere too: the switch ``torch._dynamo.config.allow_rnn``, which users set.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, _guards
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     "CALLED",
     "EXPANDED",
+    "TorchDispatchMode",
     "add_batch_dim",
     "batch_dim_level",
     "constant",
@@ -50,6 +51,7 @@ __all__ = [
     "thread",
     "tracing",
     "tree_leaves",
+    "tree_map_only",
     "unpacks_one_by_one",
 ]
 

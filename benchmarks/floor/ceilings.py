@@ -1,8 +1,8 @@
-"""The most that a GPU can do: bytes and FLOPs a second, and the latency of handing a word from one SM to another.
+"""The ceilings of a GPU: bytes and FLOPs per second, and the latency of a word from one SM to another.
 
-There are two kinds of figures, which are never mixed. `STATED` are from data sheets and papers. Each is above what a program
-ever reaches, so that a floor made of them is a floor. `benchmarks.floor.probes` measures the others on the GPU on which the
-benchmark runs.
+There are two kinds of ceilings, which are never mixed. `STATED` has those of data sheets and papers. No program reaches them,
+so no program can be faster than a floor computed from them. `benchmarks.floor.probes` measures the other kind on the GPU on
+which the benchmark runs.
 """
 
 import re
@@ -20,11 +20,11 @@ class Ceilings:
 
     name: str
     sms: int
-    sm_bytes: int  # that an SM can hold: shared memory and registers, with the tensor memory of sm_100
+    sm_bytes: int  # what an SM can hold: shared memory and registers, with the tensor memory of sm_100
     l2_size: int
     hbm_bytes_per_s: float
     l2_bytes_per_s: float
-    flops_per_s: dict[str, float]  # by "float16", "bfloat16", "tf32", "float32"
+    flops_per_s: dict[str, float]  # keys: "float16", "bfloat16", "tf32", "float32"
     exchange_us: float
     source: str
 

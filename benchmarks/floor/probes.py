@@ -17,15 +17,17 @@ from benchmarks.timing.problem import tf32
 from rnnfast.kernels.persistent.exchange import FIRST_WAIT, clear_kernel, poll, publish
 from rnnfast.kernels.persistent.give_up import for_launch
 
-WORDS = 32  # of a message: one for each lane of a warp
+WORDS = 32  # words of a message: one for each lane of a warp
 HOPS = 4096
 READ_BLOCK = 4096
 
 
 @triton.jit(do_not_specialize=["steps"])
 def ping_pong_kernel(exchange_ptr, out_ptr, flag_ptr, told_ptr, steps, WORDS: tl.constexpr):
-    """Two programs hand a row of words to and fro, `steps` times, and add one each time. That is the exchange of the persistent
-    kernels with nothing else around it."""
+    """Two programs send a row of words back and forth, `steps` times, and add one each time.
+
+    They use the exchange of the persistent kernels and do nothing else.
+    """
     own = tl.program_id(0)
     words = exchange_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, WORDS)[None, :]
     mask = tl.full((1, WORDS), 1, tl.int1)
@@ -43,7 +45,7 @@ def ping_pong_kernel(exchange_ptr, out_ptr, flag_ptr, told_ptr, steps, WORDS: tl
 
 @triton.jit(do_not_specialize=["blocks", "rounds"])
 def read_kernel(source_ptr, out_ptr, blocks, rounds, BLOCK: tl.constexpr):
-    """Each program reads `rounds` blocks of float32 past L1, from a place of its own on, and keeps their sum."""
+    """Each program reads `rounds` blocks of float32, bypassing L1, and keeps their sum. Each starts at another block."""
     pid = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(rounds):
@@ -77,9 +79,10 @@ def measure() -> dict:
     """The ceilings of the current CUDA device, in the form of a results file.
 
     - HBM: a copy of 1 GiB, read and written.
-    - L2: every SM reads a quarter of L2 over and over, past L1.
+    - L2: every SM reads a quarter of L2 again and again, bypassing L1.
     - FLOPs: a product of 8192 x 8192 matrices.
-    - Exchange: half a round trip of the ping-pong. A long run minus a short one, so that launch and clearing drop out.
+    - Exchange: half a round trip of the ping-pong. A short run is subtracted from a long one, which removes the time of the
+      launch and of clearing the buffer.
 
     The first three are the best of ten tries, the last one is the median.
     """

@@ -1,4 +1,4 @@
-"""The least time that a case can take on a GPU, whatever the program: `floor`, from the `work` that any program has to do."""
+"""Computes the least time that any program needs for a case on a GPU (`floor`), from the work that it has to do (`work`)."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -10,10 +10,10 @@ from rnnfast.reference import GATES, SAVED
 
 
 class Work(NamedTuple):
-    """What any program has to do for one call of a case, whatever its algorithm."""
+    """The work that every program has to do for one call of a case."""
 
-    flops: float  # of the products: input side and recurrence, and in backward twice as many
-    loop_flops: float  # of them, those to be done step by step: W_hh h, and in backward W_hh^T times the gate gradients
+    flops: float  # FLOPs of the products, input side and recurrence; backward has twice as many
+    loop_flops: float  # the part that runs step by step: W_hh h, and in backward W_hh^T times the gate gradients
     # moved between the program and the memory outside: x, y and all parameters once, in backward dy, dx and the gradients of
     # the parameters too. Activations kept for backward do not count: they could be computed again
     bytes: float
@@ -73,10 +73,10 @@ class Floor:
 
 
 def _words_per_element(gates: int, sms: int) -> float:
-    """The least words that SMs hand over per element of h and step, if `sms` SMs share W_hh.
+    """The least number of words that SMs send to one another per element of h and step, if `sms` SMs share W_hh.
 
-    They cut it into `rows` groups of units and `sms` / `rows` parts of the sum. h goes to the other groups, and partial sums of
-    each gate go to the other parts.
+    They divide W_hh into `rows` groups of units and `sms` / `rows` parts of the summed axis. h goes to the other groups, and
+    partial sums of each gate go to the other parts.
     """
     return min((rows - 1) + gates * (sms / rows - 1) for rows in range(1, sms + 1))
 

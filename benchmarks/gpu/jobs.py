@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_check` does to the persistent kernels on the GPU: many shapes checked, many launches compared.
+"""The jobs of `benchmarks.gpu_check` for the persistent kernels: it checks many shapes and compares many launches.
 
 `benchmarks.timing.isolated` runs these generators in a child process, which may hang or crash.
 """
@@ -14,7 +14,7 @@ from rnnfast.choice import kernel_plan
 
 DEVICE = "cuda"
 OTHER = 2048  # size of the products that keep the GPU busy
-LAUNCHES = 10_000  # of a stress run, forward and backward together
+LAUNCHES = 10_000  # launches of a stress run, forward and backward together
 SIZES = (  # T, B, I, H, directions
     (20, 16, 64, 768, 1),
     (33, 5, 29, 50, 2),
@@ -61,7 +61,7 @@ def missing(case: Case) -> list[str]:
 
 
 def check(number: int) -> Iterator[dict]:
-    """A case of `CHECKS`: training and inference keep the numerics contract, and two runs give the same bits."""
+    """Check a case of `CHECKS`: training and inference meet the numerics contract, and two runs give the same bits."""
     case, tf32 = CHECKS[number]
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
     without = missing(case)

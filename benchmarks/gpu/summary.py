@@ -15,7 +15,7 @@ def why_not_timed(row: dict) -> str:
 
 
 def cells_of(name: str, found: dict) -> list[str]:
-    """The line of the table for a case and provider: its times beside torch.nn's, or why there is none."""
+    """The line of the table for a case and provider: its times beside torch.nn's, or why it has none."""
     case, _, provider = name.partition(" ")
     row, base = (found["benchmark"].get(one, [None])[0] for one in (name, f"{case} torch.nn"))
     if row is None or row["status"] != "ok":

@@ -1,5 +1,5 @@
-"""Results files to one HTML page and one Markdown file: `python -m benchmarks.report FILE [FILE] [--out DIR]`.
+"""Makes one HTML page and one Markdown file of results: `python -m benchmarks.report FILE [FILE] [--out DIR]`.
 
-facts.py: what a results file says, without any layout. tables.py, charts.py: tables as text, charts as coordinates.
-page.py and templates/: the two forms of the report.
+facts.py reads results files and knows nothing of layout. tables.py makes tables of text, and charts.py computes the coordinates
+of charts. page.py and templates/ write the two forms of the report.
 """

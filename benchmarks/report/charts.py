@@ -53,7 +53,7 @@ class _Axis:
 
 
 def number(value: float) -> str:
-    """A tick as short as it can be said."""
+    """The shortest text for a tick."""
     for unit, least, suffix in ((1e6, 1e6, "M"), (1e3, 1e4, "k")):
         if value >= least:
             return f"{value / unit:g}{suffix}"

@@ -1,4 +1,4 @@
-"""What one or two results files say: speed-ups with their spread, losses, failures, changes. Nothing here knows of layout."""
+"""Computes the facts in one or two results files: speed-ups with their spread, losses, failures, changes. It has no layout."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -172,7 +172,7 @@ class Facts:
 def changes(before: Facts, after: Facts) -> Iterator[tuple]:
     """(change, case, provider, how, (before, after), relative) for each time in both files.
 
-    If both have the ratio to torch.nn, the change is `relative`, that of the ratio: the load of the machine drops out.
+    If both have the ratio to torch.nn, the change is that of the ratio (`relative`). The machine's load affects a ratio less.
     """
     for pair in (pair for pair in before.of if pair in after.of):
         old, new = before.of[pair], after.of[pair]

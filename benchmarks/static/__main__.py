@@ -1,13 +1,13 @@
-"""A table of every kernel without a GPU: compiled by the launch code for absent GPUs, counted in machine code, predicted.
+"""Makes a table of every kernel without a GPU: compiles it for absent GPUs, counts its machine code, and predicts its time.
 
     python -m benchmarks.static [--arch 80 90 100] [--json FILE] [--summary FILE] [--jobs N] [--fresh]
                                 [--family step] [--cells lstm gru] [--dtypes float16 tf32] [--hidden 128 768] [--batch 1 16]
                                 [--marked]
     python -m benchmarks.static --show-terms LSTM 768 16
 
-For each shape the persistent kernels where they have a plan, else the step kernels and why. Without --cells, --dtypes, --hidden
-or --batch: the standard table. With --marked: the kernels as they are compiled for lengths and resets. docs/static.md says what
-the columns and the JSON's keys mean.
+For each shape the table has the persistent kernels. If they have no plan, it says why and has the step kernels. Without
+--cells, --dtypes, --hidden and --batch it is the standard table. --marked compiles the kernels for lengths and resets.
+docs/static.md says what the columns and the keys of the JSON mean.
 
 No GPU has measured any of it.
 """

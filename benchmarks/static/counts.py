@@ -1,4 +1,4 @@
-"""What one compiled kernel does in a time step: counted in its machine code, compared with what its plan needs, and predicted.
+"""Counts what one compiled kernel does in a time step, compares it with what its plan needs, and predicts the time.
 
 A row is a flat dict. docs/static.md says what each key means. `rnnfast.kernels.hardware` has the constants of the predictions.
 """
@@ -20,7 +20,7 @@ UNITS = ("HMMA", "HGMMA", "UTCHMMA")
 
 
 def code_of(built: CompiledKernel) -> dict:
-    """What the machine code says. Bytes are those that one program with a full tile asks for."""
+    """The figures that follow from the machine code. Bytes are those that one program with a full tile loads or stores."""
     registers, stack, text = machine_code.disassemble(built.asm["cubin"])
     code = machine_code.Code(text)
     loop, polls = code.loops()
@@ -115,7 +115,7 @@ def persistent_row(
     rows = plan.BLOCK_H * (plan.PARTS if backward else gate_rows)
     needed_rows = plan.BLOCK_H * (plan.PARTS if backward else cell.gates)
     needed_columns = -(-H * (cell.gates if backward else 1) // plan.PARTS)
-    blocks = 1 if not backward else cell.grads if plan.H_PAD == H else cell.gates  # of units in a row of the exchange
+    blocks = 1 if not backward else cell.grads if plan.H_PAD == H else cell.gates  # blocks of units in a row of the exchange
     sum_bytes = 4 * plan.PARTS * plan.H_PAD if plan.PARTS > 1 else 0
     second_bytes = code["polled_bytes"] - code["largest_poll_bytes"]
     partial_bytes = 0 if plan.SPLIT == 1 else 2 * plan.SPLIT * rows * plan.BLOCK_B * 4  # half written, half read

@@ -1,8 +1,8 @@
-"""The machine code of a compiled kernel, taken apart and counted. It takes text and returns figures; it compiles nothing.
+"""Reads the machine code of a compiled kernel and counts its instructions. It takes text and compiles nothing.
 
-The loop over time steps of a persistent kernel, or over the summed axis of a step kernel, is the largest cycle of the control
-flow. A loop in it that loads strongly is a poll. The loads of a poll stand once before it and again in each retry, or in its
-loop alone.
+The largest cycle of the control flow is the loop over time steps of a persistent kernel, or the loop over the summed axis of a
+step kernel. A loop inside it that contains strong loads is a poll. The code has the loads of a poll once, in its loop, or
+twice: before its loop, for the first try, and in its loop, for each further try.
 """
 
 import os
@@ -46,9 +46,9 @@ class Instruction:
 class Products(NamedTuple):
     """The matrix products in a loop, of all warps of a program together."""
 
-    instructions: int  # of a warp (HMMA), of a warp group (HGMMA) or of the program (UTCHMMA)
+    instructions: int  # counted for a warp (HMMA), a warp group (HGMMA) or the program (UTCHMMA)
     multiplies: int  # without tensor cores those of FFMA and FFMA2, which include the cell's own few
-    read_bytes: int  # that HGMMA and UTCHMMA read from shared memory, 32 of each row of A and of B
+    read_bytes: int  # bytes that HGMMA and UTCHMMA read from shared memory: 32 of each row of A and of B
     deep: int  # the most HMMA one after another on one accumulator
 
 
@@ -65,10 +65,10 @@ def disassemble(cubin: bytes) -> tuple[int, int, str]:
 
 
 class Code:
-    """The instructions of a kernel, and where each can be followed by which.
+    """The instructions of a kernel, and which can follow which.
 
-    BRA.DIV leaves for code of a warp whose threads have parted, BRA.CONV for code of a warp whose threads are together. They
-    always are together when a poll ends, which the compiler cannot know. So the code for a parted warp is not followed.
+    BRA.DIV jumps to code for a warp whose threads have diverged, and BRA.CONV to code for a warp whose threads have not. At the
+    end of a poll they never have, but the compiler cannot know this. The code for a diverged warp is therefore left out.
     """
 
     LABEL = r"\s*(\.L_x_\d+):"
@@ -122,8 +122,8 @@ class Code:
 
     def products(self, loop: list[Instruction], warps: int) -> Products:
         instructions = multiplies = read = 0
-        constants = {}  # of the uniform registers, as they stand when UTCHMMA reads its sizes from one
-        deep: dict[str, int] = {}  # of the accumulator in a register
+        constants = {}  # the current constants in uniform registers; UTCHMMA reads its sizes from one
+        deep: dict[str, int] = {}  # the instructions so far that add to the accumulator in a register
         for each in loop:
             if constant := re.match(r"(UR\d+), (0x[0-9a-f]+)$", each.operands) if each.is_a("UMOV") else None:
                 constants[constant[1]] = int(constant[2], 16)
@@ -151,7 +151,7 @@ class Code:
 
 
 class Ptx(Code):
-    """PTX, where each value has a register of its own. So an address can be followed back to its argument."""
+    """The PTX of a kernel. In PTX each value has a register of its own, so an address can be traced back to its argument."""
 
     LABEL = r"\s*(\$L__BB\w+):"
     LINE = r"\s+(?:@(!?%p\d+)\s+)?([a-z][\w.:]*)\s+(.*?)\s*;"
@@ -183,7 +183,7 @@ class Ptx(Code):
 
 
 def loaded(instructions: list[Instruction], strong: bool) -> int:
-    """Bytes that global loads bring to a thread: the strong ones, which poll, or the others."""
+    """Bytes that a thread loads from global memory: by the strong loads, which poll, or by the others."""
     loads = [each for each in instructions if each.is_a("LD", "LDG", "LDGSTS")]
     return sum(each.bytes for each in loads if each.strong == strong)
 

@@ -1,7 +1,7 @@
-"""Compiles the kernels for GPUs that are not there, through the functions that launch them.
+"""Compiles the kernels for absent GPUs, through the functions that launch them.
 
 A stand-in replaces Triton's GPU driver. It names the target, accepts the machine code, and counts each launch without running
-it. So argument types, alignment specialisation, tile minimums and options are those of a real launch.
+it. The types, alignments, tiles and options are therefore those of a real launch.
 """
 
 import os
@@ -39,12 +39,12 @@ class Launch(NamedTuple):
 
 
 class StandInDriver(DriverBase):
-    """Answers without a GPU what Triton asks of a GPU driver."""
+    """Answers the questions that Triton asks a GPU driver, without a GPU."""
 
     def __init__(self, arch: int):
         self.arch = arch
         self.launches: list[Launch] = []
-        self.seconds: dict[str, float | None] = {}  # of compiling, by hash; None if Triton's cache on disk had the kernel
+        self.seconds: dict[str, float | None] = {}  # seconds of compiling, by hash; None if it was in Triton's cache
         self.utils = self
 
     is_active = classmethod(lambda cls: True)
@@ -99,7 +99,7 @@ def pretend_gpu(arch: int) -> Iterator[StandInDriver]:
     driver = StandInDriver(arch)
     triton.runtime.driver.set_active(driver)
     knobs.compilation.listener = driver.listener
-    triton.compiler.compiler.max_shared_mem.cache_clear()  # of the GPU before, which may have less
+    triton.compiler.compiler.max_shared_mem.cache_clear()  # it holds the value of the last GPU, which may have less
     for kernel in kernels():
         kernel.device_caches.clear()
     try:

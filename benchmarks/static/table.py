@@ -134,7 +134,7 @@ def build(jobs: list[Job], workers: int) -> list[dict]:
     for _, took in results:
         for name, each in took.items():
             seconds[name] = min(each, seconds.get(name, each))
-    rows: dict[tuple, dict] = {}  # by what identifies them: two jobs may both come to the step kernels
+    rows: dict[tuple, dict] = {}  # keyed by what identifies a row: two jobs may both come to the step kernels
     for found, _ in results:
         for row in found:
             phase = list(PHASES).index((row["direction"], row["training"]))

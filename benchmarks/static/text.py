@@ -65,7 +65,7 @@ def _step(row: dict, reasons: dict[str, int]) -> dict[str, str]:
 
 
 def violations(rows: list[dict]) -> list[str]:
-    """What should not be: spills, weights loaded again by a persistent kernel, products computed twice, variants."""
+    """The faults of the rows: spills, weights that a persistent kernel reads again, products computed twice, more variants."""
     found = []
     for row in rows:
         wrong = [f"{row['stack_bytes']} bytes of stack, {row['spills']} spill accesses"] * _spilled(row)
@@ -143,7 +143,7 @@ def summary(rows: list[dict], command: str) -> Iterator[str]:
         if any(row["family"] == "persistent" or row["why_step"] for row in group)  # not of the step kernels alone
     ]
     held = violations([row for row in rows if row["family"] == "persistent"])
-    notes = [line for line in held if "bytes" in line]  # of stack, or of weights
+    notes = [line for line in held if "bytes" in line]  # bytes of stack, or of weights
     for (gpu,), group in _groups((row for row in rows if row["family"] == "step"), "gpu"):
         redundancy = _range((row for row in group if row["unit"] != "FFMA"), "redundancy", ".2f")
         notes.append(

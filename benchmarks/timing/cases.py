@@ -1,6 +1,6 @@
-"""What is measured. A `Case` is one layer or stack on one input in one mode; a named set is a list of cases.
+"""What is measured. A `Case` is one layer or stack on one input in one mode. A named set is a list of cases.
 
-A case is the same on every machine. sets.txt has the sets. Only "quick" is another list on a CPU: its shapes are smaller there.
+sets.txt has the sets. A case has the same sizes on every machine. Only the set "quick" has other, smaller cases on a CPU.
 """
 
 import configparser
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}  # to the names that rnnfast.reference and the kernels have
-DTYPES = {  # of the tensors, and whether float32 products may use TF32
+CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}  # the names in rnnfast.reference and in the kernels
+DTYPES = {  # the dtype of the tensors, and whether float32 products may use TF32
     "float16": (torch.float16, False),
     "bfloat16": (torch.bfloat16, False),
     "float32": (torch.float32, False),
@@ -103,7 +103,7 @@ class Case:
 
 
 def _cases(pattern: str) -> list[Case]:
-    """The cases that `pattern`, a line of sets.txt, stands for."""
+    """The cases that a line of sets.txt, `pattern`, describes."""
     if braces := re.search(r"\{(.*?)\}", pattern):
         parts = braces[1].split(",")
         return [case for part in parts for case in _cases(pattern.replace(braces[0], part, 1))]

@@ -1,4 +1,4 @@
-"""Jobs in a child process that may crash or hang. A new child does the jobs that the last one left.
+"""Runs jobs in a child process, which may crash or hang. A new child then does the jobs that are left.
 
 python -m benchmarks.timing.isolated MODULE:FUNCTION JOBS.json      (the child; `rows` starts it)
 """

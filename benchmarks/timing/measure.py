@@ -1,9 +1,11 @@
-"""How a `Call` is measured: its time, its peak memory, what it keeps for backward, and its GPU kernels.
+"""Measures a `Call`: its time, its peak memory, the bytes that it keeps for backward, and the names of its GPU kernels.
 
-On a GPU, device events stand around one call. The GPU is idle before it, so that the time of launching counts. L2 is warm (the
-same call ran just before) or cold (a buffer larger than any L2 was written in between). The call is eager or, where its mode
-can be captured, a CUDA graph. On a CPU, a clock stands around one call. Calls of a provider and of torch.nn alternate, so that
-a change of clocks or load meets both. The ratio is that of neighbours.
+On a GPU, device events time one call. The GPU is idle before the call, so the time includes the launches. L2 is warm (the same
+call ran just before) or cold (a buffer larger than any L2 was written in between). The call is eager or, if its mode can be
+captured, a CUDA graph. On a CPU, a clock times one call.
+
+Calls of a provider and of torch.nn alternate, so that a change of clocks or load affects both. The ratio is the quotient of the
+times of two calls that follow one another.
 """
 
 import gc
@@ -120,7 +122,7 @@ def captured(call: Call) -> Call:
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """The most bytes that the call has allocated at a time, above those before it, as PyTorch's allocator counts."""
+    """The peak of the bytes allocated during the call, less those allocated before it, by PyTorch's allocator."""
     given = call.before()
     if device == "cuda":
         torch.cuda.synchronize()

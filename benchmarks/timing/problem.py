@@ -1,4 +1,4 @@
-"""A `Case` as tensors (weights, input, upstream gradients), the right answers, and what a provider has to do."""
+"""Makes a `Case` into tensors (weights, input, upstream gradients), computes the right results, and checks a provider's."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ REFERENCE_ELEMENTS = 2**26  # the most elements of all outputs. The reference ke
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Let float32 products use TF32, or not: those of cuDNN's and our layers, and PyTorch's matmuls."""
+    """Allow or forbid TF32 in float32 products, within the block: in cuDNN's layers, in ours and in PyTorch's matmuls."""
     places: list[Any] = [torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
     before = [place.fp32_precision for place in places]
     for place in places:
@@ -41,7 +41,7 @@ def data(sequence: Sequence) -> Tensor:
 
 @dataclass
 class Ready:
-    """What a provider made of a `Problem`."""
+    """A `Problem` that a provider is ready to run."""
 
     # takes the input, (T, B, I) or packed; returns the output and the last state or states, as torch.nn's modules do
     forward: Callable[[Sequence], tuple[Sequence, Tensor | tuple[Tensor, ...]]]
@@ -134,7 +134,7 @@ class Problem:
         return found | {f"grad of {name}": gradient for name, gradient in gradients.items()}
 
     def answers(self) -> tuple[Contract, str]:
-        """The contract that the results have to keep, and a note on where the right results come from."""
+        """The contract that the results have to meet, and a note that says where the right results come from."""
         if self._answers is None:
             case = self.case
             steps = case.T * case.layers * case.directions

@@ -40,7 +40,7 @@ class BadResults(ValueError):
 
 
 def new_row(case: Case, set_name: str, provider: str, status: str, **values) -> dict:
-    """A row with `values`, and nothing for what they do not say."""
+    """A row with `values`. Fields that they do not name are empty."""
     assert status in STATUSES and not values.keys() - _EMPTY.keys(), (status, values)
     row = {"case": case.as_dict(), "set": set_name, "provider": provider, "status": status}
     return row | {name: values.get(name, default) for name, default in _EMPTY.items()}
@@ -94,5 +94,5 @@ def _check(results: dict) -> None:
 
 
 def save(results: dict, path: str | os.PathLike) -> None:
-    """Write `results` to `path`, whole or not at all. The old content stays if the disk is full or the power goes."""
+    """Write `results` to `path`, whole or not at all. The old content stays if the disk is full or the power fails."""
     tuning_file.write(results, Path(path))

@@ -1,4 +1,4 @@
-"""Cases and providers, one row after another. A child process, which may crash or hang, checks and measures each."""
+"""Runs cases with providers, one row after another. A child process, which may crash or hang, checks and measures each row."""
 
 import datetime
 import math
@@ -28,7 +28,7 @@ Work, Say = list[tuple[str, Case, str]], Callable[[str], None]
 
 
 def environment(device: str) -> dict[str, str]:
-    """The machine, the versions and the commit, without which a figure means nothing."""
+    """The machine, the versions and the commit. A figure is stated only together with these."""
     found = {
         "cpu": processor(),
         "system": f"{platform.system()} {platform.release()}",
@@ -52,7 +52,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def printed(*command: str) -> str:
-    """What a program prints. Nothing if it does not exist or fails."""
+    """The output of a program. Empty if the program does not exist or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
@@ -74,7 +74,7 @@ def problem_of(case: Case, device: str) -> tuple[Problem, Call]:
 
 
 def row_of(case: Case, set_name: str, provider: Provider, settings: dict) -> dict:
-    """The row of `provider` for `case`: checked, then measured. Whatever a library raises becomes the status of the row."""
+    """The row of `provider` for `case`: checked, then measured. An error of a library becomes the status of the row."""
     if settings["device"] == "cuda":
         torch.cuda.empty_cache()
     try:
@@ -145,14 +145,14 @@ def timing(how: str, l2: str, times: list[float]) -> dict:
 
 
 def measure_row(case: dict, set_name: str, name: str, settings: dict) -> Iterator[dict]:
-    """`row_of` from what JSON can hold, for the child process."""
+    """`row_of` with arguments that JSON can hold, for the child process."""
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     yield row_of(Case(**case), set_name, all_providers()[name], settings)
 
 
 def same_run(results: dict, now: dict, path: Path) -> None:
-    """Refuse to mix runs: raises `BadResults` if `results`, from `path`, were measured otherwise than the run `now` would."""
+    """Raise `BadResults` if `results`, from `path`, have another environment or other settings than the run `now`."""
     for part in ("environment", "settings"):
         for name in sorted(results[part].keys() | now[part].keys()):
             before, after = results[part].get(name), now[part].get(name)
@@ -168,7 +168,7 @@ def new_results(device: str, settings: dict) -> dict:
 def run(
     work: Work, now: dict, path: Path, limit: float, say: Say, until: float = math.inf, env: dict[str, str] | None = None
 ) -> tuple[dict, str]:
-    """Measure what `path` does not hold yet, and save after each row. Returns the results, and why the run ended early, or "".
+    """Measure the rows that `path` lacks, and save after each. Returns the results, and why the run ended early, or "".
 
     Args:
         work: (set, case, provider) of every wanted row.

@@ -33,16 +33,17 @@ def _cleared(buffer):
     return buffer
 
 
-def packed(marks, order, plan: PersistentPlan):
-    """The marks (T, B) of each of the plan's batch tiles in a word, (T, tiles); None of None."""
-    if marks is None:
-        return None
-    T, B = marks.shape
+def packed(marks: Marks, plan: PersistentPlan, begin: int, end: int) -> Marks:
+    """`marks` with the codes of the steps begin, ..., end - 1 alone, those of each of the plan's batch tiles in a word."""
+    if marks.codes is None:
+        return marks
+    codes = marks.codes[begin:end]
+    T, B = codes.shape
     tiles = -(-B // plan.BLOCK_B)
-    words = marks.new_empty(T, tiles * 8)  # bytes
+    words = codes.new_empty(T, tiles * 8)  # bytes
     grid = -(-T // PACK_STEPS), tiles
-    pack_kernel[grid](marks, order, words, T, B, BLOCK_B=plan.BLOCK_B, BLOCK_T=PACK_STEPS, enable_fp_fusion=True)
-    return words
+    pack_kernel[grid](codes, marks.order, words, T, B, BLOCK_B=plan.BLOCK_B, BLOCK_T=PACK_STEPS, enable_fp_fusion=True)
+    return marks._replace(codes=words)
 
 
 def _options(plan: PersistentPlan) -> dict:
@@ -60,7 +61,7 @@ def _options(plan: PersistentPlan) -> dict:
 @as_a_gpu
 def forward(
     cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: PersistentPlan,
-    marks=None, order=None, starts_h=None, starts_c=None,
+    marks: Marks = Marks(),
 ) -> None:  # fmt: skip
     """Run the recurrence over the time steps of a chunk in one launch, or a few where the batch takes several.
 
@@ -70,12 +71,11 @@ def forward(
     give_up, name = for_launch(x), name_of("forward", cell, H, h.dtype)
     n = x.shape[0]
     training = saved is not None
-    exchange = _exchange(h[begin : begin + n], H, plan, 1, marks is not None)
-    words = None if marks is None else packed(marks[begin : begin + n], order, plan)
-    mark_tensors = Marks(words, order, starts_h, starts_c)
+    exchange = _exchange(h[begin : begin + n], H, plan, 1, marks.codes is not None)
+    chunk_marks = packed(marks, plan, begin, begin + n)
     dt, t_x = (-1, n - 1) if reverse else (1, 0)
     t = begin + t_x
-    t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
+    t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks.codes)
     flags = {
         "CELL": cell.forward,
         "G": cell.gates,
@@ -90,7 +90,7 @@ def forward(
     t_c_prev = t_prev if training else 0
     for grid, b_begin in plan.launches(B):
         persistent_forward_kernel[grid](
-            x, w, bias_x, bias_h, h_prev, c_prev, mark_tensors, give_up, exchange, h, c, saved,
+            x, w, bias_x, bias_h, h_prev, c_prev, chunk_marks, give_up, exchange, h, c, saved,
             t, t_x, dt, n, t_prev, has_prev, t_c_prev, b_begin, B, name, H=H, **flags, **_options(plan),
         )  # fmt: skip
 
@@ -98,7 +98,7 @@ def forward(
 @as_a_gpu
 def backward(
     cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: PersistentPlan,
-    begin=0, steps=None, dcs=None, marks=None, order=None, starts_h=None, starts_c=None, d_starts_h=None, d_starts_c=None,
+    begin=0, steps=None, dcs=None, marks: Marks = Marks(), d_starts: StartGrads = StartGrads(),
 ) -> None:  # fmt: skip
     """Run the recurrence backward, `plan.steps` a launch. Arguments as in `rnnfast.kernels.step.backward`.
 
@@ -124,18 +124,18 @@ def backward(
     end = begin + (T if steps is None else steps)
     t_next, has_next = after(begin, end, T, reverse)
     dt = 1 if reverse else -1
-    mark_tensors = Marks(packed(marks, order, plan), order, starts_h, starts_c)
-    d_starts = StartGrads(d_starts_h, d_starts_c)
-    most = plan.steps if marks is None else min(plan.steps, max(1, ROWS // B))
+    marked = marks.codes is not None
+    all_marks = packed(marks, plan, 0, T)
+    most = plan.steps if not marked else min(plan.steps, max(1, ROWS // B))
     for done in range(0, end - begin, most):
         n = min(most, end - begin - done)
         first = begin + done if reverse else end - done - n
         t_x = 0 if reverse else n - 1
-        exchange = _exchange(d_gates[first : first + n], H, plan, cell.gates, marks is not None)
+        exchange = _exchange(d_gates[first : first + n], H, plan, cell.gates, marked)
         sums = d_h if plan.PARTS == 1 else _cleared(d_h.new_empty(n, B, plan.PARTS * plan.H_PAD))
         for grid, b_begin in plan.launches(B):
             persistent_backward_kernel[grid](
-                dy, saved, h, h0, c, c0, w, dcs, mark_tensors, give_up,
+                dy, saved, h, h0, c, c0, w, dcs, all_marks, give_up,
                 exchange, sums, d_gates, d_h, d_c, d_starts,
                 first + t_x, t_x, dt, n, t_first, has_first, t_next, has_next, b_begin, begin, B, name,
                 H=H, **flags, **_options(plan),

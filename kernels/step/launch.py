@@ -38,10 +38,10 @@ class Launcher:
             self.compiled = built[self.grid]
 
 
-def before(t: int, T: int, reverse: bool, h, h0, c, c0, marks=None):
+def before(t: int, T: int, reverse: bool, h, h0, c, c0, codes=None):
     """The step processed before t: its index, the tensors that hold its h and c, and whether there is any state. With marks
     there always is: those of the first step point to where it is."""
-    if marks is not None or t != (T - 1 if reverse else 0):
+    if codes is not None or t != (T - 1 if reverse else 0):
         return t + 1 if reverse else t - 1, h, c, 1
     return 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
 
@@ -55,7 +55,7 @@ def after(begin: int, end: int, T: int, reverse: bool) -> tuple[int, int]:
 @as_a_gpu
 def forward(
     cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: StepPlan,
-    marks=None, order=None, starts_h=None, starts_c=None,
+    marks: Marks = Marks(),
 ) -> None:  # fmt: skip
     """Run the recurrence over the time steps of a chunk, one launch each. All tensors contiguous and on one device.
 
@@ -74,10 +74,8 @@ def forward(
         reverse: from the last step to the first.
         precision: of a float32 product, "ieee" or "tf32".
         plan: the tiles.
-        marks: (T, B) int8, see `rnnfast.kernels.marks`, or None. Nothing is written of padded steps; `c` for one step keeps the
-            last of each row.
-        order: (B,) int32, a permutation: the batch rows as programs take them; or None.
-        starts_h, starts_c: with marks, instead of h0 and c0: (2, B, H), the initial states and those of a reset, c in float32.
+        marks: see `rnnfast.kernels.marks`. Its `starts_h` and `starts_c` replace h0 and c0. Nothing is written of padded steps;
+            `c` for one step keeps the last of each row.
     """
     T, B, H = h.shape
     n = x.shape[0]
@@ -91,14 +89,13 @@ def forward(
         "PRECISION": precision,
         "EMULATE_BF16": INTERPRETED and "bfloat16" in str(h.dtype),
     }
-    mark_tensors = Marks(marks, order, starts_h, starts_c)
     launch = Launcher(forward_step_kernel, plan, B, H, constants)
     for at in reversed(range(n)) if reverse else range(n):
         t = begin + at
-        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
+        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks.codes)
         t_c, t_c_prev = (t, t_prev) if training else (0, 0)
         launch(
-            x, w, bias_x, bias_h, h_prev, c_prev, mark_tensors, h, c, saved,
+            x, w, bias_x, bias_h, h_prev, c_prev, marks, h, c, saved,
             t, at, t_prev, has_prev, t_c, t_c_prev, B, H,
         )  # fmt: skip
 
@@ -106,7 +103,7 @@ def forward(
 @as_a_gpu
 def backward(
     cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: StepPlan,
-    begin=0, steps=None, dcs=None, marks=None, order=None, starts_h=None, starts_c=None, d_starts_h=None, d_starts_c=None,
+    begin=0, steps=None, dcs=None, marks: Marks = Marks(), d_starts: StartGrads = StartGrads(),
 ) -> None:  # fmt: skip
     """Run the recurrence backward, one launch a time step. All tensors contiguous and on one device.
 
@@ -123,9 +120,9 @@ def backward(
         begin, steps: the first in time and the number of the steps of this call; without, all. Chunks are run against the order
             of forward, each going on from what the one before left in `d_gates`, `d_h` and `d_c`.
         dcs: (T, B, H) float32, gradient of all cell states, besides d_c; or None.
-        marks, order, starts_h, starts_c: as in `forward`. Nothing is read or written of padded steps.
-        d_starts_h, d_starts_c: with marks, (2, B, H) float32, added to: gradients of starts_c, and of starts_h but for the step
-            processed first, for which `d_h` is as without marks. None if not needed. `d_c` is then scratch, but for empty rows.
+        marks: as in `forward`. Nothing is read or written of padded steps.
+        d_starts: with marks, added to: gradients of `marks.starts_c`, and of `marks.starts_h` but for the step processed first,
+            for which `d_h` is as without marks. Each None if not needed. `d_c` is then scratch, but for empty rows.
     """
     T, B, H = h.shape
     constants = {
@@ -139,14 +136,13 @@ def backward(
         "PRECISION": precision,
         "EMULATE_BF16": INTERPRETED and "bfloat16" in str(h.dtype),
     }
-    mark_tensors, d_starts = Marks(marks, order, starts_h, starts_c), StartGrads(d_starts_h, d_starts_c)
     launch = Launcher(backward_step_kernel, plan, B, H, constants)
     end = begin + (T if steps is None else steps)
     t_next, has_next = after(begin, end, T, reverse)
     for t in range(begin, end) if reverse else reversed(range(begin, end)):
-        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks)
+        t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks.codes)
         launch(
-            dy, saved, h, h_prev, c, c_prev, w, dcs, mark_tensors,
+            dy, saved, h, h_prev, c, c_prev, w, dcs, marks,
             d_gates, d_h, d_c, d_starts, t, t - begin, t_prev, t_next, has_prev, has_next, B, H,
         )  # fmt: skip
         t_next, has_next = t, 1

@@ -1,1 +1,1 @@
-"""Who runs a call, and how: what hinders a backend, what a GPU can do, what was measured, which kernels run."""
+"""Chooses what runs a call: the backend, the family of kernels and its plan."""

@@ -1,13 +1,15 @@
-"""Which backend runs a call, and why not another.
+"""Decides which backend runs a call, and says why another does not.
 
     "triton"     the fused kernels of rnnfast, on a GPU, or interpreted on the CPU with TRITON_INTERPRET=1
     "torch"      PyTorch's own layer on the same parameters: cuDNN on a GPU, ATen elsewhere
     "reference"  the equations in plain PyTorch (`rnnfast.reference`)
 
-A backend can be asked for, in this order: by `use_backend` around the call, by ``backend=`` on the module or function, by
-RNNFAST_BACKEND in the environment. Otherwise each call gets "triton" where that can run, unless `rnnfast tune` measured "torch"
-as faster, and "torch" where not. A backend that was asked for but cannot run gives way to "torch" with a `FallbackWarning`;
-with RNNFAST_STRICT=1, nothing gives way: a `RuntimeError` says why.
+A user asks for a backend with `use_backend` around the call, with ``backend=`` on the module or function, or with the
+environment variable RNNFAST_BACKEND. The first of these that is set wins. If none is set, each call runs on "triton" where the
+kernels can run, and on "torch" elsewhere. It also runs on "torch" where `rnnfast tune` measured "torch" as faster.
+
+If the backend that was asked for cannot run a call, "torch" runs it and a `FallbackWarning` says why. With RNNFAST_STRICT=1 a
+`RuntimeError` says why, and nothing runs.
 
 `decide` makes the decision from facts about the call. Modules, cells, functions and `rnnfast.explain` all read it.
 """
@@ -16,10 +18,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,16 +32,14 @@ from rnnfast.choice.obstacles import FallbackWarning, user_level
 from rnnfast.settings import BACKEND, strict
 from rnnfast.torch_private import constant, environment, forward_level, innermost_transform
 
-__all__ = ["Decision", "Options", "asked", "check_backend", "decide", "is_backend", "tell", "tensor_obstacles", "use_backend"]
-
-Options = Literal["none", "lengths", "more"]  # "more": resets, or the states or gates of every step
+__all__ = ["Decision", "asked", "check_backend", "decide", "is_backend", "tell", "tensor_obstacles", "use_backend"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EXPANDED = "the weights are those of call_for_per_sample_grads, which the kernels do not know"
 FORM = "torch.nn itself serves or refuses a call of this form"
 JIT_TRACE = "torch.jit.trace is on: a trace should hold PyTorch's own operators only"
 ONNX_EXPORT = "the model is being exported to ONNX, which knows PyTorch's own operators only"
-NO_OPERATOR = "PyTorch's own layer has no resets, states or gates"
+PACKED = "lengths"  # the one option that PyTorch's own layer can serve, on packed rows
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,15 @@ class Decision:
         backend: what the user is told: "triton", "torch" or "reference".
         runner: what runs: "kernels"; "equations"; "torch", PyTorch's own layer; or "packed", that layer on rows packed by their
             lengths.
-        asked: the backend that was asked for by name, or None.
-        asked_by: by what: "rnnfast.use_backend", "backend=" or "RNNFAST_BACKEND"; "nobody".
-        obstacles: all that keeps the kernels from running this call.
-        gives_way: what keeps the backend that was asked for, or else the kernels, from running it.
-        measured: whether `rnnfast tune` measured PyTorch's own layer as the fastest.
-        stands_in: why the equations run although "torch" is the backend.
-        refusal: why no backend can run the call, else empty.
-        inside: the transforms that the call is inside of (`rnnfast.torch_private.inside`).
+        asked: the backend that the user asked for by name, or None.
+        asked_by: how it was asked for: "rnnfast.use_backend", "backend=" or "RNNFAST_BACKEND"; "nobody" if it was not.
+        obstacles: every reason why the kernels cannot run this call.
+        gives_way: the reasons why the backend that was asked for cannot run the call. If none was asked for, those of the
+            kernels.
+        measured: whether PyTorch's own layer runs because `rnnfast tune` measured it as the fastest.
+        stands_in: why the equations run although "torch" is the backend. Empty if they do not.
+        refusal: why no backend can run the call. Empty if one can.
+        inside: the transforms around the call, the outermost first (`rnnfast.torch_private.inside`).
     """
 
     backend: str
@@ -73,23 +74,25 @@ class Decision:
 
 
 def is_backend(name: object) -> bool:
-    """Whether `name` can be asked for; None and "auto" stand for the choice per call."""
+    """Whether `name` is a backend, or None or "auto", which leave the choice to each call."""
     return name is None or (isinstance(name, str) and name in BACKEND.choices)
 
 
 def check_backend(name: str | None) -> None:
-    """A `ValueError` that names the choices, for a `name` that is none."""
+    """Raise a `ValueError` that lists the backends if `name` is not one of them."""
     if not is_backend(name):
         BACKEND.check(name, "backend")  # type: ignore[arg-type]
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the ``with`` block, and in this thread, every rnnfast layer runs on the backend `name`.
+    """Run every rnnfast layer on the backend `name`, within the ``with`` block and in this thread.
 
-    It wins over ``backend=`` and RNNFAST_BACKEND. "auto" or None: the choice per call. Raises `ValueError` for another name.
-    Autograd may run a layer again in a thread of its own, for ``torch.utils.checkpoint``, which the block does not reach: give
-    such a layer its ``backend=``.
+    It overrides ``backend=`` and RNNFAST_BACKEND. With "auto" or None rnnfast chooses for each call. Another name raises a
+    `ValueError`.
+
+    The block does not reach other threads. ``torch.utils.checkpoint`` may run a layer again in a thread of autograd. Give such
+    a layer its ``backend=`` instead.
 
     Example:
         >>> layer = rnnfast.GRU(3, 4)
@@ -103,7 +106,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @constant
 def asked(own: str | None) -> tuple[str | None, str]:
-    """The backend asked for by name, or None, and by what. `own` is the module's or function's ``backend=``."""
+    """The backend that the user asked for by name (or None), and how. `own` is the module's or function's ``backend=``."""
     for name, source in ((BACKEND.block.get(), "rnnfast.use_backend"), (own, "backend=")):
         if name is not None:
             return None if name == "auto" else name, source
@@ -112,7 +115,7 @@ def asked(own: str | None) -> tuple[str | None, str]:
 
 
 def _without_rule(inside: tuple[str, ...]) -> str:
-    """What of these transforms the kernels' operators have no rule for, in words, or empty."""
+    """Which of these transforms the kernels' operators have no rule for, in words. Empty if they have a rule for each."""
     if "forward" in inside:
         return "forward-mode differentiation is on, for which the kernels have no rule"
     if torch_private.tracing():
@@ -123,7 +126,7 @@ def _without_rule(inside: tuple[str, ...]) -> str:
 
 
 def tensor_obstacles(tensor: Tensor) -> tuple[str, ...]:
-    """All that keeps the kernels from running a call with an input like `tensor`, here and now; empty if nothing does."""
+    """Every reason why the kernels cannot now run a call with an input of this device and dtype. Empty if they can."""
     return decide("triton", tensor.device.type, tensor.device.index, tensor.dtype).obstacles
 
 
@@ -138,25 +141,28 @@ def decide(
     replaced: str = "",
     expanded: bool = False,
     padded: bool = True,
-    options: Options = "none",
+    options: Iterable[str] = (),
     packable: bool = True,
     onednn_trains: bool = False,
     steps: bool = True,
     measured: bool = False,
 ) -> Decision:
-    """The decision on a call, from facts about it. It neither warns nor raises, but for settings with unknown values.
+    """Decide what runs a call, from facts about it.
+
+    It does not warn. It raises a `ValueError` only if a setting has an unknown value.
 
     Args:
         own: the module's or function's ``backend=``.
-        kind, index, dtype: of the input: its device's type and index, and its dtype; None for what is no tensor.
-        well_formed: whether all tensors fit, so that a backend of ours may run it; if not, torch.nn serves or refuses it.
-        replaced: what of torch.nn's forward was overridden or replaced, in words, so that only torch.nn itself will do.
+        kind, index: the type and index of the input's device. None if the input is not a tensor.
+        dtype: the dtype of the input, or None.
+        well_formed: whether shapes, dtypes and devices of all tensors fit. If not, torch.nn runs the call or raises its error.
+        replaced: which part of torch.nn's forward was overridden or replaced, in words. Only torch.nn can run such a layer.
         expanded: whether the weights are those of call_for_per_sample_grads.
-        padded: whether the input is no PackedSequence.
-        options: which options the call has.
-        packable: whether the lengths can be read, to pack rows by them.
-        onednn_trains: whether gradients will be wanted of a layer that PyTorch has one operator of oneDNN for.
-        steps: whether the call runs over time, as a cell's does not.
+        padded: whether the input is a tensor, not a PackedSequence.
+        options: the names of the options that the call has.
+        packable: whether the values of the lengths can be read here. Packing needs them.
+        onednn_trains: whether the call needs gradients and PyTorch runs the layer as one oneDNN operator.
+        steps: whether the call runs over time. It is false for a cell.
         measured: whether `rnnfast tune` measured PyTorch's own layer as the fastest for this call.
     """
     is_asked = own is not None or BACKEND.block.get() is not None or BACKEND.key in environment
@@ -179,7 +185,7 @@ def decide(
         found = tuple([reason for reason in reasons if reason])
     found += (replaced,) if replaced else ()
     by_equations = (replaced,) if replaced else ()
-    if steps and options == "none" and trace:
+    if steps and not options and trace:
         by_equations += (f"{trace}, and the equations would keep the number of steps",)
     gives_way = () if name == "torch" else by_equations if name == "reference" else found
     measured = measured and name is None and not gives_way and well_formed
@@ -187,16 +193,17 @@ def decide(
     backend = (name or "triton") if own_backend else "torch"
     runner, stands_in, refusal = {"triton": "kernels", "reference": "equations", "torch": "torch"}[backend], "", ""
     if backend == "torch" and well_formed:
-        if options == "more":
-            runner, stands_in = "equations", NO_OPERATOR
+        missing = [option for option in options if option != PACKED]
+        if missing:
+            runner, stands_in = "equations", f"PyTorch's own layer has no {', no '.join(missing)}"
             if replaced:
-                refusal = f"{replaced}, and {NO_OPERATOR}"
+                refusal = f"{replaced}, and {stands_in}"
         elif not replaced:
             stands_in = _stands_in(inside, kind, padded, expanded, onednn_trains, dtype)
-            if not stands_in and options == "lengths" and not packable:
+            if not stands_in and options and not packable:
                 stands_in = "lengths cannot be read here, as packing would"
             runner = "equations" if stands_in else "torch"
-        if options == "lengths" and runner == "torch":
+        if options and runner == "torch":
             runner = "packed"
     if not well_formed:
         found += (FORM,)
@@ -206,10 +213,10 @@ def decide(
 def _stands_in(
     inside: tuple[str, ...], kind: str | None, padded: bool, expanded: bool, onednn_trains: bool, dtype: torch.dtype | None
 ) -> str:
-    """Why PyTorch's own layer has no rule for what is done to the call, so that the equations stand in for it; or empty.
+    """Why the equations have to run in place of PyTorch's own layer. Empty if that layer can run.
 
-    Its operators know no vmap and no forward mode. On a CPU, unpacked and not compiled, they are made of parts that know
-    reverse mode.
+    The operators of that layer have no rule for vmap or forward mode. They have one for torch.func.grad only if they are
+    composed of other operators, as they are on a CPU for a padded input, outside a compiler.
     """
     on_cpu = kind == "cpu"
     if inside and not (padded and on_cpu and {"grad", "functionalize"}.issuperset(inside) and not torch_private.tracing()):
@@ -224,10 +231,10 @@ def _stands_in(
 
 @constant
 def tell(asked: str | None, asked_by: str, gives_way: tuple[str, ...]) -> None:
-    """Warn that the backend asked for gives way to PyTorch's own layer.
+    """Warn that PyTorch's own layer runs in place of the backend that was asked for. Say nothing if none was asked for.
 
     Raises:
-        RuntimeError: with RNNFAST_STRICT=1, whether a backend was asked for or not.
+        RuntimeError: RNNFAST_STRICT=1 is set, even if no backend was asked for.
     """
     why = "; ".join(gives_way)
     if strict():

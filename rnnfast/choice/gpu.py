@@ -1,4 +1,4 @@
-"""What a GPU can hold and do, asked of it once; and stand-ins for GPUs that are not there."""
+"""The limits and abilities of a GPU, each asked for once, and a stand-in for a GPU that is absent."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ __all__ = ["cooperative", "driver_version", "known", "limits", "pretend_gpu"]
 
 COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 
-# What `rnnfast.choice.kernel_plan` found, by what was asked. Forgotten when what is known of a GPU changes.
+# Results that `rnnfast.choice.kernel_plan` keeps, by their arguments. Cleared when the facts about a GPU change.
 known: dict[tuple, Any] = {}
 _limits: dict[torch.device, GpuLimits | None] = {}
 _cooperative: dict[torch.device, bool] = {}
 
 
 def limits(device: torch.device) -> GpuLimits | None:
-    """The limits of the GPU `device`. None for a CPU: there Triton's interpreter runs a grid's programs one after another, and
-    the first program of a persistent kernel would wait for the others for ever."""
+    """The limits of the GPU `device`. None for a CPU.
+
+    On a CPU, Triton's interpreter runs the programs of a grid one after another. The first program of a persistent kernel would
+    wait for the others for ever, so there must be no plan for it.
+    """
     if device not in _limits:
         _limits[device] = _find_limits(device) if device.type == "cuda" else None
     return _limits[device]
@@ -46,8 +49,14 @@ def _find_limits(device: torch.device) -> GpuLimits:
 
 @contextmanager
 def pretend_gpu(gpu: GpuLimits, cooperative: bool = True) -> Iterator[None]:
-    """Within the ``with`` block CPU tensors are taken to be on `gpu`, which has cooperative launch or not: for launches that
-    are compiled and counted, not run."""
+    """Plan launches for CPU tensors as if they were on `gpu`, within the ``with`` block.
+
+    It serves to compile kernels and to count their instructions without a GPU. Nothing can be run.
+
+    Args:
+        gpu: its limits.
+        cooperative: whether it has cooperative launch.
+    """
     cpu = torch.device("cpu")
     before = _limits.get(cpu), _cooperative.get(cpu, False)
     _limits[cpu], _cooperative[cpu] = gpu, cooperative
@@ -60,28 +69,30 @@ def pretend_gpu(gpu: GpuLimits, cooperative: bool = True) -> Iterator[None]:
 
 
 def cooperative(device: torch.device) -> bool:
-    """Whether `device` can launch a grid that is resident as a whole or refused. Where the driver cannot be asked it is taken
-    to: the launch itself will then be refused."""
+    """Whether `device` has cooperative launch. Such a launch makes all programs of a grid resident at once, or is refused.
+
+    True if the driver cannot be asked. If the GPU lacks it after all, the driver refuses the launch itself.
+    """
     if device not in _cooperative:
         _cooperative[device] = _attribute(COOPERATIVE_LAUNCH, device.index or 0) != 0
     return _cooperative[device]
 
 
 def _attribute(number: int, index: int) -> int | None:
-    """An attribute of GPU `index`, which PyTorch uses already; None where the driver does not say."""
+    """An attribute of GPU `index`. None if the driver does not say. PyTorch must have initialised the driver."""
     device, value = ctypes.c_int(), ctypes.c_int()
     found = _ask("cuDeviceGet", ctypes.byref(device), index)
     return value.value if found and _ask("cuDeviceGetAttribute", ctypes.byref(value), number, device) else None
 
 
 def driver_version() -> int | None:
-    """The CUDA version of the driver, 13000 for 13.0; None where it does not say."""
+    """The CUDA version of the driver, for example 13000 for CUDA 13.0. None if the driver does not say."""
     value = ctypes.c_int()
     return value.value if _ask("cuDriverGetVersion", ctypes.byref(value)) else None
 
 
 def _ask(function: str, *args: Any) -> bool:
-    """Call a function of the CUDA driver's; whether that went well."""
+    """Call a function of the CUDA driver. Returns whether it succeeded."""
     try:
         return getattr(ctypes.CDLL("libcuda.so.1"), function)(*args) == 0
     except (OSError, AttributeError):

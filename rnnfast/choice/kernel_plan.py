@@ -1,13 +1,15 @@
-"""Which family of kernels runs a layer, and with what plan.
+"""Chooses the family of kernels that runs a layer, and its plan.
 
-    "step"         one launch a time step, for any size
-    "persistent"   one launch for many time steps, the recurrent weights on chip, where a plan exists on this GPU
-    "auto"         what `rnnfast tune` found faster at this size; the step kernels where nothing was measured
+    "step"         one launch for each time step; runs any size
+    "persistent"   one launch for many time steps, with the recurrent weights on chip; runs sizes that have a plan on this GPU
+    "auto"         the family that `rnnfast tune` measured as the fastest for this size; "step" if nothing was measured
 
-RNNFAST_KERNELS names one of them; "auto" is the default. It takes no persistent kernels by itself, because no GPU has run them
-yet. What "persistent" cannot run goes to the step kernels: sizes without a plan and GPUs without cooperative launch silently
-(`rnnfast.explain` says why), a launch that the driver refuses with a `FallbackWarning`. With RNNFAST_STRICT=1 such a GPU and
-such a launch raise.
+RNNFAST_KERNELS names one of them. The default is "auto". Without a measurement, "auto" never takes the persistent kernels,
+because no GPU has run them yet.
+
+The step kernels run what "persistent" cannot run. This happens silently for a size without a plan and on a GPU without
+cooperative launch; `rnnfast.explain` says why. If the driver refuses a launch, it happens with a `FallbackWarning`. With
+RNNFAST_STRICT=1 such a GPU and such a launch raise a `RuntimeError`.
 """
 
 from __future__ import annotations
@@ -49,20 +51,20 @@ __all__ = [
 ]
 
 FAMILIES = KERNELS.choices
-MOST_KNOWN = 4096  # choices kept: a program whose batches vary asks for new ones again and again
+MOST_KNOWN = 4096  # choices that are kept; a program whose batch size varies asks for ever new ones
 UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
 GAVE_UP = (
     "programs of the persistent kernels waited for one another in vain and gave up: in {} on {}. Results since then are NaN "
     "where they were not computed. This process runs the step kernels from now on; RNNFAST_KERNELS=step avoids the wait"
 )
-REFUSALS = {  # what cuGetErrorString says of the errors that mean: this launch is not possible here
-    "invalid argument": 1,  # CUDA_ERROR_INVALID_VALUE: the grid, the block or the shared memory is beyond what the GPU has
+REFUSALS = {  # the texts of cuGetErrorString for the errors that mean: this GPU cannot make this launch
+    "invalid argument": 1,  # CUDA_ERROR_INVALID_VALUE: the grid, the block or the shared memory is too large for the GPU
     "too many resources requested for launch": 701,  # CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: registers or threads
     "too many blocks in cooperative launch": 720,  # CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE: not all would be resident
-    "operation not supported": 801,  # CUDA_ERROR_NOT_SUPPORTED: no cooperative launch on this GPU, or not by this driver
+    "operation not supported": 801,  # CUDA_ERROR_NOT_SUPPORTED: this GPU or driver has no cooperative launch
 }
 
-_refused: dict[tuple[torch.device, Plan], str] = {}  # plans that a driver would not launch, and its words
+_refused: dict[tuple[torch.device, Plan], str] = {}  # the plans that a driver refused to launch, and its message
 _waiting: dict[torch.device, ModuleType] = {}  # the kernels whose programs have waited for one another on each device
 _gave_up: dict[torch.device, str] = {}  # devices on which they waited in vain, and which launch it was
 _unannounced: list[str] = []  # reasons why other kernels run from then on, until a call has warned of it
@@ -75,11 +77,11 @@ class Choice:
     Attributes:
         family: the name of the family of kernels.
         plan: its plan.
-        step: the plan of the step kernels, which run any size and stand in where a launch is refused.
-        wanted: the family that should have run and cannot, else empty.
-        reason: why it cannot, else empty.
-        strict: whether a plan that the driver refused is tried again, to be refused again, for RNNFAST_STRICT is set.
-        hindrance: why no plan of the family can be launched on the device, kept if `strict`, else empty.
+        step: the plan of the step kernels. They run if the driver refuses the launch.
+        wanted: the family that was asked for and cannot run, else empty.
+        reason: why it cannot run, else empty.
+        strict: whether RNNFAST_STRICT is set. A plan that the driver refused is then launched again, so that the call raises.
+        hindrance: why the device can launch no plan of the family. Set only if `strict`, else empty.
     """
 
     family: str
@@ -96,7 +98,7 @@ class Choice:
         return cast("PersistentPlan", self.plan) if self.family == "persistent" else None
 
     def without(self, reason: str) -> Choice:
-        """The step kernels instead, for this reason."""
+        """The choice of the step kernels in place of this one. `reason` says why."""
         return Choice("step", self.step, self.step, self.family, reason)
 
 
@@ -109,12 +111,12 @@ def choose(
     family: str, gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, gpu: GpuLimits | None,
     marked: bool = False,
 ) -> Choice:  # fmt: skip
-    """The family asked for where it has a plan, else the step kernels. A pure function.
+    """Choose `family` if it has a plan, else the step kernels. A pure function.
 
     Args:
-        family: the name of one, not "auto".
+        family: the name of a family, not "auto".
         gates, B, H, itemsize, precision, backward, marked: as in `rnnfast.kernels.persistent.plan.persistent_plan`.
-        gpu: as `limits`.
+        gpu: what `limits` returns.
     """
     from rnnfast.kernels.families import FAMILIES
     from rnnfast.kernels.persistent.plan import NoPlan
@@ -136,8 +138,11 @@ def pick(
     cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool, device: torch.device,
     marked: bool = False,
 ) -> Choice:  # fmt: skip
-    """What runs as things stand: by the environment, what was measured, the device, and what its driver has refused. `marked`:
-    the call has lengths or resets."""
+    """The choice for this call. It follows the settings, what was measured, the device and what its driver has refused.
+
+    Args:
+        marked: whether the call has lengths or resets.
+    """
     settings = KERNELS.block.get(), environment.get(KERNELS.key), STRICT.block.get(), environment.get(STRICT.key)
     key = (cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked, *settings)
     choice = known.get(key)
@@ -164,20 +169,20 @@ def _choice(
     cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool, device: torch.device,
     marked: bool,
 ) -> Choice:  # fmt: skip
-    """`pick`, but for what the driver has refused."""
+    """`pick` without the launches that the driver has refused."""
     from rnnfast.kernels.families import FAMILIES
 
     family, plan = asked(), None
     gpu = None if family == "step" else limits(device)
     if family == "auto":
         family, plan = _measured_plan(gpu, cell, T, B, H, dtype, precision, backward, training)
-        if marked:  # what was measured was without marks, and may have no room for them
+        if marked:  # the plan was measured without marks, and may not have the shared memory for them
             plan = None
     choice = choose(family, GATES[cell], B, H, dtype.itemsize, precision, backward, gpu, marked)
     if plan is not None:
         choice = Choice(family, plan, choice.step)
     hindrance = UNCOOPERATIVE if FAMILIES[choice.family].waits and not cooperative(device) else ""
-    if strict():  # strict: a plan that was refused is tried again, to be refused again
+    if strict():  # `run` raises the hindrance
         return replace(choice, strict=True, hindrance=hindrance)
     return choice.without(hindrance) if hindrance else choice
 
@@ -185,7 +190,7 @@ def _choice(
 def _measured_plan(
     gpu: GpuLimits | None, cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool
 ) -> tuple[str, Plan | None]:
-    """The family that was measured as the fastest and its plan; the step kernels where nothing was measured."""
+    """The family that was measured as the fastest, and its plan. The step kernels without a plan if nothing was measured."""
     from rnnfast.kernels.families import family_of
 
     names = tuning_file.names(dtype, precision)
@@ -195,7 +200,7 @@ def _measured_plan(
 
 
 def measured(x: torch.Tensor) -> bool:
-    """Whether `torch_wins` can be true of any call with an input like `x`."""
+    """Whether `torch_wins` can be true for any call with an input of this device and dtype."""
     gpu = limits(x.device)
     if gpu is not None and (x.dtype not in tuning_file.DTYPES or asked() != "auto"):
         return False
@@ -206,7 +211,7 @@ def measured(x: torch.Tensor) -> bool:
 
 
 def torch_wins(shape: tuning_file.Shape, device: torch.device) -> bool:
-    """Whether the automatic choice is PyTorch's own layer, because `rnnfast tune` measured it as the fastest for this call."""
+    """Whether `rnnfast tune` measured PyTorch's own layer as the fastest for this call."""
     gpu = limits(device)
     return gpu is not None and tuned.torch_wins(gpu, shape)
 
@@ -214,7 +219,7 @@ def torch_wins(shape: tuning_file.Shape, device: torch.device) -> bool:
 def shape(
     cell: str, T: int, B: int, I: int, H: int, layers: int, directions: int, tensors: Iterable[torch.Tensor | None]
 ) -> tuning_file.Shape:
-    """The shape of a call with these tensors, the input first, which have one of the kernels' dtypes."""
+    """The shape of a call with these tensors. The input comes first. Its dtype is one that the kernels take."""
     given = [tensor for tensor in tensors if tensor is not None]
     kind = given[0].device.type
     dtype = torch.get_autocast_dtype(kind) if autocast(kind) else given[0].dtype
@@ -223,34 +228,36 @@ def shape(
 
 
 def precision() -> str:
-    """The precision of a float32 recurrent product: "tf32" or "ieee", as PyTorch is set for cuDNN's recurrent layers."""
+    """The precision of a recurrent product in float32, "tf32" or "ieee": PyTorch's setting for cuDNN's recurrent layers."""
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the launch did not happen, for a reason that holds for each launch of this plan and left the GPU as it was.
+    """Whether the driver refused this launch, would refuse every launch of this plan, and left the GPU unchanged.
 
-    Triton gives the driver's words for an error, not its number. cuLaunchKernelEx may also return errors of kernels that ran
-    before it (700, 702, 719 and others of that range): after these the GPU's memory is not to be trusted, and nothing runs.
-    "out of memory" (2) may come at any launch of a call, when some have run already. An error while a graph is captured
-    (900 to 908) has ended the capture.
+    Triton passes on the driver's text for an error, not its number. These errors are not refusals:
+
+    - 700, 702, 719 and others in this range come from kernels that ran before. The GPU's memory may then be wrong.
+    - 2, "out of memory", may come after some launches of the call have run.
+    - 900 to 908 have ended the capture of a CUDA graph.
     """
     words = str(error).removeprefix("Triton Error [CUDA]: ")
     return type(error).__name__ == "OutOfResources" or (isinstance(error, RuntimeError) and words in REFUSALS)
 
 
 def run(direction: str, choice: Choice, device: torch.device, *args, **options) -> Choice:
-    """Call `direction`, "forward" or "backward", of the chosen family; where the driver refuses, of the step kernels.
+    """Call `direction`, "forward" or "backward", of the chosen family. If the driver refuses, call the step kernels instead.
 
-    A grid whose programs wait for each other is launched whole or not at all, and none after the first is larger: if one is
-    refused it is the first, and nothing has run.
+    A cooperative launch runs either all programs of the grid or none. No later launch has a larger grid than the first one, so
+    only the first can be refused. Nothing has run then, and the step kernels can start from the beginning.
 
     Returns:
         The choice for the rest of the sequence.
 
     Raises:
-        RuntimeError: with RNNFAST_STRICT=1, if the driver refuses. And once if programs have waited for one another in vain, in
-            this call or one before it on the device. That is read without waiting for the GPU.
+        RuntimeError: RNNFAST_STRICT=1 is set and the driver refuses.
+            It is also raised once if programs waited for one another in vain, in this call or one before it on the device. That
+            is read without waiting for the GPU.
     """
     from rnnfast.kernels.families import FAMILIES
 

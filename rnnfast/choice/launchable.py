@@ -1,9 +1,9 @@
-"""Whether Triton can launch a kernel on a GPU of this machine, found out before the first launch.
+"""Finds out, before the first launch, whether Triton can launch a kernel on a GPU of this machine.
 
-Triton builds a part of itself at the first launch: with a C compiler, Python's headers and a cache folder that can be written.
-A slim container image lacks them, and there torch.nn works. So `obstacle` goes through all that comes before a launch, once a
-device, and gives the reason in words where that fails. A success costs a fraction of a second, or some milliseconds with a
-filled cache.
+At the first launch Triton compiles a module in C. That needs a C compiler, Python's header files and a cache folder that can be
+written. Slim container images lack these, and PyTorch's own layer needs none of them. `obstacle` therefore does everything that
+comes before a launch, once for each device, and says in words what failed. It takes a fraction of a second, or some
+milliseconds with a filled cache.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 
 
 def obstacle(index: int | None) -> str | None:
-    """Why Triton cannot launch a kernel on CUDA device `index`, and what to do about it; None if it can."""
+    """Why Triton cannot launch a kernel on CUDA device `index`, and what to do about it. None if it can."""
     from rnnfast.kernels import runtime
 
     try:
         with torch.cuda.device(index):
             runtime.prepare_a_launch()
-    except Exception as error:  # whatever it is, a launch would raise it too
+    except Exception as error:  # a launch would raise the same error, whatever its type
         return _words(error)
     return None
 

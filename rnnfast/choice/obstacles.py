@@ -1,4 +1,7 @@
-"""What Triton, or a device, keeps the kernels from: found once, in words. `rnnfast.choice.decide` adds what a call does."""
+"""Says in words why the kernels cannot run with this Triton or on a device. Each reason is looked for once.
+
+`rnnfast.choice.decide` adds the reasons that lie in the call itself.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,18 @@ __all__ = [
     "user_level",
 ]
 
-TRITON_RANGE = ((3, 6), (3, 10))  # from, below
+TRITON_RANGE = ((3, 6), (3, 10))  # from the first, below the second
 
-known: dict[str, str | None] = {}  # what was found of Triton and of each device; functools.cache would make Dynamo warn
+# The obstacle, or None, by "triton" or the name of a device. Not functools.cache, because Dynamo warns about it.
+known: dict[str, str | None] = {}
 
 
 class FallbackWarning(UserWarning):
-    """A backend that was asked for by name cannot run this call; PyTorch's own layer runs it instead."""
+    """The backend or the kernels that were chosen cannot run this call. The message says why, and what runs instead."""
 
 
 def user_level() -> int:
-    """The ``stacklevel`` at which its caller's warning points at the innermost frame outside rnnfast and torch."""
+    """The ``stacklevel`` with which a warning of the caller names the innermost line outside rnnfast and torch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rnnfast", "torch"):
         level, frame = level + 1, frame.f_back
@@ -35,7 +39,7 @@ def user_level() -> int:
 
 
 def autocast(kind: str) -> bool:
-    """Whether autocast is on for devices of this kind. (PyTorch raises where it knows no autocast, on "meta" say.)"""
+    """Whether autocast is on for devices of this kind. PyTorch raises an error for kinds without autocast, such as "meta"."""
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 

@@ -1,8 +1,8 @@
-"""What `rnnfast tune` found says of a call: on which kernels it runs, or that PyTorch's own layer is faster.
+"""Looks up what `rnnfast tune` measured: which kernels run a call, or that PyTorch's own layer is faster.
 
-The tuning file of a GPU (`rnnfast.choice.tuning_file`) is read once a process, when a call first runs on that GPU. A file that
-is damaged, of another GPU or of other versions is not used, with one `TuningWarning`. docs/tuning.md says which calls an entry
-serves.
+A process reads the tuning file of a GPU (`rnnfast.choice.tuning_file`) once, at the first call on that GPU. A file that is
+damaged, or from another GPU or other versions, is not used. One `TuningWarning` then says why. docs/tuning.md says which calls
+an entry serves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _tables: dict[GpuLimits, Table] = {}
 
 
 class TuningWarning(UserWarning):
-    """The tuning file of this GPU is not used; the message says why."""
+    """The tuning file of this GPU is not used. The message says why."""
 
 
 @dataclass
@@ -36,19 +36,19 @@ class Table:
     """The entries for one GPU, and where they come from.
 
     Attributes:
-        entries: none where no file is used.
-        path: of the file.
-        unused: why it is not used, else empty.
+        entries: the entries of the file. Empty if no file is used.
+        path: the path of the file.
+        unused: why the file is not used, else empty.
     """
 
     entries: list[Entry]
     path: Path | None = None
     unused: str = ""
-    found: dict[tuple, Any] = field(default_factory=dict)  # what lookups gave, by their arguments
+    found: dict[tuple, Any] = field(default_factory=dict)  # results of lookups, by their arguments
 
 
 def table(gpu: GpuLimits) -> Table:
-    """What is known of `gpu`, read when first asked for."""
+    """The table for `gpu`. Its file is read at the first call."""
     if gpu not in _tables:
         path = where(gpu)
         try:
@@ -63,7 +63,7 @@ def table(gpu: GpuLimits) -> Table:
 
 @contextmanager
 def override_tuning(gpu: GpuLimits, entries: list[Entry]) -> Iterator[None]:
-    """Within the ``with`` block these entries, and no file, say what runs on `gpu`."""
+    """Use these entries for `gpu` in place of its file, within the ``with`` block."""
     before = _tables.get(gpu)
     _tables[gpu] = Table(entries)
     known.clear()
@@ -77,7 +77,10 @@ def override_tuning(gpu: GpuLimits, entries: list[Entry]) -> Iterator[None]:
 
 
 def _long_enough(T: int, shape: Shape) -> bool:
-    """Whether what was measured at `shape.T` holds for `T`: the time a step tells little of a much shorter sequence."""
+    """Whether a measurement at `shape.T` steps serves `T` steps. It does not serve much shorter sequences.
+
+    The time of a step includes a share of the fixed cost of a call. This share is larger in a short sequence.
+    """
     return T.bit_length() >= shape.T.bit_length() - 2
 
 
@@ -86,7 +89,7 @@ def _distance(T: int, shape: Shape) -> int:
 
 
 def torch_wins(gpu: GpuLimits, shape: Shape) -> bool:
-    """Whether PyTorch's own layer was the fastest for this very shape, but for T."""
+    """Whether PyTorch's own layer was the fastest for this shape. The entry may have another T, the nearest one counts."""
     here = table(gpu)
     if not here.entries:
         return False
@@ -99,10 +102,10 @@ def torch_wins(gpu: GpuLimits, shape: Shape) -> bool:
 
 
 def kernels(gpu: GpuLimits, cell: str, T: int, B: int, H: int, dtype: str, precision: str, training: bool) -> Entry | None:
-    """The entry that says on which kernels a recurrence runs, its plans made for `B` rows; None where nothing was measured.
+    """The entry whose kernels run a recurrence, with its plans made for `B` rows. None if nothing was measured.
 
-    The recurrence is the same for any input size, layer and direction. The nearest of the entries for half
-    to twice as many rows counts. Arguments as in `Shape`.
+    The recurrence does not depend on the input size, the layer and the direction. Entries with half to twice as many rows serve
+    it, and the nearest of them is taken. The arguments are those of `Shape`.
     """
     here = table(gpu)
     if not here.entries:

@@ -1,10 +1,11 @@
-"""The file of what `rnnfast tune` measured on a GPU: its name, its format, reading and writing it.
+"""Reads and writes the file in which `rnnfast tune` keeps what it measured on a GPU.
 
-There is one JSON file a GPU: RNNFAST_TUNING_FILE, else ``rnnfast/<name of the GPU>.json`` in XDG_CACHE_HOME or ``~/.cache``. It
-holds one `Entry` for each `Shape` that was measured. A file that is damaged, of another GPU or of other versions is `Unusable`.
+Each GPU has one JSON file. RNNFAST_TUNING_FILE gives its path. The default is ``rnnfast/<name of the GPU>.json`` in
+XDG_CACHE_HOME or ``~/.cache``. It holds one `Entry` for each `Shape` that was measured. A file that is damaged, or from another
+GPU or other versions, is `Unusable`.
 
-The file names tiles, not launches. A launch takes a plan that the planner makes itself, with these tiles, or none. So no file
-can cause a launch that the planner would not make.
+The file names the tiles of a plan. The planner itself then makes the plan with these tiles, or there is none. No file can
+therefore cause a launch that the planner would not make.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ __all__ = ["Entry", "Shape", "Unusable", "decode", "encode", "machine", "names",
 FORMAT, SCHEMA = "rnnfast tuning", 1
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 SIZES = ("T", "B", "I", "H", "layers", "directions")
-MOST_ROWS = 1 << 16  # no persistent plan is looked for beyond so many batch rows
-FITTED = ("steps", "H_PAD", "BLOCK_K")  # fields of a plan that the planner fits to the batch: not part of what was chosen
+MOST_ROWS = 1 << 16  # with more batch rows, no persistent plan is looked for
+FITTED = ("steps", "H_PAD", "BLOCK_K")  # fields of a plan that follow from the batch; the file does not hold them
 
 
 class Unusable(ValueError):
-    """A tuning file that is not used. `kind`: "damaged", "other GPU" or "other versions"."""
+    """A tuning file cannot be used. `kind` is "damaged", "other GPU" or "other versions"."""
 
     def __init__(self, kind: str, words: str) -> None:
         super().__init__(words)
@@ -48,14 +49,14 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer and a call of it.
+    """The sizes, dtype and mode of a call of a layer.
 
     Attributes:
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         dtype: "float16", "bfloat16" or "float32".
-        precision: of float32 products, "ieee" or "tf32"; "half" for the other dtypes.
-        T, B, I, H, layers, directions: sizes.
-        training: forward and backward; else forward alone.
+        precision: "ieee" or "tf32", the precision of float32 products. "half" for the other dtypes.
+        T, B, I, H, layers, directions: the sizes.
+        training: whether the call is forward and backward. If not, it is forward only.
     """
 
     cell: str
@@ -79,13 +80,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Entry:
-    """What was found for a shape.
+    """The result for a shape.
 
     Attributes:
-        shape: what was measured.
+        shape: the shape that was measured.
         winner: "torch" if PyTorch's own layer was the fastest, else "triton".
-        forward, backward: the fastest of rnnfast's kernels: a persistent plan, or None for the step kernels.
-        times: microseconds a time step of each candidate, by its name.
+        forward, backward: the plan of the fastest kernels of rnnfast. None means the step kernels.
+        times: the time of each candidate in microseconds per time step, by the candidate's name.
     """
 
     shape: Shape
@@ -96,7 +97,7 @@ class Entry:
 
 
 def where(gpu: GpuLimits) -> Path:
-    """The tuning file of `gpu`, there or not."""
+    """The path of the tuning file of `gpu`. The file need not exist."""
     if named := TUNING_FILE.get():
         return Path(os.path.expanduser(named))
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -104,7 +105,7 @@ def where(gpu: GpuLimits) -> Path:
 
 
 def machine(gpu: GpuLimits) -> dict[str, dict[str, Any]]:
-    """What a measurement depends on: the GPU, and the versions of what runs on it."""
+    """The facts on which a measurement depends: the GPU and the versions of the software."""
     import triton
 
     from rnnfast.version import __version__
@@ -122,19 +123,23 @@ def machine(gpu: GpuLimits) -> dict[str, dict[str, Any]]:
 
 
 def names(dtype: torch.dtype, precision: str) -> tuple[str, str]:
-    """`Shape.dtype` and `Shape.precision`, from a dtype and PyTorch's setting for float32 products."""
+    """`Shape.dtype` and `Shape.precision` for a dtype and PyTorch's setting for float32 products."""
     return DTYPES[dtype], precision if dtype == torch.float32 else "half"
 
 
 def encode(entry: Entry) -> dict[str, Any]:
-    """As JSON; `decode` reads it."""
+    """The entry as a JSON object, which `decode` reads."""
     plans = {"forward": entry.forward, "backward": entry.backward}
     names = {side: plan and tiles(plan) for side, plan in plans.items()}
     return asdict(entry.shape) | {"winner": entry.winner} | names | {"us_per_step": entry.times}
 
 
 def decode(raw: Any, gpu: GpuLimits) -> Entry:
-    """The entry that `encode` wrote; a `ValueError` for anything else, a plan that does not fit `gpu` included."""
+    """The entry that `encode` wrote.
+
+    Raises:
+        ValueError: `raw` is not such an entry, or the planner has no such plan for `gpu`.
+    """
     if not isinstance(raw, dict):
         raise ValueError("an entry is no object")
     for name in SIZES:
@@ -168,7 +173,7 @@ def tiles(plan: PersistentPlan) -> dict[str, Any]:
 
 
 def plan_with(wanted: Any, shape: Shape, B: int, backward: bool, gpu: GpuLimits) -> PersistentPlan | None:
-    """The planner's own plan with the tiles `wanted`, if it has one for `B` rows."""
+    """The plan that the planner makes for `B` rows with the tiles `wanted`. None if it makes none."""
     from rnnfast.kernels.persistent.plan import persistent_plans
 
     if wanted is None or (backward and not shape.training) or B > MOST_ROWS:
@@ -182,8 +187,8 @@ def read(path: Path, gpu: GpuLimits) -> list[Entry]:
     """The entries of a file.
 
     Raises:
-        FileNotFoundError: if there is none.
-        Unusable: if it is damaged, or of another GPU or other versions.
+        FileNotFoundError: there is no such file.
+        Unusable: the file is damaged, or from another GPU or other versions.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -214,8 +219,13 @@ def read(path: Path, gpu: GpuLimits) -> list[Entry]:
 
 
 def store(entries: Iterable[Entry], path: Path, gpu: GpuLimits) -> None:
-    """Add entries to the file, in place of those of the same shapes: the whole file is replaced at once, or stays as it was.
-    What it held of other versions goes; `Unusable` for a file that is damaged or another GPU's."""
+    """Add entries to the file. They replace entries of the same shape, and all entries from other versions are dropped.
+
+    The whole file is replaced at once, or stays as it was.
+
+    Raises:
+        Unusable: the file is damaged or from another GPU.
+    """
     try:
         known = read(path, gpu)
     except FileNotFoundError:
@@ -230,7 +240,7 @@ def store(entries: Iterable[Entry], path: Path, gpu: GpuLimits) -> None:
 
 
 def write(data: dict[str, Any], path: Path) -> None:
-    """Write JSON to `path`, whole or not at all. The old content stays if the disk is full or the power goes."""
+    """Write JSON to `path`, whole or not at all. The old content stays if the disk is full or the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -239,7 +249,7 @@ def write(data: dict[str, Any], path: Path) -> None:
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # others may share it
+        os.chmod(temporary, 0o644)  # so that other users can read it
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

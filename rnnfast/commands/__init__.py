@@ -1,1 +1,1 @@
-"""The commands that `rnnfast` knows besides its library: `rnnfast tune`."""
+"""The commands of the program `rnnfast`. There is one: `rnnfast tune`."""

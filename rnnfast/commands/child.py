@@ -1,4 +1,4 @@
-"""Runs a command that may hang or crash, and takes the JSON lines that it prints as they come."""
+"""Runs a command that may hang or crash, and yields the JSON objects that it prints while it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Failed", "rows"]
 
 
 class Failed(Exception):
-    """The command hung, crashed or ran out of time; `hung`: it hung."""
+    """The command hung, crashed or ran out of time. `hung` says whether it hung."""
 
     def __init__(self, words: str, hung: bool) -> None:
         super().__init__(words)
@@ -31,16 +31,16 @@ def rows(
     env: Mapping[str, str] | None = None,
     until: float = math.inf,
 ) -> Generator[dict, None, None]:
-    """Each JSON object that `command` prints on a line of its own; other lines are passed over.
+    """Yield each JSON object that `command` prints on a line of its own. Other lines are ignored.
 
-    However this ends, exhausted, closed or interrupted, the command and its children are gone then.
+    When the generator ends, is closed or is interrupted, the command and its children are killed.
 
     Args:
-        quiet: seconds without a line after which it is taken to hang.
-        until: when it has to be over, on `time.monotonic`'s clock.
+        quiet: the command counts as hung after this many seconds without a line.
+        until: the time by which the command has to end, on the clock of `time.monotonic`.
 
     Raises:
-        Failed: if it hangs or does not end with exit code 0.
+        Failed: the command hangs, takes too long, or ends with an exit code other than 0.
     """
     lines: queue.Queue[str | None] = queue.Queue()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
@@ -82,7 +82,7 @@ def rows(
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # a process stuck in a driver dies when that lets it
+            with suppress(subprocess.TimeoutExpired):  # a process inside a driver call dies only when the call returns
                 process.wait(10)
             listener.join(1)
             if not listener.is_alive():

@@ -1,10 +1,13 @@
-"""`rnnfast tune`: measures what is the fastest for given shapes on this GPU, kernels or PyTorch's own layer, and remembers it.
+"""`rnnfast tune` measures which implementation is the fastest for given shapes on this GPU, and stores the result.
 
-A shape's candidates run in a process of their own. Each is first checked against the float64 reference by the numerics
-contract, and what is wrong is not timed; then all are timed in turn, so that a change of clocks meets all, by device events.
-A candidate at which the process hangs or crashes is dropped, and the others are run again without it.
+The candidates are PyTorch's own layer, the step kernels and the persistent kernels with several plans. For each shape:
 
-    python -m rnnfast.commands.tune JOB         is that process; it prints JSON lines
+1. A separate process runs all candidates.
+2. It first compares each with the float64 reference, by the numerics contract. A wrong candidate is not timed.
+3. It then times the others in turn, with device events. They alternate, so that a change of the GPU's clock affects all alike.
+4. If the process hangs or crashes, the candidate that it was at is dropped, and a new process runs the others.
+
+The process is ``python -m rnnfast.commands.tune JOB``. It prints JSON lines.
 """
 
 from __future__ import annotations
@@ -36,17 +39,17 @@ if TYPE_CHECKING:
 __all__ = ["candidates", "main", "measure", "microseconds", "tune", "work"]
 
 MODULES = {"lstm": ("LSTM", {}), "gru": ("GRU", {}), "rnn_tanh": ("RNN", {}), "rnn_relu": ("RNN", {"nonlinearity": "relu"})}
-DTYPES = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}  # as the options name them: the precision
+DTYPES = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}  # --dtype: the precision of `Shape`
 QUIET = 120  # seconds that a candidate may take to compile, run and be checked
-CHECK_STEPS = 512  # steps of a sequence that are checked, of a longer one the first: the float64 reference is slow
+CHECK_STEPS = 512  # at most this many steps are checked, because the float64 reference is slow
 ROUNDS = 9
 
 
-# What is measured
+# Shapes and candidates
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
-    """Every combination of the options, in inference and in training."""
+    """Every combination of the options, each for inference and then for training."""
     found = []
     for cell, dtype, T, B, H, layers in itertools.product(
         args.cell, args.dtype, args.steps, args.batch, args.hidden, args.layers
@@ -62,7 +65,7 @@ def candidates(shape: Shape, limits: GpuLimits, forward: Entry | None = None) ->
     """PyTorch's own layer, the step kernels, and the persistent plans worth measuring.
 
     Args:
-        forward: for training, what was found for inference: its forward kernels are taken, and backward varies.
+        forward: for training, the result for inference. All candidates use its forward kernels and vary the backward kernels.
     """
     from rnnfast.kernels.persistent.plan import persistent_plans
 
@@ -87,7 +90,7 @@ def name(entry: Entry) -> str:
 
 
 def microseconds(call: Callable[[], object], steps: int) -> float:
-    """A time step's share of one call, by device events."""
+    """The time of one call divided by its number of time steps, in microseconds, by device events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -103,7 +106,9 @@ def work(entries: list[Entry], device: str, limits: GpuLimits) -> Iterator[dict]
     """Check and time the candidates of one shape.
 
     Yields:
-        ``{"doing": n}`` before candidate n is touched; ``{"wrong": n, "why": ...}`` if it is; ``{"timed": n, "us": ...}``.
+        ``{"doing": n}`` before it starts on candidate n.
+        ``{"wrong": n, "why": ...}`` if candidate n is wrong.
+        ``{"timed": n, "us": ...}`` for each time of candidate n, in microseconds per time step.
     """
     from rnnfast import check
 
@@ -128,17 +133,17 @@ def work(entries: list[Entry], device: str, limits: GpuLimits) -> Iterator[dict]
         yield {"doing": n}
         with _running(entries[n], limits):
             us = microseconds(call, shape.T)
-        if turn >= 0:  # before, compiled code is loaded and algorithms are picked
+        if turn >= 0:  # the first two turns load compiled code and choose algorithms
             yield {"timed": n, "us": us}
 
 
 def _running(entry: Entry, limits: GpuLimits) -> AbstractContextManager[None]:
-    """A context in which the automatic choice is this candidate, for a sequence of any length."""
+    """A context in which the automatic choice is this candidate, whatever the number of steps."""
     return tuned.override_tuning(limits, [replace(entry, shape=replace(entry.shape, T=1))])
 
 
 def _call(shape: Shape, device: str) -> Callable[[], object]:
-    """One call forward, or forward and backward, of a layer whose backend is chosen automatically."""
+    """A function that calls a layer, forward or forward and backward. The layer chooses its backend automatically."""
     import rnnfast
 
     module, options = MODULES[shape.cell]
@@ -162,7 +167,7 @@ def _call(shape: Shape, device: str) -> Callable[[], object]:
 
 
 def worker(job: str) -> int:
-    """`work` as `measure` asks for it, a JSON line for each thing that it yields."""
+    """Run `work` on a job from `measure`, and print what it yields as JSON lines."""
     asked = json.loads(job)
     limits = gpu.limits(torch.device("cuda", torch.cuda.current_device()))
     assert limits is not None
@@ -177,11 +182,18 @@ def worker(job: str) -> int:
 def measure(
     entries: list[Entry], quiet: float = QUIET, command: tuple[str, ...] = (), until: float = math.inf
 ) -> dict[int, float | str]:
-    """The median time of each candidate of one shape, in microseconds a time step, or why it has none."""
+    """The median time of each candidate of one shape, in microseconds per time step, or the reason why it has none.
+
+    Args:
+        entries: the candidates.
+        quiet: seconds without a word from the process, after which it counts as hung.
+        command: the command that runs a job. The default runs this module.
+        until: the time by which all has to end, on the clock of `time.monotonic`.
+    """
     command = command or (sys.executable, "-m", "rnnfast.commands.tune")
     env = {k: v for k, v in os.environ.items() if k not in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "TRITON_INTERPRET")}
     env["PYTHONSAFEPATH"] = "1"  # not an rnnfast that happens to be in this folder
-    env["RNNFAST_STRICT"] = "1"  # a launch that the driver refuses is no time of the step kernels
+    env["RNNFAST_STRICT"] = "1"  # otherwise the step kernels would be timed in place of a launch that the driver refuses
     failed: dict[int, float | str] = {}
     while left := [n for n in range(len(entries)) if n not in failed]:
         times: dict[int, list[float]] = {}
@@ -198,14 +210,14 @@ def measure(
                         times.setdefault(left[row["timed"]], []).append(row["us"])
             return {n: statistics.median(each) for n, each in times.items()} | failed
         except child.Failed as error:
-            if doing is None:  # not a candidate's fault
+            if doing is None:  # it failed before the first candidate
                 return failed | {n: f"not run: {error}" for n in left}
             failed[doing] = f"failed: {error}"
     return failed
 
 
 def best(entries: list[Entry], found: dict[int, float | str]) -> Entry | None:
-    """The entry to remember: the fastest of rnnfast's kernels, and whether PyTorch's own layer is faster still."""
+    """The entry to store: the fastest of rnnfast's kernels, and whether PyTorch's own layer is faster. None without a time."""
     times = {n: time for n, time in found.items() if isinstance(time, float)}
     ours = min((n for n in times if entries[n].winner == "triton"), key=times.__getitem__, default=None)
     if not times:
@@ -216,7 +228,7 @@ def best(entries: list[Entry], found: dict[int, float | str]) -> Entry | None:
 
 
 def report(entries: list[Entry], found: dict[int, float | str], chosen: Entry | None) -> Iterator[str]:
-    """A line a candidate: its time, that time over torch.nn's, and a star if it is the one."""
+    """A line for each candidate: its time, the ratio to torch.nn's time, and a star if it is the fastest."""
     base = next((found.get(n) for n, entry in enumerate(entries) if entry.winner == "torch"), None)
     for n, entry in enumerate(entries):
         time = found.get(n, "not run")
@@ -229,7 +241,7 @@ def report(entries: list[Entry], found: dict[int, float | str], chosen: Entry | 
 
 
 def tune(wanted: list[Shape], path: Path, limits: GpuLimits, run: Callable[[list[Entry]], dict] = measure) -> int:
-    """Measure each shape and store what was found, one after another. Exit code: 0, or 1 if a shape gave nothing."""
+    """Measure each shape and store its result before the next. Returns the exit code: 1 if a shape gave no result, else 0."""
     started, missing = time.monotonic(), 0
     forward = None
     for number, shape in enumerate(wanted, 1):
@@ -250,7 +262,7 @@ def tune(wanted: list[Shape], path: Path, limits: GpuLimits, run: Callable[[list
 
 
 def show(path: Path, limits: GpuLimits) -> int:
-    """Print what a file holds."""
+    """Print the entries of a file. Returns the exit code."""
     try:
         entries = tuning_file.read(path, limits)
     except FileNotFoundError:
@@ -268,7 +280,7 @@ def show(path: Path, limits: GpuLimits) -> int:
 
 
 def forget(path: Path) -> int:
-    """Remove a file."""
+    """Remove a file. Returns the exit code."""
     try:
         path.unlink()
     except FileNotFoundError:
@@ -322,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.show or args.forget:
         return forget(path) if args.forget else show(path, limits)
     try:
-        tuning_file.store([], path, limits)  # now, rather than after the first measurement, if it cannot be
+        tuning_file.store([], path, limits)  # so that an error shows before the first measurement
     except (tuning_file.Unusable, OSError) as error:
         print(f"{error}\nname another file in RNNFAST_TUNING_FILE, or remove it: rnnfast tune --forget", file=sys.stderr)
         return 2

@@ -1,22 +1,18 @@
-"""The one validator of modules, cells and functions: whether tensors fit a call, and the options read from what a user gave.
+"""The one validator of modules, cells and functions: whether tensors fit a call.
 
-A call of a module whose tensors do not fit goes to torch.nn, to be served or refused there. Functions and options, which
-torch.nn does not have, raise here, with the types that torch.nn raises.
+A call of a module whose tensors do not fit goes to torch.nn, to be served or refused there. Functions, which torch.nn does not
+have, raise here, with the types that torch.nn raises. `rnnfast.nn.options` checks the options of a call.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import torch_private
 from rnnfast.choice.obstacles import autocast
-from rnnfast.nn.options import CallOptions
 from rnnfast.reference import GATES, STATES
 
 __all__ = [
@@ -24,14 +20,14 @@ __all__ = [
     "cell_fits",
     "check_function",
     "check_recompute",
+    "is_tensor",
     "layer_fits",
-    "read_options",
-    "state_shapes",
+    "one_dtype",
+    "same_device",
     "states_of",
 ]
 
 ONEDNN = ("lstm",)  # the cells that PyTorch has one operator of oneDNN for, on a CPU
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def check_recompute(value: bool) -> None:
@@ -40,7 +36,7 @@ def check_recompute(value: bool) -> None:
         raise TypeError(f"recompute should be of type bool, got: {type(value).__name__}")
 
 
-def _one_dtype(tensor: Tensor, x: Tensor) -> bool:
+def one_dtype(tensor: Tensor, x: Tensor) -> bool:
     """Whether `tensor` may meet the input `x`: it has its dtype, or autocast will cast both."""
     return tensor.dtype == x.dtype or (autocast(x.device.type) and tensor.is_floating_point())
 
@@ -53,17 +49,6 @@ def states_of(cell: str, hx: Any) -> tuple[Any, ...]:
     if hx is None:
         return ()
     return tuple(hx) if STATES.get(cell) != 1 and isinstance(hx, (tuple, list)) else (hx,)
-
-
-def state_shapes(layer: torch.nn.RNNBase, cell: str, input: Any) -> tuple[tuple[int, ...], ...]:
-    """The shapes of hx's states, for an input of the right rank."""
-    if isinstance(input, PackedSequence):
-        batch = (int(input.batch_sizes[0]),)
-    else:
-        batch = () if input.dim() == 2 else (input.shape[0 if layer.batch_first else 1],)
-    count = layer.num_layers * (2 if layer.bidirectional else 1)
-    widths = (layer.proj_size or layer.hidden_size, layer.hidden_size)[: STATES[cell]]
-    return tuple((count, *batch, width) for width in widths)
 
 
 def layer_fits(
@@ -136,7 +121,7 @@ def cell_fits(layer: Any, cell: str, weights: tuple[Any, ...], input: Any, hx: A
         and all(
             isinstance(tensor, Tensor)
             and tensor.device == input.device
-            and _one_dtype(tensor, input)
+            and one_dtype(tensor, input)
             and tensor.layout is torch.strided
             and tensor.shape == shape
             for tensor, shape in given
@@ -144,138 +129,17 @@ def cell_fits(layer: Any, cell: str, weights: tuple[Any, ...], input: Any, hx: A
     )
 
 
-# Options
+# Functions
 
 
-def read_options(
-    x: Tensor,
-    lengths: Any,
-    resets: Any,
-    reset_to: Any,
-    all_states: bool,
-    gates: bool,
-    *,
-    shapes: tuple[tuple[int, ...], ...],
-    batch_first: bool = False,
-) -> CallOptions:
-    """Check the options of a call whose tensors are right.
-
-    Args:
-        x: (T, B, I), (B, T, I) with `batch_first`, or without a batch (T, I).
-        lengths, resets, reset_to, all_states, gates: as the user gave them.
-        shapes: those of hx's states, for `x` as it is.
-
-    Raises:
-        TypeError: for what is no tensor; for `lengths`, whatever holds integers will do.
-        RuntimeError: for a wrong size or device, or a length out of range.
-        ValueError: for a wrong dtype, or options that do not go together.
-    """
-    if reset_to is not None and resets is None:
-        raise ValueError("reset_to says what resets restart from: give resets too")
-    if x.dim() == 2:
-        if lengths is not None:
-            raise ValueError("lengths are those of a batch, but the input has no batch dimension")
-        x = x.unsqueeze(1)
-        steps = x.shape[:1]
-    else:
-        steps = x.shape[:2]
-        x = x.transpose(0, 1) if batch_first else x
-    if resets is not None:
-        _is_tensor("resets", resets)
-        if resets.dtype != torch.bool:
-            raise ValueError(f"resets must be bool, got {resets.dtype}")
-        if resets.shape != steps:
-            raise RuntimeError(f"Expected resets of size {tuple(steps)}, got {tuple(resets.shape)}")
-        _same_device("resets", resets, x)
-        resets = resets.unsqueeze(1) if len(steps) == 1 else resets.transpose(0, 1) if batch_first else resets
-    states = _read_states(reset_to, x, shapes)
-    if len(steps) == 1:
-        states = tuple(state.unsqueeze(-2) for state in states)
-    return CallOptions(_read_lengths(lengths, x), resets, states, bool(all_states), bool(gates))
-
-
-def _read_lengths(lengths: Any, x: Tensor) -> Tensor | None:
-    """`lengths` as (B,) int64 on the device of `x`, (T, B, I), in 0..T.
-
-    Lengths on a CPU are checked. On another device they are not, as that would wait for it: what is out of range counts as 0 or
-    T. Nor are they where their numbers are not there: while compiling or tracing, where vmap maps over them, in a FakeTensor.
-    """
-    if lengths is None:
-        return None
-    T, B, _ = x.shape
-    if not isinstance(lengths, Tensor):
-        lengths = _integers(lengths)
-    if lengths.dtype not in INTEGERS:
-        raise ValueError(f"lengths must be integers, got {lengths.dtype}")
-    if lengths.shape != (B,):
-        raise RuntimeError(f"Expected lengths of size ({B},), one for each row of the batch, got {tuple(lengths.shape)}")
-    lengths = lengths.to(torch.int64)
-    if lengths.device.type != "cpu":
-        _same_device("lengths", lengths, x)
-    elif _is_readable(lengths) and not (int(lengths.min()) >= 0 and int(lengths.max()) <= T):
-        raise RuntimeError(f"lengths must be from 0 to the {T} steps of the input, got {lengths.tolist()}")
-    return lengths.to(x.device, non_blocking=True).clamp(0, T)
-
-
-def _is_readable(lengths: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    mapped = torch_private.is_wrapped(lengths) and "vmap" in torch_private.inside()
-    return not mapped and not torch_private.is_fake(lengths)
-
-
-def _integers(values: Any) -> Tensor:
-    """A tensor of what packing takes: a list, a tuple, an array; of Python's integers, NumPy's, or tensors of one."""
-    error = "lengths must be a tensor or a list of integers"
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(error)
-    values = list(values)
-    if values and all(isinstance(value, Tensor) and value.dim() == 0 and value.dtype in INTEGERS for value in values):
-        return torch.stack([value.to(torch.int64) for value in values])
-    numbers = []
-    for value in values:
-        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype not in INTEGERS):
-            raise TypeError(error)
-        if not isinstance(value, (int, torch.SymInt)):
-            try:
-                value = operator.index(value)
-            except (TypeError, ValueError):
-                raise TypeError(error) from None
-        numbers.append(value)
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-
-
-def _read_states(reset_to: Any, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
-    if reset_to is None:
-        return ()
-    if len(shapes) == 1:
-        reset_to = (reset_to,)
-    elif not isinstance(reset_to, (tuple, list)):
-        raise TypeError(f"reset_to must be a tuple of {len(shapes)} tensors, as hx, got {type(reset_to).__name__}")
-    if len(reset_to) != len(shapes):
-        raise RuntimeError(f"reset_to must hold {len(shapes)} states, as hx, got {len(reset_to)}")
-    for n, (state, shape) in enumerate(zip(reset_to, shapes, strict=True)):
-        label = "reset_to" if len(shapes) == 1 else f"reset_to[{n}]"
-        _is_tensor(label, state)
-        if state.shape != shape:
-            raise RuntimeError(f"Expected {label} of size {tuple(shape)}, got {tuple(state.shape)}")
-        _same_device(label, state, x)
-        if not _one_dtype(state, x):
-            raise ValueError(f"the input has dtype {x.dtype} and {label} has {state.dtype}: they must have one dtype")
-    return tuple(reset_to)
-
-
-def _is_tensor(label: str, value: Any) -> None:
+def is_tensor(label: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{label} must be a tensor, got {type(value).__name__}")
 
 
-def _same_device(label: str, tensor: Tensor, x: Tensor) -> None:
+def same_device(label: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
         raise RuntimeError(f"the input is on {x.device} and {label} on {tensor.device}: they must be on one device")
-
-
-# Functions
 
 
 def check_function(
@@ -296,7 +160,7 @@ def check_function(
     required = {"x": x, "w_ih": w_ih, "w_hh": w_hh, **{f"hx[{n}]": state for n, state in enumerate(hx or ())}}
     optional = {label: bias for label, bias in (("b_ih", b_ih), ("b_hh", b_hh)) if bias is not None}
     for label, tensor in (required | optional).items():
-        _is_tensor(label, tensor)
+        is_tensor(label, tensor)
     if x.dim() != 3:
         raise RuntimeError(f"x must have 3 dimensions, got {x.dim()}")
     if w_hh.dim() != 2 or w_hh.shape[0] != gates * w_hh.shape[1]:
@@ -314,7 +178,7 @@ def check_function(
             continue
         if tensor.shape != shape:
             raise RuntimeError(f"Expected {label} of size {shape}, got {tuple(tensor.shape)}")
-        if not _one_dtype(tensor, x):
+        if not one_dtype(tensor, x):
             raise ValueError(f"x has dtype {x.dtype} and {label} has {tensor.dtype}: all tensors must have one dtype")
         if tensor.device != x.device:
             raise RuntimeError(f"x is on {x.device} and {label} on {tensor.device}: all tensors must be on one device")

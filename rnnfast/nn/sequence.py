@@ -20,11 +20,11 @@ from rnnfast.choice.decide import Decision, decide, tell
 from rnnfast.choice.gpu import known
 from rnnfast.nn import base, checks, stack
 from rnnfast.nn.base import Option, cell_of
-from rnnfast.nn.options import CallOptions
+from rnnfast.nn.options import CallOptions, read_for_module
 from rnnfast.settings import BACKEND, STRICT
 from rnnfast.torch_private import constant, environment, forward_level, innermost_transform, thread
 
-__all__ = ["GRU", "LSTM", "RNN", "Call", "Sequence", "cpu_is_torchs", "decision", "read", "shape"]
+__all__ = ["GRU", "LSTM", "RNN", "Call", "Sequence", "cpu_is_torchs", "decision", "shape"]
 
 
 class Sequence(base.Accelerated, torch.nn.RNNBase):
@@ -51,19 +51,17 @@ class Sequence(base.Accelerated, torch.nn.RNNBase):
         return_gates: bool = False,
     ) -> Any:
         """torch.nn's ``forward``, and what torch.nn does not have: see the class."""
-        no_options = lengths is None and resets is None and reset_to is None and not return_all_states and not return_gates
+        plain = lengths is None and resets is None and reset_to is None and not return_all_states and not return_gates
         # a call on a CPU may take 25 us, of which these lines must not be a part that counts
-        simple = no_options and isinstance(input, Tensor) and input.is_cpu and not self._rnnfast_recompute
+        simple = plain and isinstance(input, Tensor) and input.is_cpu and not self._rnnfast_recompute
         if simple and cpu_is_torchs(self._rnnfast_backend):
             try:
                 return super().forward(input, hx)
             except RuntimeError:
                 if not torch_private.is_expanded(self):
                     raise
-        if no_options:
-            return _call(self, input, hx, {})
-        given = {"lengths": lengths, "resets": resets, "reset_to": reset_to}
-        return _call(self, input, hx, given | {"return_all_states": return_all_states, "return_gates": return_gates})
+        options = None if plain else CallOptions(lengths, resets, reset_to, return_all_states, return_gates)
+        return _call(self, input, hx, options)
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + (", recompute=True" if self._rnnfast_recompute else "")
@@ -98,16 +96,16 @@ def cpu_is_torchs(own: str | None) -> bool:
 
 
 @torch_private.skipped_by_dynamo
-def _call(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> Any:
-    """A call with the options `given`, empty for none."""
+def _call(layer: Sequence, input: Any, hx: Any, options: CallOptions | None) -> Any:
+    """A call with these options, as the user gave them; None for none."""
+    given = {} if options is None else options.given
     plain = isinstance(input, Tensor) and hx is None and not given  # with nothing that can stand for a tensor
     if not plain and base.is_traced_by_fx(layer, Sequence.forward, input, hx, *given.values()):
-        wanted = {name: value for name, value in given.items() if value is not None and value is not False}
-        return base.fx_node(layer, input, hx, **wanted)
-    call, chosen = decision(layer, input, hx, given)
+        return base.fx_node(layer, input, hx, **given)
+    call, chosen = decision(layer, input, hx, options)
     if given and not call.fits:
         _by_torch(layer, input, hx)
-        raise RuntimeError("lengths, resets, return_all_states and return_gates need an input that is not empty")
+        raise RuntimeError(f"the options of this call ({', '.join(given)}) need an input that is not empty")
     if chosen.refusal:
         raise RuntimeError(chosen.refusal)
     if chosen.gives_way:
@@ -138,26 +136,6 @@ def _again_by_torch(layer: Sequence, input: Any, hx: Any) -> Any:
     return base.checkpointed(partial(_by_torch, layer), input, hx, also=torch_private.own_parameters(layer).values())
 
 
-def read(
-    layer: torch.nn.RNNBase,
-    cell: str,
-    input: Any,
-    lengths: Any = None,
-    resets: Any = None,
-    reset_to: Any = None,
-    return_all_states: bool = False,
-    return_gates: bool = False,
-) -> CallOptions:
-    """The options of a call whose tensors fit, checked."""
-    packed = isinstance(input, PackedSequence)
-    if packed and (lengths is not None or resets is not None):
-        raise ValueError("a PackedSequence has its own lengths, and no place for resets: pad it, and give lengths")
-    x = input.data.unsqueeze(0) if packed else input
-    shapes = checks.state_shapes(layer, cell, input)
-    wanted = (lengths, resets, reset_to, return_all_states, return_gates)
-    return checks.read_options(x, *wanted, shapes=shapes, batch_first=layer.batch_first)
-
-
 class Call(NamedTuple):
     """What is found of a call, once.
 
@@ -176,7 +154,7 @@ class Call(NamedTuple):
     options: CallOptions | None
 
 
-def decision(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> tuple[Call, Decision]:
+def decision(layer: Sequence, input: Any, hx: Any, given: CallOptions | None) -> tuple[Call, Decision]:
     """What is found of a call with the options `given`, and what `rnnfast.choice.decide.decide` makes of it."""
     cell = str(layer.mode).lower()
     expanded = torch_private.is_expanded(layer)
@@ -184,7 +162,7 @@ def decision(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> tup
     replaced = torch_private.replaced(layer, Sequence)
     states = () if hx is None else checks.states_of(cell, hx)
     fits = checks.layer_fits(layer, cell, weights, input, states, hx is not None)
-    options = read(layer, cell, input, **given) if given and fits else None
+    options = read_for_module(layer, cell, input, given) if given is not None and fits else None
     tensor = input.data if isinstance(input, PackedSequence) else input
     is_tensor = isinstance(tensor, Tensor)
     trains = fits and not expanded and tensor is input and cell in checks.ONEDNN and torch.is_grad_enabled()
@@ -200,7 +178,7 @@ def decision(layer: Sequence, input: Any, hx: Any, given: dict[str, Any]) -> tup
         replaced=replaced,
         expanded=expanded,
         padded=is_tensor and tensor is input,
-        options="none" if options is None else options.kind,
+        options=() if options is None else tuple(options.given),
         packable=options is not None and options.packable,
         onednn_trains=trains and any([each.requires_grad for each in (tensor, *weights)]),
         measured=may_be_tuned and known.get(("tuned", tensor.device), True) and _torch_is_fastest(layer, cell, input, hx),

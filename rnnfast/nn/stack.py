@@ -112,11 +112,10 @@ def run(
     if not batched:
         hidden = tuple(state.squeeze(1) for state in hidden)
     results = (laid_out(x), _in_form(cell, hidden))
-    if options is not None and options.all_states:
-        results += (tuple(tuple(laid_out(state) for state in layer_states) for layer_states in all_states),)
-    if options is not None and options.gates:
-        results += (tuple(laid_out(layer_gates) for layer_gates in all_gates),)
-    return results
+    if options is None:
+        return results
+    seen = (tuple(tuple(laid_out(state) for state in states) for states in all_states), tuple(map(laid_out, all_gates)))
+    return results + options.returned(*seen)
 
 
 def by_packing(by_torch: Callable, layer: torch.nn.RNNBase, cell: str, lengths: Any, input: Tensor, hx: Any) -> Any:

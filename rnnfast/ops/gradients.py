@@ -33,7 +33,7 @@ from rnnfast.ops import operators
 from rnnfast.ops.marks import entered
 from rnnfast.ops.operators import INPUTS, Backward, Forward, Results
 from rnnfast.ops.recurrence import no_autocast
-from rnnfast.ops.schema import DIFFERENTIABLE, UPSTREAM
+from rnnfast.ops.schema import DIFFERENTIABLE, STATE_TENSORS, UPSTREAM
 from rnnfast.ops.vmap import batched
 from rnnfast.reference import CELLS, PADDED
 
@@ -45,7 +45,6 @@ Tape: Any = namedtuple("Tape", (*UPSTREAM, *INPUTS, *KEPT))  # all tensors of a 
 _AT = {name: n for n, name in enumerate(Forward._fields)}
 _PASSED = tuple(name for name in Backward._fields if name in Tape._fields)
 _inputs, _passed = attrgetter(*INPUTS), attrgetter(*_PASSED)
-_STATES = frozenset(("h0", "c0", "reset_h", "reset_c"))
 
 
 @dataclass(frozen=True)
@@ -150,10 +149,10 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
     passed = dict(zip(_PASSED, _passed(tape), strict=True))
     if not call.recompute:
         passed |= RECOMPUTED_FROM
-    need_starts = "h0" in needs if tape.marks is None else not _STATES.isdisjoint(needs)
+    need_starts = "h0" in needs if tape.marks is None else not set(STATE_TENSORS).isdisjoint(needs)
     arguments = Backward(cell=call.cell, reverse=call.reverse, need_starts=need_starts, **passed)
-    d_gates, dh0, dc0, d_reset_h, d_reset_c = operators.backward(*arguments)
-    found = {"h0": dh0, "c0": dc0, "reset_h": d_reset_h, "reset_c": d_reset_c}
+    d_gates, *state_grads = operators.backward(*arguments)
+    found = dict(zip(STATE_TENSORS, state_grads, strict=True))
 
     T, B, H = tape.y.shape
     sides = CELLS[call.cell].gates * H
@@ -201,7 +200,7 @@ def _by_equations(call: Call, tape: Any) -> dict[str, Tensor]:
     def states(*given):
         return tuple(zeros if state is None else state for state in given[: CELLS[call.cell].states])
 
-    y, last, cells, _ = reference.unroll(
+    y, last, cells, _ = reference.trace(
         call.cell,
         floats.x,
         states(floats.h0, floats.c0),

@@ -6,12 +6,17 @@ CUDA graph that was captured replays with other lengths and resets.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from rnnfast.reference import CONTINUES, RESETS, STARTS
 
-__all__ = ["entered", "for_kernels", "last_states", "start_grads"]
+if TYPE_CHECKING:
+    from rnnfast.kernels.marks import Marks, StartGrads
+
+__all__ = ["empty_start_grads", "entered", "for_kernels", "last_states", "start_grads"]
 
 
 def _or_zeros(state: Tensor | None, like: Tensor) -> Tensor:
@@ -25,8 +30,8 @@ def for_kernels(
     starts_c: tuple[Tensor | None, Tensor | None] | None,
     y: Tensor,
     tile: int,
-) -> dict[str, Tensor | None]:
-    """The arguments that the kernels take where there are marks.
+) -> Marks:
+    """What the kernels take where there are marks.
 
     Args:
         marks, lengths: as in `rnnfast.ops.recurrence.forward`.
@@ -36,14 +41,24 @@ def for_kernels(
         tile: batch rows of a program. With more rows than that, programs take the longest rows first: a tile costs nothing
             after the end of its longest row.
     """
+    from rnnfast.kernels.marks import Marks
+
     h, c = y[0], y[0].float()
     order = None if lengths is None or y.shape[1] <= tile else lengths.argsort(descending=True).to(torch.int32)
-    return {
-        "marks": marks.contiguous(),
-        "order": order,
-        "starts_h": torch.stack([_or_zeros(state, h) for state in starts_h]),
-        "starts_c": None if starts_c is None else torch.stack([_or_zeros(state, c) for state in starts_c]),
-    }
+    return Marks(
+        codes=marks.contiguous(),
+        order=order,
+        starts_h=torch.stack([_or_zeros(state, h) for state in starts_h]),
+        starts_c=None if starts_c is None else torch.stack([_or_zeros(state, c) for state in starts_c]),
+    )
+
+
+def empty_start_grads(marks: Marks) -> StartGrads:
+    """Zeros, to which backward adds the gradients of the states that begin anew."""
+    from rnnfast.kernels.marks import StartGrads
+
+    starts = (marks.starts_h, marks.starts_c)
+    return StartGrads(*(None if states is None else torch.zeros_like(states, dtype=torch.float32) for states in starts))
 
 
 def last_states(states: Tensor, start: Tensor | None, lengths: Tensor | None, reverse: bool) -> Tensor:
@@ -66,27 +81,26 @@ def start_grads(
     d_c: Tensor,
     mark: Tensor,
     lengths: Tensor | None,
-    options: dict[str, Tensor | None],
+    d_starts: StartGrads | None,
 ) -> list[Tensor | None]:
     """The gradients of h0, c0, reset_h and reset_c; None for each that is not wanted.
 
-    They are a sum of three parts: what the kernels left in `options`; what comes from the step that was processed first, with
+    They are a sum of three parts: what the kernels left in `d_starts`; what comes from the step that was processed first, with
     the gate gradients `first` and the marks `mark`; and, for a row without steps, the gradients of its last states.
     """
-    d_starts_h, d_starts_c = options.get("d_starts_h"), options.get("d_starts_c")
-    if first is None or d_starts_h is None:
+    if first is None or d_starts is None:
         return [None] * 4
     through = (first @ w).float() if direct is None else (first @ w) + direct
     mark, nothing = mark[:, None], torch.zeros_like(through)
-    d_starts_h[0] += torch.where(mark == STARTS, through, nothing)
-    d_starts_h[1] += torch.where(mark == RESETS, through, nothing)
+    d_starts.h[0] += torch.where(mark == STARTS, through, nothing)
+    d_starts.h[1] += torch.where(mark == RESETS, through, nothing)
     if lengths is not None:
         empty = (lengths == 0)[:, None]
-        d_starts_h[0] += torch.where(empty, d_h, nothing)
-        if d_starts_c is not None:
-            d_starts_c[0] += torch.where(empty, d_c, nothing)
-    c = [None, None] if d_starts_c is None else [*d_starts_c]
-    return [d_starts_h[0], c[0], d_starts_h[1], c[1]]
+        d_starts.h[0] += torch.where(empty, d_h, nothing)
+        if d_starts.c is not None:
+            d_starts.c[0] += torch.where(empty, d_c, nothing)
+    c = [None, None] if d_starts.c is None else [*d_starts.c]
+    return [d_starts.h[0], c[0], d_starts.h[1], c[1]]
 
 
 def entered(y: Tensor, h0: Tensor | None, reset_h: Tensor | None, marks: Tensor, reverse: bool) -> Tensor:

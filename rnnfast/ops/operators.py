@@ -6,13 +6,14 @@ PyTorch leaves out trailing arguments that are their default; the records fill t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rnnfast.ops import recurrence
-from rnnfast.ops.schema import TENSORS, record
+from rnnfast.ops.schema import STATE_TENSORS, TENSORS, record
 from rnnfast.reference import CELLS
 
 __all__ = ["FLOP_FORMULAS", "INPUTS", "Backward", "Forward", "Grads", "Results", "backward", "forward"]
@@ -22,6 +23,7 @@ backward = torch.library.custom_op("rnnfast::backward", recurrence.backward, mut
 
 Forward = record("Forward", recurrence.forward)  # the arguments of `forward`
 Backward = record("Backward", recurrence.backward)  # the arguments of `backward`
+Grads: Any = namedtuple("Grads", ("d_gates", *(f"d_{name}" for name in STATE_TENSORS)))  # what `backward` returns
 INPUTS = tuple(name for name in Forward._fields if name in TENSORS)  # those of `forward` that are tensors
 
 
@@ -33,16 +35,6 @@ class Results(NamedTuple):
     c_n: Tensor
     saved: Tensor
     c: Tensor
-
-
-class Grads(NamedTuple):
-    """What `backward` returns."""
-
-    d_gates: Tensor
-    dh0: Tensor
-    dc0: Tensor
-    d_reset_h: Tensor
-    d_reset_c: Tensor
 
 
 @forward.register_fake
@@ -61,7 +53,7 @@ def _(*arguments, **named) -> Results:
 
 
 @backward.register_fake
-def _(*arguments, **named) -> Grads:
+def _(*arguments, **named) -> tuple[Tensor, ...]:
     call = Backward(*arguments, **named)
     spec, y = CELLS[call.cell], call.y
     T, B, H = y.shape
@@ -72,8 +64,8 @@ def _(*arguments, **named) -> Grads:
 
     return Grads(
         d_gates=y.new_empty(T, B, spec.grads * H),
-        dh0=state(call.need_starts),
-        dc0=state(has_c and (call.need_starts or not marked)),
+        d_h0=state(call.need_starts),
+        d_c0=state(has_c and (call.need_starts or not marked)),
         d_reset_h=state(call.need_starts and marked),
         d_reset_c=state(call.need_starts and marked and has_c),
     )

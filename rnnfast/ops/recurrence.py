@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnnfast.choice import kernel_plan
 from rnnfast.choice.kernel_plan import precision
-from rnnfast.ops.marks import entered, for_kernels, last_states, start_grads
+from rnnfast.ops.marks import empty_start_grads, entered, for_kernels, last_states, start_grads
 from rnnfast.torch_private import forward_level
 
 __all__ = ["CHUNK_ROWS", "backward", "forward", "no_autocast", "on_device", "project"]
@@ -128,7 +129,7 @@ def forward(
         options = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
-            options = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.plan.BLOCK_B)
+            options["marks"] = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.plan.BLOCK_B)
         n = choice.plan.steps or max(1, CHUNK_ROWS // B)
         wide = x.is_cuda and x.dtype != torch.float32  # a product of half precision that gives float32
         w_x = w_ih.t() if wide else w_ih.float().t()
@@ -217,15 +218,12 @@ def backward(
         assert w is not None
         products = precision()
         choice = kernel_plan.pick(cell, T, B, H, y.dtype, products, True, True, y.device, marks is not None)
-        options: dict[str, Tensor | None] = {}
+        options: dict[str, Any] = {}
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
-            options = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.plan.BLOCK_B)
-            for name in ("starts_h", "starts_c") if need_starts else ():
-                starts = options[name]
-                options[f"d_{name}"] = None if starts is None else torch.zeros_like(starts, dtype=torch.float32)
-        if dcs is not None:
-            options["dcs"] = dcs
+            options["marks"] = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.plan.BLOCK_B)
+            if need_starts:
+                options["d_starts"] = empty_start_grads(options["marks"])
         recompute = x is not None and spec.saved > 0
         n = max(1, CHUNK_ROWS // B) if recompute else T
         before = entered(y, h0, reset_h, marks, reverse) if recompute and marks is not None else None
@@ -256,18 +254,19 @@ def backward(
                 precision=products,
                 begin=begin,
                 steps=steps,
+                dcs=dcs,
                 **options,
             )
         first = d_gates[-1 if reverse else 0, :, (spec.grads - spec.gates) * H :] if need_starts else None
         direct = d_h if spec.direct else None
         if marks is not None:
-            grads = start_grads(first, w, direct, d_h, d_c, marks[-1 if reverse else 0], lengths, options)
+            grads = start_grads(first, w, direct, d_h, d_c, marks[-1 if reverse else 0], lengths, options.get("d_starts"))
         else:
             grads = [None if first is None else first @ w, d_c if spec.carries_c else None, None, None]
             if grads[0] is not None and direct is not None:
                 grads[0] = grads[0] + direct
-    dh0, dc0, d_reset_h, d_reset_c = (y.new_empty(0) if grad is None else grad.to(y.dtype, copy=True) for grad in grads)
-    return d_gates, dh0, dc0, d_reset_h, d_reset_c
+    d_h0, d_c0, d_reset_h, d_reset_c = (y.new_empty(0) if grad is None else grad.to(y.dtype, copy=True) for grad in grads)
+    return d_gates, d_h0, d_c0, d_reset_h, d_reset_c
 
 
 def _entering(begin: int, steps: int, y: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DIFFERENTIABLE", "TENSORS", "UPSTREAM", "Described", "batch_axis", "record"]
+__all__ = ["DIFFERENTIABLE", "STATE_TENSORS", "TENSORS", "UPSTREAM", "Described", "batch_axis", "record"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class Described:
     Attributes:
         shape: T steps, B batch, I input, H hidden; G, S and D are `Cell.gates`, `Cell.saved` and `Cell.grads`.
         differentiable: whether `rnnfast::forward` has a gradient with respect to it.
+        state: whether it is a state that enters the recurrence. Then `rnnfast::backward` itself returns the gradient.
     """
 
     shape: str
     differentiable: bool = False
+    state: bool = False
 
     @property
     def batch(self) -> int | None:
@@ -38,16 +40,16 @@ class Described:
 TENSORS = {
     # what `rnnfast::forward` takes
     "x": Described("T B I", differentiable=True),
-    "h0": Described("B H", differentiable=True),
-    "c0": Described("B H", differentiable=True),
+    "h0": Described("B H", differentiable=True, state=True),
+    "c0": Described("B H", differentiable=True, state=True),
     "w_ih": Described("G*H I", differentiable=True),
     "w_hh": Described("G*H H", differentiable=True),
     "b_ih": Described("G*H", differentiable=True),
     "b_hh": Described("G*H", differentiable=True),
     "marks": Described("T B"),
     "lengths": Described("B"),
-    "reset_h": Described("B H", differentiable=True),
-    "reset_c": Described("B H", differentiable=True),
+    "reset_h": Described("B H", differentiable=True, state=True),
+    "reset_c": Described("B H", differentiable=True, state=True),
     # what it returns
     "y": Described("T B H"),
     "h_n": Described("B H"),
@@ -59,13 +61,11 @@ TENSORS = {
     "dh_n": Described("B H"),
     "dc_n": Described("B H"),
     "dcs": Described("T B H"),
-    # what `rnnfast::backward` returns
+    # what `rnnfast::backward` returns, besides the gradients of the states
     "d_gates": Described("T B D*H"),
-    "dh0": Described("B H"),
-    "dc0": Described("B H"),
-    "d_reset_h": Described("B H"),
-    "d_reset_c": Described("B H"),
 }
+STATE_TENSORS = tuple(name for name, tensor in TENSORS.items() if tensor.state)
+TENSORS |= {f"d_{name}": Described(TENSORS[name].shape) for name in STATE_TENSORS}
 DIFFERENTIABLE = tuple(name for name, tensor in TENSORS.items() if tensor.differentiable)
 UPSTREAM = {"dy": "y", "dh_n": "h_n", "dc_n": "c_n", "dcs": "c"}  # a gradient that comes from outside -> whose it is
 

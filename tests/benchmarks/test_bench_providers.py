@@ -75,7 +75,6 @@ def test_stacks(name, cell, layers, directions):
     assert problem.check(provider.ready(problem))["worst"] <= 1
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 @pytest.mark.parametrize("name", ["torch.compile-nn", "torch.compile-loop"])
 def test_compiled(name, monkeypatch):
     """With Dynamo's "eager" backend, which needs no compiler."""

@@ -532,7 +532,7 @@ def test_reverse_mode_is_torchs(name, ran):
     assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True)) and set(ran) == {"torch"}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_trace(name, device):
     """A trace holds PyTorch's own operators, none of rnnfast's, and gives the layer's values on another length."""

@@ -39,7 +39,6 @@ def test_tracing():
     assert not torch_private.tracing() and not torch_private.dynamo_refuses_layers()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # inside PyTorch's forward mode
 def test_transforms():
     """torch.func's transforms and forward mode, the outermost first; the innermost one alone."""
     found = []

@@ -115,7 +115,7 @@ def test_inference(reverse):
 def test_bad_numbers_do_not_hang():
     """NaN of the pattern that means empty, in the states that rows begin from and in what enters: as on the step kernels."""
     layer = Layer("gru", torch.float16, T, B, 32, lengths=LENGTHS, resets=RESETS)
-    layer.marks["starts_h"].view(torch.int16)[:, 4] = -1
+    layer.marks.starts_h.view(torch.int16)[:, 4] = -1
     layer.dy.view(torch.int16)[3, 4] = -1
     with together(5):
         ours = layer.both(persistent, tiles(32, block_h=16))
@@ -163,7 +163,8 @@ def test_packed_marks(block_b, order):
     steps, codes = 40, torch.randint(0, 4, (40, B), dtype=torch.int8)
     codes[7] = marks.PADDED.value
     given = None if order is None else torch.tensor(order, dtype=torch.int32)
-    words = persistent.launch.packed(codes, given, replace(tiles(32), BLOCK_B=block_b)).view(torch.int64)
+    plan = replace(tiles(32), BLOCK_B=block_b)
+    words = persistent.launch.packed(marks.Marks(codes, given), plan, 0, steps).codes.view(torch.int64)
     count = -(-B // block_b)
     assert words.shape == (steps, count) and (words[7] == marks.ALL_PADDED.value).all()
     taken = codes.long()[:, list(range(B)) if order is None else order]

@@ -115,7 +115,6 @@ def test_weights_and_grad_mode(device):
     assert torch.equal(compiled(x)[0], after) and compiled(x)[0].requires_grad
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's, which hides it itself
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_without_enable_compile(name, device):
     """Without the switch, which importing rnnfast leaves off, a whole graph is refused with the sentence that says what to

@@ -126,7 +126,7 @@ def test_fx(name, device):
     assert type(traced[0].layer) is getattr(rnnfast, name)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_torchscript(name, device):
     """A trace saves, loads and holds torch.nn's operators; scripting says how to do it, and that way works."""

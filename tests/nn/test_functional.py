@@ -1,5 +1,7 @@
 """The functions of one layer and one direction: results, errors, backends."""
 
+import dataclasses
+import inspect
 from functools import partial
 
 import pytest
@@ -8,6 +10,8 @@ from support.layers import B, H, I, T, close, equal, flat, pair, run, states
 
 import rnnfast
 from rnnfast import functional, reference, torch_private
+from rnnfast.nn.options import CallOptions
+from rnnfast.nn.sequence import Sequence
 
 pytestmark = pytest.mark.numerical
 
@@ -21,6 +25,15 @@ def arguments(cell, device, given=True, bias=True):
     new = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
     hx = None if not given else (new(B, H), new(B, H)) if reference.STATES[cell] > 1 else new(B, H)
     return [new(T, B, I), hx, new(G * H, I), new(G * H, H), *([new(G * H), new(G * H)] if bias else [])]
+
+
+@pytest.mark.parametrize("call", [Sequence.forward, functional.lstm, functional.gru, functional.rnn])
+def test_every_call_takes_every_option(call):
+    """By name, with the default of `CallOptions`; no two calls differ in them."""
+    options = {option.name: option.default for option in dataclasses.fields(CallOptions)}
+    parameters = list(inspect.signature(call).parameters.values())[-len(options) :]
+    assert all(parameter.kind == parameter.KEYWORD_ONLY for parameter in parameters)
+    assert {parameter.name: parameter.default for parameter in parameters} == options
 
 
 @pytest.mark.parametrize("backend", rnnfast.BACKENDS)

@@ -10,14 +10,11 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import rnnfast
 from rnnfast import functional, ops, reference
-from rnnfast.nn.checks import state_shapes
+from rnnfast.nn.options import state_shapes
 
 T, B, N = 2, 2, 3
 BACKENDS = ["triton", "torch"]
-pytestmark = [
-    pytest.mark.numerical,
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # inside PyTorch's forward mode
-]
+pytestmark = pytest.mark.numerical
 
 
 class Layer:

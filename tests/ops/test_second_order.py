@@ -175,7 +175,6 @@ def test_the_operator_of_backward(device):
         ops.backward(*arguments)[0].sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit.script, inside PyTorch
 @pytest.mark.parametrize("cell", list(reference.GATES))
 def test_equations(cell):
     """gradcheck and gradgradcheck of the equations in float64: reverse, forward, forward over reverse, and batched."""
@@ -197,7 +196,6 @@ def test_equations(cell):
     assert gradgradcheck(run, tensors, fast_mode=True, check_fwd_over_rev=True, check_batched_grad=batched)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("options", [{}, STACKED, {"batch_first": True}], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_float64(name, options):

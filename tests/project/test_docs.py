@@ -21,7 +21,6 @@ FOUND = [module.name for module in pkgutil.walk_packages(rnnfast.__path__, "rnnf
 MODULES = ["rnnfast", *(name for name in FOUND if "kernels" not in name and "._" not in name)]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # inside PyTorch's forward mode
 @pytest.mark.parametrize("page", [page for page, programs in PAGES.items() if programs], ids=lambda page: page.name)
 def test_programs(page):
     """One after another in one namespace, as a reader would try them, on PyTorch's own layer."""

@@ -164,9 +164,9 @@ def test_the_test_of_arrows():
 
 
 def test_private_names_of_torch_stand_in_one_file():
-    """Attributes with a leading underscore, not the project's own."""
+    """Attributes and modules with a leading underscore, not the project's own."""
     attribute = r"\b(?:torch|_C|forward_ad|_guards|environ)\._(?!_)(?!dynamo\.config\.allow_rnn|dynamo$)\w+"
-    private = re.compile(attribute + r"|from torch\S* import .*\b_\w+")
+    private = re.compile(attribute + r"|from torch\S* import .*\b_\w+|from torch\S*\._\S* import")
     found = []
     for path in sources("rnnfast"):
         if named(path) == "rnnfast/torch_private.py" or within_folder(path, "kernels"):

@@ -6,6 +6,7 @@ import torch
 
 from rnnfast import reference
 from rnnfast.kernels.cells import CELLS, Cell
+from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.persistent.plan import PersistentPlan
 from rnnfast.kernels.step import plan
 
@@ -47,18 +48,18 @@ class Layer:
         self.d_c = normal(B, H).float() if self.cell.carries_c else None
         self.shape = T, B, H
         self.dcs = normal(T, B, H).float() if dcs and self.cell.carries_c else None
-        self.marks, self.starts = {}, starts
+        self.marks, self.starts = Marks(), starts
         if lengths is not None or resets is not None:
             given = {"lengths": None if lengths is None else torch.tensor(lengths), "resets": resets, "reverse": reverse}
             starts_h = normal(2, B, H) * h0
-            self.marks = {
-                "marks": reference.marks(self.x, **given),
-                "order": torch.arange(B - 1, -1, -1, dtype=torch.int32),
-                "starts_h": starts_h,
-                "starts_c": normal(2, B, H).float() * h0 if self.cell.carries_c else None,
-            }
+            self.marks = Marks(
+                codes=reference.marks(self.x, **given),
+                order=torch.arange(B - 1, -1, -1, dtype=torch.int32),
+                starts_h=starts_h,
+                starts_c=normal(2, B, H).float() * h0 if self.cell.carries_c else None,
+            )
             self.h0 = self.c0 = None
-            padded = self.marks["marks"] == reference.PADDED
+            padded = self.marks.codes == reference.PADDED
             for tensor in (self.x, self.dy, self.dcs):
                 if tensor is not None:
                     tensor[padded] = float("nan")  # never read, or never to be seen
@@ -73,7 +74,7 @@ class Layer:
         for begin in reversed(range(0, T, n)) if self.reverse else range(0, T, n):
             family.forward(
                 self.cell, self.x[begin : begin + n], begin, self.w, self.bias_x, self.bias_h, self.h0, self.c0, h, c, saved,
-                reverse=self.reverse, precision="ieee", plan=tiles, **self.marks,
+                reverse=self.reverse, precision="ieee", plan=tiles, marks=self.marks,
             )  # fmt: skip
         return h, c, saved
 
@@ -84,22 +85,19 @@ class Layer:
         d_gates = torch.full((T, B, self.cell.grads * H), UNWRITTEN, dtype=self.w.dtype)
         d_h = self.d_h.clone()
         d_c = None if self.d_c is None else self.d_c.clone()
-        wanted = self.marks and self.starts
-        d_starts = {
-            f"d_{name}": torch.full(self.marks[name].shape, 0.5) if wanted and self.marks[name] is not None else None
-            for name in ("starts_h", "starts_c")
-        }
+        marks = self.marks.codes
+        wanted = (self.marks.starts_h, self.marks.starts_c) if self.starts else (None, None)
+        d_starts = StartGrads(*(None if states is None else torch.full(states.shape, 0.5) for states in wanted))
         family.backward(
             self.cell, self.dy, saved, h, self.h0, c, self.c0, self.w, d_gates, d_h, d_c,
-            reverse=self.reverse, precision="ieee", plan=tiles, dcs=self.dcs, **self.marks, **d_starts,
+            reverse=self.reverse, precision="ieee", plan=tiles, dcs=self.dcs, marks=self.marks, d_starts=d_starts,
         )  # fmt: skip
-        if not self.marks:
+        if marks is None:
             return d_gates, d_h if self.cell.direct else None, d_c
-        marks = self.marks["marks"]
         empty = (marks == reference.PADDED).all(0)[:, None]
         begins = (marks[-1 if self.reverse else 0] != reference.PADDED)[:, None]
         d_h = d_h * (empty | begins) if self.cell.direct else d_h * empty
-        return d_gates, d_h, None if d_c is None else d_c * empty, *d_starts.values()
+        return d_gates, d_h, None if d_c is None else d_c * empty, *d_starts
 
     def both(self, family, tiles, chunk=None):
         forward = self.forward(family, tiles, chunk=chunk)

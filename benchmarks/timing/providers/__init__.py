@@ -1,6 +1,6 @@
-"""The implementations that can run a case, a `Provider` each. All get the same weights and input, and compute W_ih x too.
+"""The implementations that can run a case. Each is a `Provider`. All get the same weights and input, and all compute W_ih x.
 
-`benchmarks.timing.providers.peers` has those of other libraries.
+`benchmarks.timing.providers.peers` has the providers of other libraries.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class TorchNN(Provider):
 
 
 class RnnFast(Provider):
-    """rnnfast's layer on `backend` (None: its own choice), on the Triton backend with the kernels of `family`."""
+    """rnnfast's layer on `backend`, or on its own choice if that is None. On "triton", `family` names the kernels."""
 
     def __init__(self, name: str, backend: str | None, family: str | None = None) -> None:
         super().__init__(name)
@@ -99,9 +99,9 @@ class RnnFast(Provider):
 
 
 class Loop(Provider):
-    """A loop over time steps in PyTorch, as people write it: the steps of `rnnfast.reference` in the dtype of the case.
+    """A loop over time steps in Python. It calls the steps of `rnnfast.reference` in the dtype of the case.
 
-    With `compiled`, torch.compile compiles the step. (It would compile the whole loop, unrolled, for minutes.)
+    With `compiled`, torch.compile compiles the step. It does not compile the loop, because it would unroll it for minutes.
     """
 
     def __init__(self, name: str, compiled: bool) -> None:

@@ -18,7 +18,7 @@ from benchmarks.timing.providers import Provider, installed
 
 
 def blocks(tensor: Tensor, order: str, new: str) -> Tensor:
-    """The gates of `tensor`, which are blocks of its rows, in another order. An order has one letter a gate."""
+    """`tensor` with its gates, which are blocks of rows, in the order `new` instead of `order`. Each letter names a gate."""
     parts = dict(zip(order, tensor.chunk(len(order)), strict=True))
     return torch.cat([parts[gate] for gate in new])
 
@@ -32,8 +32,11 @@ def single_layer(case: Case, cells: tuple[str, ...]) -> str | None:
 
 
 class FlashRNN(Provider):
-    """FlashRNN (Pöppel, Beck and Hochreiter 2024). Its layout: Wx (T, B, G, heads, H), R (G, heads, H, H), b (G, heads, H), one
-    head. Gates i, f, z, o for the LSTM; for the GRU g, r, z in R, r, z, n in Wx and g, r, z, n in b, n = tanh(n + r g)."""
+    """FlashRNN (Pöppel, Beck and Hochreiter 2024), with one head.
+
+    Layout: Wx (T, B, G, heads, H), R (G, heads, H, H), b (G, heads, H). The gates of the LSTM are i, f, z, o. Those of the GRU
+    are g, r, z in R; r, z, n in Wx; and g, r, z, n in b. Its new gate is tanh(n + r g).
+    """
 
     compiles = True  # with nvcc, once for a batch size, hidden size and dtype
 
@@ -85,7 +88,10 @@ class FlashRNN(Provider):
 
 
 class Haste(Provider):
-    """Haste (LMNT 2020). Kernels transposed; gates i, g, f, o for the LSTM, which has one bias, and z, r, n for the GRU."""
+    """Haste (LMNT 2020). Its weight matrices are transposed.
+
+    The gates of the LSTM are i, g, f, o, with one bias. Those of the GRU are z, r, n, with two biases.
+    """
 
     def obstacle(self, case: Case, device: str) -> str | None:
         if installed("haste_pytorch") is None:
