@@ -1,9 +1,8 @@
 """Reads the machine code of a compiled kernel and counts its instructions. It takes text and compiles nothing.
 
-
 The largest cycle of the control flow is the loop over time steps of a persistent kernel, or the loop over the summed axis of a
-step kernel. A loop inside it that contains strong loads is a poll. The code has the loads of a poll once before its loop and
-again in each further try, or in its loop alone.
+step kernel. A loop inside it that contains strong loads is a poll. The code has the loads of a poll once, in its loop, or
+twice: before its loop, for the first try, and in its loop, for each further try.
 """
 
 import os

@@ -328,8 +328,9 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
         The choice for the rest of the sequence.
 
     Raises:
-        RuntimeError: RNNFAST_STRICT=1 is set and the driver refuses. And once if programs have waited for one another in vain,
-            in this call or one before it on the device. That is read without waiting for the GPU.
+        RuntimeError: RNNFAST_STRICT=1 is set and the driver refuses.
+            It is also raised once if programs waited for one another in vain, in this call or one before it on the device. That
+            is read without waiting for the GPU.
     """
     from rnnfast.kernels.families import FAMILIES
 
