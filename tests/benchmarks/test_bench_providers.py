@@ -41,7 +41,7 @@ def _own_problems():
     "name, mode",
     [("torch.nn", mode) for mode in ("inference", "forward", "backward", "training")]
     + [("loop", "backward"), ("onnxruntime", "inference"), ("onnxruntime", "training")]
-    + [(name, mode) for name in ("rnnfast-step", "rnnfast-torch") for mode in ("inference", "training")],
+    + [(name, mode) for name in ("rnnfast-step", "rnnfast-one-program", "rnnfast-torch") for mode in ("inference", "training")],
 )
 def test_rows(name, mode, device):
     """A right provider gets times, a ratio to torch.nn and bytes; one that cannot run says why."""
@@ -59,7 +59,7 @@ def test_rows(name, mode, device):
     assert timing["how"] == "eager" and 0 < timing["p20"] <= timing["p50"] <= timing["p80"] and timing["n"] >= 5
     assert (row["ratio"] is None) == (name == BASE)
     assert (row["peak_bytes"] is None) == (name == "onnxruntime") and (row["saved_bytes"] is None) == (mode == "inference")
-    assert ("Triton's interpreter" in row["note"]) == (name == "rnnfast-step")
+    assert ("Triton's interpreter" in row["note"]) == (name in ("rnnfast-step", "rnnfast-one-program"))
     json.dumps(row, allow_nan=False)
 
 
@@ -91,7 +91,7 @@ def test_packed():
     takes = {"torch.nn", "rnnfast", "rnnfast-torch"}
     layer, x = rnnfast.LSTM(3, 4, backend="triton"), Problem(case, "cpu").x
     if rnnfast.explain(layer, x).backend == "triton":
-        takes.add("rnnfast-step")
+        takes |= {"rnnfast-step", "rnnfast-one-program"}
     for name in all_providers():
         row = run.row_of(case, "quick", named_provider(name), SETTINGS)
         if name in takes:
