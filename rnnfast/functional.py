@@ -200,15 +200,20 @@ def _torch_wins(cell: str, tensors: tuple[Tensor | None, ...], has_options: bool
     assert x is not None
     if torch.compiler.is_compiling() or torch_private.inside() or not kernel_plan.predicts(x):
         return ""
-    return kernel_plan.torch_wins(_shape(cell, tensors), x.device, kernels_only=has_options)
+    return kernel_plan.torch_wins_call(cell, *_sizes(tensors), tensors, kernels_only=has_options)
 
 
-def _shape(cell: str, tensors: tuple[Tensor | None, ...]) -> tuning_file.Shape:
-    """The shape of a call of one layer and direction, as it is tuned for. `tensors`: the input, the states and the weights."""
+def _sizes(tensors: tuple[Tensor | None, ...]) -> tuple[int, int, int, int, int, int]:
+    """T, B, I, H, layers and directions of a call of one layer. `tensors`: the input, the states and the weights."""
     x, w_hh = tensors[0], tensors[-3]
     assert x is not None and w_hh is not None
     T, B, I = x.shape
-    return kernel_plan.shape(cell, T, B, I, w_hh.shape[1], 1, 1, tensors)
+    return T, B, I, w_hh.shape[1], 1, 1
+
+
+def _shape(cell: str, tensors: tuple[Tensor | None, ...]) -> tuning_file.Shape:
+    T, B, I, H, layers, directions = _sizes(tensors)
+    return kernel_plan.shape(cell, T, B, I, H, layers, directions, tensors)
 
 
 def _torch_layer(

@@ -15,7 +15,7 @@ With RNNFAST_STRICT=1 such a GPU and such a launch raise a `RuntimeError`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -50,6 +50,7 @@ __all__ = [
     "run",
     "shape",
     "torch_wins",
+    "torch_wins_call",
 ]
 
 FAMILIES = KERNELS.choices
@@ -236,6 +237,30 @@ def predicts(x: torch.Tensor) -> bool:
     return x.dtype in tuning_file.DTYPES and limits(x.device) is not None and asked() == "auto"
 
 
+def torch_wins_call(
+    cell: str, T: int, B: int, I: int, H: int, layers: int, directions: int, tensors: Sequence[torch.Tensor | None],
+    packed: bool = False, projected: bool = False, kernels_only: bool = False,
+) -> str:  # fmt: skip
+    """`torch_wins` of a call with these tensors, the input first. Asked at each call, so that it is looked up by plain values.
+
+    Sequences of 64 to 127 steps count as one of 64, and likewise for other powers of two.
+    """
+    x = tensors[0]
+    assert x is not None
+    training = torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors])
+    power = T.bit_length() - 1
+    key = (
+        "torch wins", cell, power, B, I, H, layers, directions, x.dtype, autocast(x.device.type), precision(), training,
+        x.device, packed, projected, kernels_only, *_settings(),
+    )  # fmt: skip
+    words = known.get(key)
+    if words is None:
+        called = shape(cell, 1 << power, B, I, H, layers, directions, tensors)
+        words = torch_wins(called, x.device, packed, projected, kernels_only)  # which may forget what is known
+        known[key] = words
+    return words
+
+
 def torch_wins(
     shape: tuning_file.Shape, device: torch.device, packed: bool = False, projected: bool = False, kernels_only: bool = False
 ) -> str:
@@ -255,17 +280,6 @@ def torch_wins(
     gpu = limits(device)
     if gpu is None:
         return ""
-    rounded = replace(shape, T=1 << (shape.T.bit_length() - 1))
-    key = "torch wins", rounded, device, packed, projected, kernels_only, *_settings()
-    if key not in known:
-        words = _torch_wins(rounded, device, gpu, packed, projected, kernels_only)  # which may forget what is known
-        known[key] = words
-    return known[key]
-
-
-def _torch_wins(
-    shape: tuning_file.Shape, device: torch.device, gpu: GpuLimits, packed: bool, projected: bool, kernels_only: bool
-) -> str:
     winner = None if packed or projected or kernels_only else tuned.winner(gpu, shape)
     if winner is not None:
         return "measured as the fastest for this call" if winner == "torch" else ""

@@ -201,21 +201,25 @@ def _torch_wins(
         return ""
     packed = isinstance(input, PackedSequence) or (options is not None and options.lengths is not None)
     kernels_only = options is not None and bool(unknown_to_torch(options.given))
-    called = shape(layer, cell, weights, input, hx)
-    return kernel_plan.torch_wins(called, input.data.device, packed, bool(layer.proj_size), kernels_only)
+    sizes = _sizes(layer, input)
+    tensors = (input.data, *checks.states_of(cell, hx), *weights)
+    return kernel_plan.torch_wins_call(cell, *sizes, tensors, packed, bool(layer.proj_size), kernels_only)
+
+
+def _sizes(layer: torch.nn.RNNBase, input: Tensor | PackedSequence) -> tuple[int, int, int, int, int, int]:
+    """T, B, I, H, layers and directions of a well-formed call."""
+    if isinstance(input, PackedSequence):
+        T, B = input.batch_sizes.numel(), int(input.batch_sizes[0])
+    else:
+        T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
+        if input.dim() == 3 and layer.batch_first:
+            T, B = B, T
+    return T, B, layer.input_size, layer.hidden_size, layer.num_layers, 1 + layer.bidirectional
 
 
 def shape(layer: torch.nn.RNNBase, cell: str, weights: list[Any], input: Tensor | PackedSequence, hx: Any) -> tuning_file.Shape:
     """The shape of a well-formed call, as it is tuned for: without its options, and of a PackedSequence with all rows full."""
-    if isinstance(input, PackedSequence):
-        x, T, B = input.data, input.batch_sizes.numel(), int(input.batch_sizes[0])
-    else:
-        x, (T, B) = input, (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
-        if input.dim() == 3 and layer.batch_first:
-            T, B = B, T
-    tensors = (x, *checks.states_of(cell, hx), *weights)
-    sizes = (T, B, layer.input_size, layer.hidden_size, layer.num_layers, 1 + layer.bidirectional)
-    return kernel_plan.shape(cell, *sizes, tensors)
+    return kernel_plan.shape(cell, *_sizes(layer, input), (input.data, *checks.states_of(cell, hx), *weights))
 
 
 _DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels:
