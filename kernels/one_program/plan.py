@@ -26,7 +26,7 @@ PLAIN_ROWS = (2, 4)  # without tensor cores
 PLAIN = {16: (1, 1), 32: (4, 2), 64: (8, 4), 128: (8, 2)}  # without tensor cores: warps and parts of the summed axis, by units
 MOST_WARPS = 16  # of a program, each of 16 units
 MOST_PLAIN = {False: 128, True: 64}  # units without tensor cores, by whether there are several gates
-# Registers of a thread for the weights; with 16 warps, whose threads have half as many. Where they take more than half of these,
+# Registers of a thread for the weights; with 16 warps, whose threads have half as many. Where they take more than half of it,
 # backward with more than 2 rows spills with marks (LSTM float16, H = 128: 16 to 24 bytes, Triton 3.9) and with 16 warps (RNN
 # float16, H = 256: 8 bytes).
 WEIGHTS = {False: 128, True: 64}
