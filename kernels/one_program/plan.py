@@ -33,8 +33,9 @@ PLAIN_ROWS = (2, 4)  # without tensor cores
 PLAIN = {16: (1, 1), 32: (4, 2), 64: (8, 4), 128: (8, 2)}  # without tensor cores: warps and parts of the summed axis, by units
 MOST_WARPS = 16  # of a program, each of 16 units
 MOST_PLAIN = {False: 128, True: 64}  # units without tensor cores, by whether there are several gates
-# Registers of a thread for the weights; with 16 warps, whose threads have half as many. Where they take more than half of
-# these, backward with marks spills with 4 or 8 rows (LSTM float16, H = 128: 16 to 24 bytes, Triton 3.9).
+# Registers of a thread for the weights; with 16 warps, whose threads have half as many. Where they take more than half of it,
+# backward with more than 2 rows spills with marks (LSTM float16, H = 128: 16 to 24 bytes, Triton 3.9) and with 16 warps (RNN
+# float16, H = 256: 8 bytes).
 WEIGHTS = {False: 128, True: 64}
 ROWS = 8192  # time steps x batch rows of a forward launch: the input side is a buffer of its own
 SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
@@ -147,8 +148,9 @@ def _rank(
         return ()
     found = []
     warps, parts = PLAIN[16 * warps_for(H)] if plain(itemsize, precision) else (warps_for(H), 0)
-    crowded = 2 * weight_registers(gates, H, itemsize) > WEIGHTS[warps == MOST_WARPS]
-    for rows in PLAIN_ROWS if parts else BATCH_ROWS[:1] if marked and backward and crowded else BATCH_ROWS:
+    full = 2 * weight_registers(gates, H, itemsize) > WEIGHTS[warps == MOST_WARPS]
+    crowded = backward and full and (marked or warps == MOST_WARPS)
+    for rows in PLAIN_ROWS if parts else BATCH_ROWS[:1] if crowded else BATCH_ROWS:
         if not parts and exchanged_bytes(H, rows, itemsize, backward) > limits.shared_bytes:
             continue
         clocks = predicted(gates, B, H, itemsize, precision, backward, limits, rows).total
