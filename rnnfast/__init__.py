@@ -19,6 +19,7 @@ from rnnfast.accelerate import Report, accelerate, as_default, restore
 from rnnfast.choice import calls
 from rnnfast.choice.decide import use_backend
 from rnnfast.choice.obstacles import FallbackWarning
+from rnnfast.choice.trust import CanaryWarning
 from rnnfast.choice.tuned import TuningWarning
 from rnnfast.explain import Explanation, explain
 from rnnfast.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -36,6 +37,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "CanaryWarning",
     "Explanation",
     "FallbackWarning",
     "GRUCell",
