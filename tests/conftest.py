@@ -71,6 +71,15 @@ def _clean_settings(monkeypatch):
 
 
 @pytest.fixture
+def cudnn_benchmark():
+    """Sets ``torch.backends.cudnn.benchmark``, until the test ends. PyTorch's own module tests, once imported, forbid the usual
+    way."""
+    before = torch._C._get_cudnn_benchmark()
+    yield torch._C._set_cudnn_benchmark
+    torch._C._set_cudnn_benchmark(before)
+
+
+@pytest.fixture
 def no_launch(monkeypatch):
     """A launch fails the test."""
 

@@ -146,7 +146,11 @@ def pick(
     Args:
         marked: whether the call has lengths or resets.
     """
-    key = (cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked, *_settings())
+    key = (
+        cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked,
+        KERNELS.block.get(), environment.get(KERNELS.key), STRICT.block.get(), environment.get(STRICT.key),
+        CANARY.block.get(), environment.get(CANARY.key), tuned.candidate.get(),
+    )  # fmt: skip
     choice = known.get(key)
     if choice is None:
         if len(known) >= MOST_KNOWN:
@@ -165,14 +169,6 @@ def _without_waits(choice: Choice) -> Choice:
         return choice
     reason = f"they gave up waiting, in {next(iter(_gave_up.values()))}"
     return replace(choice, hindrance=reason) if choice.strict else choice.without(reason)
-
-
-def _settings() -> tuple:
-    """What of the settings a choice depends on."""
-    return (
-        KERNELS.block.get(), environment.get(KERNELS.key), STRICT.block.get(), environment.get(STRICT.key),
-        CANARY.block.get(), environment.get(CANARY.key), tuned.candidate.get(),
-    )  # fmt: skip
 
 
 def _choice(
@@ -233,8 +229,14 @@ def _able(device: torch.device, families: Iterable[str]) -> tuple[str, ...]:
 
 
 def predicts(x: torch.Tensor) -> bool:
-    """Whether `torch_wins` can be true of any call with an input like `x`."""
-    return x.dtype in tuning_file.DTYPES and limits(x.device) is not None and asked() == "auto"
+    """Whether PyTorch's own layer may be the automatic choice for a call with an input like `x`.
+
+    `known` keeps that a device is no GPU, so that callers need not ask again.
+    """
+    if limits(x.device) is None:
+        known["no gpu", x.device] = True
+        return False
+    return x.dtype in tuning_file.DTYPES and asked() == "auto"
 
 
 def torch_wins_call(
@@ -251,7 +253,8 @@ def torch_wins_call(
     power = T.bit_length() - 1
     key = (
         "torch wins", cell, power, B, I, H, layers, directions, x.dtype, autocast(x.device.type), precision(), training,
-        x.device, packed, projected, kernels_only, *_settings(),
+        x.device, packed, projected, kernels_only, STRICT.block.get(), environment.get(STRICT.key),
+        CANARY.block.get(), environment.get(CANARY.key),
     )  # fmt: skip
     words = known.get(key)
     if words is None:

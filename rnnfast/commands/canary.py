@@ -48,11 +48,11 @@ def _runs(family: str, case: Case, device: str) -> bool:
 
 def _fault(case: Case, device: str) -> str:
     """What is wrong with the case alone, or on several streams at once, by the numerics contract; empty if nothing is."""
-    import rnnfast
+    from rnnfast import nn
 
     contract, alone = check.contract_of(case, device)
     problem = check.Problem(case, device)
-    layer = problem.module(rnnfast, backend="triton")
+    layer = problem.module(nn, backend="triton")
     torch.cuda.synchronize()
     results = []
     for stream in [torch.cuda.Stream() for _ in range(STREAMS)]:

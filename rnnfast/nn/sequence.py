@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnfast import torch_private
 from rnnfast.choice import calls, kernel_plan, obstacles, tuning_file
 from rnnfast.choice.decide import Decision, decide, tell, unknown_to_torch
+from rnnfast.choice.gpu import known
 from rnnfast.nn import base, checks, stack
 from rnnfast.nn.base import Option, cell_of
 from rnnfast.nn.options import CallOptions, read_for_module
@@ -176,6 +177,7 @@ def decision(layer: Sequence, input: Any, hx: Any, given: CallOptions | None) ->
     trains = fits and not expanded and tensor is input and cell in checks.ONEDNN and torch.is_grad_enabled()
     # not in compiled code, where PyTorch unrolls its layer, nor inside a transform
     may_choose = fits and not torch.compiler.is_compiling() and innermost_transform() is None and forward_level() < 0
+    may_choose = may_choose and not known.get(("no gpu", tensor.device))
     chosen = decide(
         layer._rnnfast_backend,
         tensor.device.type if is_tensor else None,

@@ -4,7 +4,7 @@
     higher orders     `Gradients` makes the first order differentiable. Its own derivative goes through the equations in plain
                       PyTorch (`rnnfast.reference`), one step after another, in float32; only where such a derivative is taken
     torch.func        cannot differentiate an operator. Inside its transforms `Layer` stands before the operator: same kernels
-    eager             `Eager` stands for the operator where nobody could tell, as it takes less of the host's time
+    eager             `RnnfastForward` stands for the operator where nobody could tell, as it takes less of the host's time
     forward mode      has no rule here: `rnnfast.choice.decide` has such calls sent to the equations before they come
 
 All inputs, y, the activations and the cell states are saved. Second derivatives read every input. First derivatives read fewer,
@@ -38,7 +38,7 @@ from rnnfast.ops.schema import DIFFERENTIABLE, STATE_TENSORS, UPSTREAM
 from rnnfast.ops.vmap import batched
 from rnnfast.reference import CELLS, PADDED
 
-__all__ = ["Eager", "Gradients", "Layer", "Tape", "gradients", "reads"]
+__all__ = ["Gradients", "Layer", "RnnfastForward", "Tape", "gradients", "reads"]
 
 KEPT = ("y", "saved", "c")  # what a derivative needs of the results
 RECOMPUTED_FROM = dict.fromkeys(("x", "w_ih", "b_ih", "b_hh"))  # `rnnfast::backward` takes these with ``recompute`` only
@@ -273,8 +273,8 @@ class Layer(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-class Eager(torch.autograd.Function):
-    """`rnnfast::forward` with its derivatives, where `recurrence.is_eager`."""
+class RnnfastForward(torch.autograd.Function):
+    """`rnnfast::forward` with its derivatives, where `recurrence.is_eager`. PyTorch shows the name in ``grad_fn``."""
 
     @staticmethod
     def forward(ctx, *arguments):

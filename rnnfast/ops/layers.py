@@ -77,7 +77,7 @@ def _run(
         w_hr = None if w_hr is None else w_hr.to(low)
     run: Any = gradients.Layer.apply if inside else operators.forward
     if not inside and recurrence.is_eager(*call):
-        run = gradients.Eager.apply if needed and torch.is_grad_enabled() else recurrence.forward
+        run = gradients.RnnfastForward.apply if needed and torch.is_grad_enabled() else recurrence.forward
     return Results(*run(*call)) if w_hr is None else _projected(run, call, w_hr)
 
 

@@ -23,7 +23,7 @@ SHAPE = Shape("gru", "float32", "ieee", 3, 2, 4, 8, 1, 1, training=False)
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def measured(monkeypatch, cudnn_benchmark):
     """CPU tensors pass for an H100's, and the switch is on: the shapes that were to be measured. PyTorch's own layer wins."""
     found = []
 
@@ -33,7 +33,7 @@ def measured(monkeypatch):
         return Entry(shape, "torch")
 
     monkeypatch.setattr(calls, "measure", measure)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    cudnn_benchmark(True)
     with kernel_plan.pretend_gpu(H100):
         yield found
 
@@ -73,9 +73,9 @@ def test_what_gave_nothing_is_not_tried_again(measured, monkeypatch):
     assert measured == [SHAPE] and not tuned.table(H100).entries
 
 
-def test_off(measured, monkeypatch):
+def test_off(measured, monkeypatch, cudnn_benchmark):
     """The default of PyTorch."""
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    cudnn_benchmark(False)
     layer, x = layer_and_input()
     layer(x)
     assert not measured
@@ -199,10 +199,10 @@ def test_not_while_a_graph_is_captured(measured, monkeypatch):
     assert not calls._may_measure(chosen, OnGpu())
 
 
-def test_a_process_without_a_gpu_asks_nothing(monkeypatch):
+def test_a_process_without_a_gpu_asks_nothing(monkeypatch, cudnn_benchmark):
     """The switch is on in many programs that also run on CPUs."""
     monkeypatch.setattr(calls, "measure", None)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    cudnn_benchmark(True)
     layer, x = layer_and_input()
     layer(x)
     assert os.environ["TRITON_INTERPRET"] == "1"  # where these calls are looked at as a whole

@@ -185,8 +185,8 @@ def test_skipped_by_dynamo():
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_cudnn_benchmark(on, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", on)
+def test_cudnn_benchmark(on, monkeypatch, cudnn_benchmark):
+    cudnn_benchmark(on)
     assert torch_private.cudnn_benchmark() is on is torch.backends.cudnn.benchmark
 
 

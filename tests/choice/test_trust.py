@@ -216,7 +216,7 @@ def test_canary_finds_a_fault(one_layer, monkeypatch):
 
     def forward(*args, **options):
         inner(*args, **options)
-        args[8][0, 0, 0] += 0.25
+        args[7][0, 0, 0] += 0.25
 
     monkeypatch.setattr(step, "forward", forward)
     (fault,) = canary.examine("step", "cpu")

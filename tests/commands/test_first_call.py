@@ -27,10 +27,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def pretend(monkeypatch):
+def pretend(monkeypatch, cudnn_benchmark):
     """CPU tensors pass for an H100's, with a clock for device events, and the switch is on."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    cudnn_benchmark(True)
     monkeypatch.setenv("RNNFAST_CANARY", "off")
     trust._verdicts[H100] = trust.Verdict({"step": ""})
     with kernel_plan.pretend_gpu(H100):

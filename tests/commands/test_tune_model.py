@@ -192,13 +192,13 @@ def state(model, x):
 
 
 @pytest.mark.parametrize("ends", ["well", "interrupted", "model raises"])
-def test_leaves_no_trace(ends, path, monkeypatch):
+def test_leaves_no_trace(ends, path, monkeypatch, cudnn_benchmark):
     """However it ends."""
     Child(monkeypatch, interrupted_at=1 if ends == "interrupted" else None)
     model, x = Model(), inputs()
     model.decoder.register_forward_hook(lambda *args: None)
     model.norm.eval()
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    cudnn_benchmark(True)
     if ends == "model raises":
         model.theirs = torch.nn.LSTM(5, 5)
     before, tensors = state(model, x)

@@ -7,6 +7,7 @@ compiled for it, and gets each launch with its arguments. So what runs is what a
 from __future__ import annotations
 
 import ctypes
+import gc
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from triton import knobs
 from benchmarks.static.offline import pretend_gpu, settings
 from benchmarks.timing.cases import DTYPES
 from rnnfast.choice import kernel_plan
+from rnnfast.kernels import runtime
 from rnnfast.kernels.persistent import give_up
 from tests.ptx.decode import Code, decode
 from tests.ptx.machine import Machine, Region
@@ -30,6 +32,7 @@ from tests.ptx.parse import Program, parse
 
 __all__ = ["DTYPES", "Ran", "Simulation", "settings", "simulated_gpu"]
 
+classify = runtime._classify
 Mistake = Callable[[str], str]  # from a kernel's PTX to one with something wrong
 
 
@@ -60,6 +63,7 @@ class Simulation:
     mistakes: dict[str, Mistake] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     ran: dict[str, Ran] = field(default_factory=dict)
+    tensors: dict[int, torch.Tensor] = field(default_factory=dict)  # those that were launched with, by their address
     decoded: dict[str, tuple[Program, Code]] = field(default_factory=dict)
 
     def listen(self, *, metadata, metadata_group, **_) -> None:
@@ -72,10 +76,26 @@ class Simulation:
         types = [source.signature[name] for name in source.fn.arg_names]
 
         def launch(grid_x, grid_y, grid_z, stream, function, kernel_metadata, launch_metadata, on_enter, on_exit, *values):
-            arguments = list(_flat(types, values))
+            arguments = [(kind, self.tensor(kind, value)) for kind, value in _flat(types, values)]
             self.run(metadata, (grid_x, grid_y, grid_z), arguments)
 
         return launch
+
+    def classify(self, values, specialized, classes: list) -> tuple:
+        """In place of `rnnfast.kernels.runtime._classify`: it hands on addresses, of which the tensors are kept here."""
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                self.tensors[value.data_ptr()] = value
+        return classify(values, specialized, classes)
+
+    def tensor(self, kind: str, value: object) -> object:
+        """The tensor at an address."""
+        if not kind.startswith("*") or not isinstance(value, int):
+            return value
+        if value not in self.tensors:  # of a later chunk, whose launcher was bound with the first
+            found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.data_ptr() == value]
+            self.tensors[value] = max(found, key=lambda each: each.untyped_storage().nbytes())
+        return self.tensors[value]
 
     def run(self, metadata, grid: tuple[int, int, int], arguments: list[tuple[str, object]]) -> None:
         if metadata.hash not in self.decoded:
@@ -142,7 +162,8 @@ def simulated_gpu(seed: int, mistakes: dict[str, Mistake] | None = None, arch: i
     simulation = Simulation(seed, mistakes or {})
     deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     state = {"_waiting": {}, "_gave_up": {}, "_unannounced": []}  # as in a process of its own
-    with mock.patch.multiple(kernel_plan, **state), mock.patch.object(give_up, "_words", {}), pretend_gpu(arch) as driver:
+    words, keep = mock.patch.object(give_up, "_words", {}), mock.patch.object(runtime, "_classify", simulation.classify)
+    with mock.patch.multiple(kernel_plan, **state), words, keep, pretend_gpu(arch) as driver:
         driver.launcher_cls = simulation.launcher
         knobs.compilation.listener = simulation.listen
         torch.use_deterministic_algorithms(True)
