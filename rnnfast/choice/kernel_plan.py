@@ -236,7 +236,7 @@ def predicts(x: torch.Tensor) -> bool:
     if limits(x.device) is None:
         known["no gpu", x.device] = True
         return False
-    return x.dtype in tuning_file.DTYPES and asked() == "auto"
+    return x.dtype in tuning_file.DTYPES and asked() == "auto" and not torch.jit.is_tracing()  # whose sizes are tensors
 
 
 def torch_wins_call(

@@ -20,7 +20,7 @@ from tests.ptx.memory import Fault
 EARLY = ("Race", "Unwritten")  # what is read too early may be what nobody has written yet
 SCHEDULES = 5  # seeds to try; a mistake that only some orders show must show in one of these
 POLL = r"ld\.relaxed\.gpu\.global\.v"
-EXCHANGE = re.compile(r"(st\.(?:global\.cg|relaxed\.gpu\.global)\.b32 \[ %rd\d+ \+ \d+ \], \{ )(%r\d+)( \};)")
+EXCHANGE = re.compile(r"(st\.(?:global\.cg|relaxed\.gpu\.global)\.b32 \[ %rd\d+ \+ \d+ \], (?:\{ )?)(%r\d+)((?: \})?;)")
 
 
 class Mistake(NamedTuple):
