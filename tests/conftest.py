@@ -54,12 +54,14 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _clean_settings(monkeypatch):
+def _clean_settings(monkeypatch, request):
     """Every test starts from the same seed, without the user's RNNFAST_* settings and without what he has tuned."""
     for name in ("RNNFAST_BACKEND", "RNNFAST_KERNELS", "RNNFAST_STRICT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RNNFAST_TUNING_FILE", os.devnull + ".no-such-file")
     monkeypatch.setenv("RNNFAST_CANARY", "trust")
+    if torch.cuda.is_available() and "device" in request.fixturenames:
+        monkeypatch.setenv("RNNFAST_KERNELS", "step")  # the automatic choice would leave small layers to cuDNN
     monkeypatch.setattr("rnnfast.choice.tuned._tables", {})
     monkeypatch.setattr("rnnfast.choice.trust._verdicts", {})
     gpu.known.clear()

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from rnnfast import torch_private
+from rnnfast.choice import kernel_plan
 from rnnfast.choice.decide import Decision, decide, tell
+from rnnfast.choice.gpu import known
 from rnnfast.nn import base, checks, stack
 from rnnfast.nn.base import cell_of
 from rnnfast.reference import STATES
+from rnnfast.torch_private import forward_level, innermost_transform
 
 __all__ = ["Cell", "GRUCell", "LSTMCell", "RNNCell", "decision"]
 
@@ -37,17 +40,30 @@ def _weights(cell: Any) -> tuple[Any, ...]:
 
 def decision(cell: Cell, input: Any, hx: Any) -> Decision:
     """The facts about a call, put to `rnnfast.choice.decide.decide`."""
-    is_tensor = isinstance(input, Tensor)
+    is_tensor, name, weights = isinstance(input, Tensor), cell_of(cell), _weights(cell)
+    fits = checks.cell_fits(cell, name, weights, input, hx)
+    may_choose = fits and not torch.compiler.is_compiling() and innermost_transform() is None and forward_level() < 0
+    may_choose = may_choose and not known.get(("no gpu", input.device))
     return decide(
         cell._rnnfast_backend,
         input.device.type if is_tensor else None,
         input.device.index if is_tensor else None,
         input.dtype if is_tensor else None,
-        well_formed=checks.cell_fits(cell, cell_of(cell), _weights(cell), input, hx),
+        well_formed=fits,
         replaced=torch_private.replaced(cell, Cell),
         expanded=torch_private.is_expanded(cell),
         steps=False,
+        torch_wins=_torch_wins(name, weights, input, hx) if may_choose else "",
     )
+
+
+def _torch_wins(cell: str, weights: tuple[Any, ...], input: Tensor, hx: Any) -> str:
+    """Why PyTorch's own cell is the automatic choice, as predicted of one step; empty if it is not."""
+    if not kernel_plan.predicts(input):
+        return ""
+    rows, width = (input.shape[0] if input.dim() == 2 else 1), input.shape[-1]
+    tensors = (input, *checks.states_of(cell, hx), *weights)
+    return kernel_plan.torch_wins_call(cell, 1, rows, width, weights[1].shape[1], 1, 1, tensors)
 
 
 def _run(runner: str, cell: Cell, input: Tensor, hx: Any) -> Any:

@@ -13,6 +13,8 @@ from rnnfast.kernels.families import FAMILIES
 from rnnfast.kernels.hardware import gigahertz
 from rnnfast.kernels.persistent.plan import GPUS
 
+pytestmark = pytest.mark.same_everywhere
+
 H100 = GPUS["H100"]
 LSTM = Shape("lstm", "float16", "half", 1024, 16, 768, 768, 1, 1, training=False)
 GRU = replace(LSTM, cell="gru")
@@ -167,3 +169,12 @@ def test_explain_prints_prediction_and_evidence():
         assert gates.backend == "triton" and "cuDNN has no such call" in gates.predicted
         few = rnnfast.explain(rnnfast.LSTM(8, 8), torch.zeros(2, 3, 8))
         assert few.backend == "torch" and "not predicted 1.4 times faster" in str(few)
+
+
+def test_a_cell_runs_on_pytorchs_own():
+    """One step costs the host more on the kernels, whatever its size; but for a cell that is asked to take them."""
+    x = torch.zeros(4, 64).half()
+    with gpu.pretend_gpu(H100):
+        assert rnnfast.explain(rnnfast.LSTMCell(64, 64).half(), x).backend == "torch"
+        assert rnnfast.explain(rnnfast.GRUCell(64, 64).half(), x[0]).backend == "torch"
+        assert rnnfast.explain(rnnfast.LSTMCell(64, 64, backend="triton").half(), x).backend == "triton"

@@ -16,6 +16,8 @@ from rnnfast.commands import canary
 from rnnfast.kernels import step
 from rnnfast.kernels.persistent.plan import GPUS
 
+pytestmark = pytest.mark.same_everywhere
+
 H100 = GPUS["H100"]
 cpu = torch.device("cpu")
 ALL = trust.families()
