@@ -217,7 +217,7 @@ def _predicted_family(
     """The family with the least predicted time of those that are trusted; the step kernels where none is."""
     if gpu is None:
         return "step"
-    families = _able(device, trust.trusted(device, run=False))
+    families = _able(device, trust.trusted(device))
     return best_family(families, gates, B, H, itemsize, precision, backward, gpu, marked)[0] or "step"
 
 

@@ -89,12 +89,10 @@ def verdict(limits: GpuLimits) -> Verdict | None:
     return _verdicts[limits]
 
 
-def trusted(device: torch.device, run: bool = True) -> tuple[str, ...]:
-    """The families that may run on `device` without being asked for. Runs the canary if it is needed, allowed and possible.
+def trusted(device: torch.device) -> tuple[str, ...]:
+    """The families that may run on `device` without being asked for.
 
-    Args:
-        device: a GPU.
-        run: whether the canary may run. It never does while code is compiled or a CUDA graph is captured.
+    Runs the canary if it is needed and allowed, but never while code is compiled or a CUDA graph is captured.
     """
     limits = gpu.limits(device)
     if limits is None:
@@ -103,7 +101,7 @@ def trusted(device: torch.device, run: bool = True) -> tuple[str, ...]:
     if asked == "trust":
         return families()
     found = verdict(limits)
-    if found is None and asked == "auto" and run and not torch.compiler.is_compiling() and not _capturing(device):
+    if found is None and asked == "auto" and not torch.compiler.is_compiling() and not _capturing(device):
         found = examine(device)
     return found.right if found else ()
 

@@ -71,6 +71,14 @@ def test_once_for_a_gpu(runs, capsys):
     assert trust.trusted(cpu) == ALL and len(asked) == 1 and capsys.readouterr().err == ""
 
 
+def test_kernels_that_are_asked_for_by_backend_run_it_too(runs):
+    """Which family is left to the choice."""
+    asked, answers = runs
+    answers.append(right(*ALL))
+    assert kernel_plan.pick("gru", 256, 16, 768, torch.float16, "half", False, False, cpu).family == "persistent"
+    assert asked == [list(ALL)]
+
+
 def test_wrong(runs):
     """A family that computes wrong results is not used, in this process and the next, and each says so once."""
     asked, answers = runs
