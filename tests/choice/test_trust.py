@@ -94,12 +94,13 @@ def test_wrong(runs):
     assert len(asked) == 1
 
 
-def test_silent(runs):
-    """At a family that hangs the child is ended; the others run in another, without it."""
+@pytest.mark.parametrize("words", ["nothing for 60 s", "its process ended with SIGSEGV"])
+def test_silent_or_crashed(runs, words):
+    """At a family that hangs or crashes the child is ended; the others run in another, without it."""
     asked, answers = runs
-    answers.append([*right("step"), {"family": "persistent"}, child.Failed("nothing for 60 s", hung=True)])
+    answers.append([*right("step"), {"family": "persistent"}, child.Failed(words, hung="nothing" in words)])
     answers.append(right(*ALL[2:]))
-    with pytest.warns(CanaryWarning, match="the persistent kernels: nothing for 60 s"):
+    with pytest.warns(CanaryWarning, match=f"the persistent kernels: {words}"):
         assert trust.trusted(cpu) == tuple(family for family in ALL if family != "persistent")
     assert asked[0] == list(ALL) and asked[1:] in ([], [list(ALL[2:])])
 
