@@ -241,7 +241,7 @@ def test_eager_calls_pass_over_the_operator(device):
     def name() -> str:
         return call(ops.layer, "gru", tensors)[0].grad_fn.name()
 
-    assert name() == "EagerBackward"
+    assert name() == "RnnfastForwardBackward"
     with FlopCounterMode(display=False):
         assert "rnnfast_forward" in name()
     with torch.autograd.profiler.profile():
