@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rnnfast.kernels.hardware import BARRIER, ISSUE, MEMORY_BYTES, SHARED_BYTES
-from rnnfast.kernels.persistent.cost_model import hmma_clocks
+from rnnfast.kernels.persistent.cost_model import Terms, hmma_clocks
 
 __all__ = ["ProgramTime", "instructions_estimate", "program_time", "special_functions_estimate", "step_bytes", "tensor_clocks"]
 
@@ -17,7 +17,7 @@ SPECIAL = 8  # clocks of a special function of a warp on its scheduler: 16 a clo
 
 
 @dataclass(frozen=True)
-class ProgramTime:
+class ProgramTime(Terms):
     """A time step of all programs of a launch, in SM clocks; the terms follow one another.
 
     Attributes:
@@ -37,18 +37,6 @@ class ProgramTime:
     barriers: float
     turns: float = 0.0
     memory: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(vars(self).values())
-
-    def microseconds(self, gigahertz: float) -> float:
-        """The step at an SM clock of `gigahertz`; `rnnfast.kernels.hardware.GHZ` has those of GPUs."""
-        return self.total / gigahertz / 1000
-
-    def share(self) -> dict[str, float]:
-        """Each term's part of the total, terms of nothing left out."""
-        return {name: amount / self.total for name, amount in vars(self).items() if amount}
 
 
 def program_time(

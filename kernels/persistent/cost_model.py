@@ -22,11 +22,27 @@ from rnnfast.kernels.hardware import (
     WGMMA,
 )
 
-__all__ = ["StepTime", "hmma_clocks", "instructions_estimate", "plain_clocks", "step_time", "wgmma_clocks"]
+__all__ = ["StepTime", "Terms", "hmma_clocks", "instructions_estimate", "plain_clocks", "step_time", "wgmma_clocks"]
+
+
+class Terms:
+    """A time step in SM clocks, as the sum of terms that follow one another: the fields of a dataclass."""
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+    def microseconds(self, gigahertz: float) -> float:
+        """The step at an SM clock of `gigahertz`; `rnnfast.kernels.hardware.GHZ` has those of GPUs."""
+        return self.total / gigahertz / 1000
+
+    def share(self) -> dict[str, float]:
+        """Each term's part of the total, terms of nothing left out."""
+        return {name: amount / self.total for name, amount in vars(self).items() if amount}
 
 
 @dataclass(frozen=True)
-class StepTime:
+class StepTime(Terms):
     """A time step of one program, in SM clocks; the terms follow one another.
 
     Attributes:
@@ -54,18 +70,6 @@ class StepTime:
     def __add__(self, other: StepTime) -> StepTime:
         """The time of two launches one after another, each for a part of the batch."""
         return StepTime(**{name: amount + getattr(other, name) for name, amount in vars(self).items()})
-
-    @property
-    def total(self) -> float:
-        return sum(vars(self).values())
-
-    def microseconds(self, gigahertz: float) -> float:
-        """The step at an SM clock of `gigahertz`; `rnnfast.kernels.hardware.GHZ` has those of GPUs."""
-        return self.total / gigahertz / 1000
-
-    def share(self) -> dict[str, float]:
-        """Each term's part of the total, terms of nothing left out."""
-        return {name: amount / self.total for name, amount in vars(self).items() if amount}
 
 
 def step_time(
