@@ -6,6 +6,7 @@ import torch
 
 from rnnfast import reference
 from rnnfast.kernels.cells import CELLS, Cell
+from rnnfast.kernels.groups import Group
 from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.persistent.plan import PersistentPlan
 from rnnfast.kernels.step import plan
@@ -66,43 +67,135 @@ class Layer:
 
     def forward(self, family, tiles, training=True, chunk=None):
         """h, c and what is saved, the input side given in chunks of steps; whatever is not written stays UNWRITTEN."""
-        T, B, H = self.shape
-        h = torch.full((T, B, H), UNWRITTEN, dtype=self.w.dtype)
-        c = torch.full((T if training else 1, B, H), UNWRITTEN) if self.cell.carries_c else None
-        saved = torch.full((T, B, self.cell.saved * H), UNWRITTEN, dtype=self.w.dtype) if training else None
-        n = chunk or T
-        begins = range(0, T, n)
-        chunks = [(begin, self.x[begin : begin + n]) for begin in (reversed(begins) if self.reverse else begins)]
-        family.forward(
-            self.cell, lambda: chunks, self.w, self.bias_x, self.bias_h, self.h0, self.c0, h, c, saved,
-            reverse=self.reverse, precision="ieee", plan=tiles, marks=self.marks,
-        )  # fmt: skip
-        return h, c, saved
+        return Members([self], chunk).forward(family, tiles, training)[0]
 
-    def backward(self, family, tiles, h, c, saved):
+    def backward(self, family, tiles, h, c, saved, chunk=None):
         """The gate gradients, and the gradients of the initial states as far as they do not pass through W_hh; with marks those
         of `starts_h` and `starts_c` too, and the carried ones where they mean something."""
-        T, B, H = self.shape
-        d_gates = torch.full((T, B, self.cell.grads * H), UNWRITTEN, dtype=self.w.dtype)
-        d_h = self.d_h.clone()
-        d_c = None if self.d_c is None else self.d_c.clone()
-        marks = self.marks.codes
-        wanted = (self.marks.starts_h, self.marks.starts_c) if self.starts else (None, None)
-        d_starts = StartGrads(*(None if states is None else torch.full(states.shape, 0.5) for states in wanted))
-        family.backward(
-            self.cell, self.dy, saved, h, self.h0, c, self.c0, self.w, d_gates, d_h, d_c,
-            reverse=self.reverse, precision="ieee", plan=tiles, dcs=self.dcs, marks=self.marks, d_starts=d_starts,
-        )  # fmt: skip
-        if marks is None:
-            return d_gates, d_h if self.cell.direct else None, d_c
-        empty = (marks == reference.PADDED).all(0)[:, None]
-        begins = (marks[-1 if self.reverse else 0] != reference.PADDED)[:, None]
-        d_h = d_h * (empty | begins) if self.cell.direct else d_h * empty
-        return d_gates, d_h, None if d_c is None else d_c * empty, *d_starts
+        return Members([self], chunk).backward(family, tiles, [(h, c, saved)])[0]
 
     def both(self, family, tiles, chunk=None):
         forward = self.forward(family, tiles, chunk=chunk)
         return [tensor for tensor in (*forward, *self.backward(family, tiles, *forward)) if tensor is not None]
+
+
+class Members:
+    """Layers of the same sizes as the members of one group (`rnnfast.kernels.groups`), with an input side each.
+
+    Args:
+        layers: one, or two of opposite directions, or any number of one direction, which run as a pipeline.
+        chunk: steps of a chunk; without, all.
+        gradient_chunk: likewise in backward, if another.
+    """
+
+    def __init__(self, layers: list[Layer], chunk: int | None = None, gradient_chunk: int | None = None):
+        self.layers, self.cell, (self.T, B, H) = layers, layers[0].cell, layers[0].shape
+        self.N, self.gradient_N = chunk or self.T, gradient_chunk or chunk or self.T
+        flips = sum(int(layer.reverse) << m for m, layer in enumerate(layers))
+        self.group = Group(len(layers), 2 if flips == 2 else 1, flips)
+        self.sizes = B, H
+
+    def _group(self, N: int) -> Group:
+        return self.group._replace(lag=N if self.group.layers else 0)
+
+    def _stacked(self, *tensors):
+        """With the members in front; None of None."""
+        return None if tensors[0] is None else torch.stack(tensors)
+
+    def _rows(self, tensor, m: int, p: int, N: int, backward: bool):
+        """The steps in time of `tensor` (T, ...) that member m runs at the positions p, ..., p + N - 1, (N, ...); NaN where
+        there are none."""
+        flipped = (self.group.flips >> m & 1) != backward
+        first = self.T - p - N if flipped else p
+        rows = torch.full((N, *tensor.shape[1:]), float("nan"), dtype=tensor.dtype)
+        low, high = max(0, first), max(0, min(self.T, first + N))
+        if low < high:
+            rows[low - first : high - first] = tensor[low:high]
+        return rows
+
+    def _together(self, tensors):
+        """(T, B, H) of each member as the kernels have h: side by side, or one after another."""
+        if tensors[0] is None:
+            return None
+        return torch.cat(tensors, -1) if self.group.directions == 2 else torch.stack(tensors)
+
+    def _apart(self, tensor):
+        return [*tensor.chunk(2, -1)] if self.group.directions == 2 else [*tensor.view(len(self.layers), *tensor.shape[-3:])]
+
+    def _marks(self):
+        marks = [layer.marks for layer in self.layers]
+        if marks[0].codes is None:
+            return Marks()
+        parts = [self._stacked(*(getattr(each, name) for each in marks)) for name in ("codes", "starts_h", "starts_c")]
+        return Marks(parts[0], marks[0].order, *parts[1:])
+
+    def _given(self):
+        """The arguments that forward and backward share."""
+        names = ("w", "h0", "c0")
+        return [self._stacked(*(getattr(layer, name) for layer in self.layers)) for name in names]
+
+    def forward(self, family, tiles, training=True):
+        """h, c and what is saved of each member; whatever is not written stays UNWRITTEN."""
+        (B, H), T, M, N, dtype = self.sizes, self.T, len(self.layers), self.N, self.layers[0].w.dtype
+        h = self._together([torch.full((T, B, H), UNWRITTEN, dtype=dtype)] * M).contiguous()
+        c = torch.full((M, T if training else 1, B, H), UNWRITTEN) if self.cell.carries_c else None
+        saved = torch.full((M, T, B, self.cell.saved * H), UNWRITTEN, dtype=dtype) if training else None
+        bias_x, bias_h = (self._stacked(*(getattr(layer, name) for layer in self.layers)) for name in ("bias_x", "bias_h"))
+        w, h0, c0 = self._given()
+        group = self._group(N)
+
+        def rounds():
+            for begin in group.begins(T, N, False):
+                n = N if group.layers else min(N, T - begin)
+                places = ((m, begin - m * group.lag) for m in range(M))
+                yield begin, torch.stack([self._rows(self.layers[m].x, m, p, n, False) for m, p in places])
+
+        family.forward(
+            self.cell, rounds, w, bias_x, bias_h, h0, c0, h, c, saved, group=group, precision="ieee", plan=tiles,
+            marks=self._marks(),
+        )  # fmt: skip
+        cs = [None] * M if c is None else c
+        return [(h, cs[m], None if saved is None else saved[m]) for m, h in enumerate(self._apart(h))]
+
+    def backward(self, family, tiles, forwards):
+        """The results of `Layer.backward` for each member; `forwards` are those of `forward`."""
+        (B, H), T, M, N, dtype = self.sizes, self.T, len(self.layers), self.gradient_N, self.layers[0].w.dtype
+        hs, cs, saved = zip(*forwards, strict=True)
+        h, c, saved = self._together(hs).contiguous(), self._stacked(*cs), torch.stack(saved)
+        d_gates = torch.full((M, T, B, self.cell.grads * H), UNWRITTEN, dtype=dtype)
+        d_h, d_c, dcs = (self._stacked(*(getattr(layer, name) for layer in self.layers)) for name in ("d_h", "d_c", "dcs"))
+        w, h0, c0 = self._given()
+        marks = self._marks()
+        wanted = (marks.starts_h, marks.starts_c) if self.layers[0].starts else (None, None)
+        d_starts = StartGrads(*(None if states is None else torch.full(states.shape, 0.5) for states in wanted))
+        group = self._group(N)
+        dys = [layer.dy for layer in self.layers]
+        dy = None if dys[0] is None else self._together(dys).contiguous()
+
+        def rounds():
+            for begin in group.begins(T, N, True):
+                if not group.layers:
+                    yield begin, min(N, T - begin), dy, saved
+                    continue
+                places = [(m, begin + m * group.lag) for m in range(M)]
+                chunk = None if dy is None else torch.stack([self._rows(dys[m], m, p, N, True) for m, p in places])
+                yield begin, N, chunk, saved
+
+        family.backward(
+            self.cell, rounds, h, h0, c, c0, w, d_gates, d_h, d_c, group=group, precision="ieee", plan=tiles, dcs=dcs,
+            marks=marks, d_starts=d_starts,
+        )  # fmt: skip
+        return [self._results(m, d_gates[m], d_h[m], None if d_c is None else d_c[m], d_starts) for m in range(M)]
+
+    def _results(self, m: int, d_gates, d_h, d_c, d_starts):
+        layer, codes = self.layers[m], self.layers[m].marks.codes
+        if codes is None:
+            return d_gates, d_h if self.cell.direct else None, d_c
+        empty = (codes == reference.PADDED).all(0)[:, None]
+        begins = (codes[-1 if layer.reverse else 0] != reference.PADDED)[:, None]
+        d_h = d_h * (empty | begins) if self.cell.direct else d_h * empty
+        starts = (None if states is None else states[m] for states in d_starts)
+        return d_gates, d_h, None if d_c is None else d_c * empty, *starts
 
 
 def steps_of(H: int, dtype: torch.dtype):
