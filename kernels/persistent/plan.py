@@ -423,9 +423,9 @@ def persistent_plan(
     return plans[0] if plans else NoPlan(_rank(gates, B, H, itemsize, precision, backward, limits, marked, members)[1])
 
 
-def persistent_clocks(*sizes) -> float | None:
-    """Predicted SM clocks of a time step of `persistent_plan`, of all members at once; its arguments. None without a plan."""
-    ranked, _ = _rank(*sizes)
+def persistent_clocks(*sizes, members: int = 1) -> float | None:
+    """Predicted SM clocks of a time step of all members, by `persistent_plan`, whose arguments these are; None without a plan."""
+    ranked, _ = _rank(*sizes, members=members)
     return ranked[0][0] if ranked else None
 
 

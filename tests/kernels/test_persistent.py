@@ -17,6 +17,7 @@ from support.side_by_side import together
 from rnnfast import reference
 from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.cells import CELLS, Cell
+from rnnfast.kernels.groups import ALONE
 from rnnfast.kernels.maths import sigmoid, tanh
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plan
 
@@ -103,8 +104,8 @@ def test_clears_its_own_rows_only():
     h = torch.full((5, 2, 32), 7.0)
     with together(12):
         persistent.forward(
-            layer.cell, lambda: [(2, layer.x[2:4])], layer.w, None, None, None, None, h, None, None,
-            reverse=False, precision="ieee", plan=tiles(32),
+            layer.cell, lambda: [(2, layer.x[None, 2:4])], layer.w[None], None, None, None, None, h, None, None,
+            group=ALONE, precision="ieee", plan=tiles(32),
         )  # fmt: skip
     assert (h[[0, 1, 4]] == 7.0).all() and (h[2:4] != 7.0).all()
 
