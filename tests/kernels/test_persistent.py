@@ -37,7 +37,7 @@ def test_odd_sizes(cell, H, dtype):
     """A padded exchange, the summed axis split, chunks of two steps, in reverse."""
     layer = Layer(cell, dtype, 5, 3, H, reverse=True)
     with together(H):
-        ours = layer.both(persistent, tiles(H, split=2, steps=2, block_h=16), chunk=2)
+        ours = layer.both(persistent, tiles(H, split=2, block_h=16), chunk=2)
     assert_close(ours, layer.both(step, steps_of(H, dtype)), dtype)
 
 
@@ -92,7 +92,7 @@ def test_one_step_and_any_chunks(cell, reverse):
     runs = []
     for steps in (1, 2, 5):
         with together(steps):
-            runs.append(layer.both(persistent, tiles(32, block_h=16, steps=steps), chunk=steps))
+            runs.append(layer.both(persistent, tiles(32, block_h=16), chunk=steps))
     for run in runs:
         for a, b in zip(run, runs[0], strict=True):
             assert torch.equal(a, b)

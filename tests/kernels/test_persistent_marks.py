@@ -53,7 +53,7 @@ def test_marks(cell, dtype, H, reverse):
     found = []
     for seed, steps in enumerate((T, 3)):
         with together(seed):
-            found.append(layer.both(persistent, tiles(H, block_h=16, steps=steps), chunk=steps))
+            found.append(layer.both(persistent, tiles(H, block_h=16), chunk=steps))
     assert_close(found[0], layer.both(step, steps_of(H, dtype)), dtype)
     equal(*found)
 
@@ -73,7 +73,7 @@ OPTIONS = {
 def test_each_alone(options, cell, reverse):
     layer = Layer(cell, torch.float16, T, B, 32, reverse=reverse, **OPTIONS[options])
     with together(2):
-        ours = layer.both(persistent, tiles(32, block_h=16, steps=2), chunk=3)
+        ours = layer.both(persistent, tiles(32, block_h=16), chunk=3)
     assert_close(ours, layer.both(step, steps_of(32, torch.float16)), torch.float16)
 
 
@@ -184,7 +184,7 @@ def examples(draw):
     H, dtype = draw(st.integers(1, 40)), draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     layer = Layer(cell, dtype, steps, rows, H, lengths=lengths, resets=resets, **options)
     options = {"block_h": draw(st.sampled_from([8, 16])), "split": draw(st.sampled_from([1, 2]))}
-    return layer, tiles(H, steps=draw(st.integers(1, 4)), **options), draw(st.integers(1, 4)), draw(st.integers(0, 2**32))
+    return layer, tiles(H, **options), draw(st.integers(1, 4)), draw(st.integers(0, 2**32))
 
 
 def check_example(example):
