@@ -107,6 +107,8 @@ def one_program_backward_kernel(
     if GROUPED:
         if steps <= 0:
             return
+    else:  # an argument, so that the loop compares with one: a launch of one member has no steps that are not
+        steps = N
     t_saved = tl.where(saved_steps == T, t, t_x).to(tl.int64)
     t_first = tl.where(dt > 0, T - 1, 0).to(tl.int64)  # the step that forward began with
     has_next = tl.where(p > 0, 1, 0)

@@ -11,7 +11,7 @@ from rnnfast.kernels.one_program.backward import one_program_backward_kernel
 from rnnfast.kernels.one_program.forward import one_program_forward_kernel
 from rnnfast.kernels.one_program.plan import OneProgramPlan
 from rnnfast.kernels.persistent.launch import packed
-from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, as_a_gpu, emulates_bf16
+from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, alignment, as_a_gpu, emulates_bf16
 
 __all__ = ["backward", "forward"]
 
@@ -54,14 +54,6 @@ def _backward_launcher(cell: Cell, plan: OneProgramPlan, *sizes) -> Launcher:
     return _launcher(one_program_backward_kernel, cell, plan, *sizes, **own)
 
 
-def _packed(marks: Marks, plan: OneProgramPlan) -> Marks:
-    """`marks` with the codes of each of the plan's batch tiles in a word, (M * T, tiles): all that a call needs."""
-    if marks.codes is None:
-        return marks
-    codes = marks.codes.view(-1, marks.codes.size(-1))
-    return packed(marks._replace(codes=codes), plan, 0, codes.size(0))
-
-
 @as_a_gpu
 def forward(
     cell: Cell, rounds, w, bias_x, bias_h, h0, c0, h, c, saved, *, group: Group, precision: str, plan: OneProgramPlan,
@@ -74,14 +66,14 @@ def forward(
     launcher = _forward_launcher(cell, plan, saves, training, group.members > 1, group.directions, H, h.dtype, precision)
     grid = plan.grid(B, group.members)
     has_first, h0 = (0, h) if h0 is None else (1, h0)
-    fixed = w, bias_x, bias_h, h0, c if c0 is None else c0, _packed(marks, plan), h, c, saved
-    aligned = launch = None
+    fixed = w, bias_x, bias_h, h0, c if c0 is None else c0, packed(marks, plan), h, c, saved
+    fixed_at = addresses(*fixed)
+    kind = launch = None
     for begin, x in rounds():
-        (pointer,), N = addresses(x), x.size(1)
-        if aligned is not (aligned := x.data_ptr() % 16 == 0):  # Triton compiles other code for it
-            launch = launcher.bind(grid, x, *fixed, begin, group.lag, N, T, group.flips, has_first, B)
-            at = addresses(*fixed)
-        launch(pointer, *at, begin, -group.lag, N, T, group.flips, has_first, B)
+        sizes = begin, -group.lag, x.size(1), T, group.flips, has_first, B
+        if kind != (kind := alignment(x)):
+            launch = launcher.bind(grid, x, *fixed, *sizes)
+        launch(*addresses(x), *fixed_at, *sizes)
 
 
 @as_a_gpu
@@ -94,13 +86,11 @@ def backward(
     launcher = _backward_launcher(cell, plan, group.members > 1, group.directions, H, h.dtype, precision)
     grid = plan.grid(B, group.members)
     has_first, h0 = (0, h) if h0 is None else (1, h0)
-    fixed = h, h0, c, c if c0 is None else c0, w, dcs, _packed(marks, plan), d_gates, d_h, d_c, d_starts
-    aligned = launch = None
+    fixed = h, h0, c, c if c0 is None else c0, w, dcs, packed(marks, plan), d_gates, d_h, d_c, d_starts
+    fixed_at = addresses(*fixed)
+    kind = launch = None
     for begin, N, dy, saved in rounds():
-        pointers, saved_steps = addresses(dy, saved), saved.size(1)
-        if aligned != (aligned := [tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (dy, saved)]):
-            launch = launcher.bind(
-                grid, dy, saved, *fixed, begin, group.lag, N, T, group.flips, has_first, saved_steps, B
-            )
-            at = addresses(*fixed)
-        launch(*pointers, *at, begin, group.lag, N, T, group.flips, has_first, saved_steps, B)
+        sizes = begin, group.lag, N, T, group.flips, has_first, saved.size(1) if cell.saved else T, B
+        if kind != (kind := alignment(dy, saved)):
+            launch = launcher.bind(grid, dy, saved, *fixed, *sizes)
+        launch(*addresses(dy, saved), *fixed_at, *sizes)
