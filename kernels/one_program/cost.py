@@ -79,8 +79,8 @@ def tensor_clocks(gates: int, warps: int, itemsize: int, backward: bool) -> floa
 
 
 def step_bytes(gates: int, saved: int, H: int, B: int, itemsize: int, backward: bool, training: bool, carries_c: bool) -> float:
-    """Bytes that a step reads and writes, with B batch rows of all members: forward the input side, h and what is saved; backward what was saved, dy and the gate
-    gradients."""
+    """Bytes that a step of B batch rows, those of all members, reads and writes: forward the input side, h and what is saved;
+    backward what was saved, dy and the gate gradients."""
     state = 4 if carries_c and training else 0
     if backward:
         return B * H * (saved * itemsize + state + itemsize + gates * itemsize)

@@ -186,7 +186,8 @@ def one_program_plan(
 
 
 def one_program_clocks(*sizes) -> float | None:
-    """Predicted SM clocks of a time step of all members by `one_program_plan`, whose arguments these are; None where there is no plan."""
+    """Predicted SM clocks of a time step of all members, from the arguments of `one_program_plan`; None where there is no
+    plan."""
     ranked = _rank(*sizes)
     return ranked[0][0] if ranked else None
 
