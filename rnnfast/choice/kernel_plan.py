@@ -55,6 +55,7 @@ __all__ = [
 
 FAMILIES = KERNELS.choices
 MOST_KNOWN = 4096  # choices that are kept; a program whose batch size varies asks for ever new ones
+CHUNK = 32  # time steps of a chunk of a pipeline
 UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
 GAVE_UP = (
     "programs of the persistent kernels waited for one another in vain and gave up: in {} on {}. Results since then are NaN "
@@ -75,7 +76,7 @@ _unannounced: list[str] = []  # reasons why other kernels run from then on, unti
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs one direction of a layer.
+    """What runs a group of recurrences (`rnnfast.kernels.groups`): a layer, its directions, or the layers of a stack.
 
     Attributes:
         family: the name of the family of kernels.
@@ -85,6 +86,8 @@ class Choice:
         reason: why it cannot run, else empty.
         strict: whether RNNFAST_STRICT is set. A plan that the driver refused is then launched again, so that the call raises.
         hindrance: why the device can launch no plan of the family. Set only if `strict`, else empty.
+        members: how many of the group run at once, in one launch. The group runs in parts of so many, one after another.
+        chunk: of layers, the time steps of a chunk of their pipeline, at least 1; else 0.
     """
 
     family: str
@@ -94,6 +97,8 @@ class Choice:
     reason: str = ""
     strict: bool = False
     hindrance: str = ""
+    members: int = 1
+    chunk: int = 0
 
     @property
     def persistent(self) -> PersistentPlan | None:
@@ -102,7 +107,7 @@ class Choice:
 
     def without(self, reason: str) -> Choice:
         """The choice of the step kernels in place of this one. `reason` says why."""
-        return Choice("step", self.step, self.step, self.family, reason)
+        return Choice("step", self.step, self.step, self.family, reason, members=self.members, chunk=self.chunk)
 
 
 def asked() -> str:
@@ -139,15 +144,17 @@ def choose(
 
 def pick(
     cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool, device: torch.device,
-    marked: bool = False,
+    marked: bool = False, members: int = 1, layers: bool = False,
 ) -> Choice:  # fmt: skip
     """The choice for this call. It follows the settings, what was measured, the device and what its driver has refused.
 
     Args:
         marked: whether the call has lengths or resets.
+        members: of the group: the directions of a layer, or the layers of a stack.
+        layers: whether they are the layers of a stack.
     """
     key = (
-        cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked,
+        cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked, members, layers,
         KERNELS.block.get(), environment.get(KERNELS.key), STRICT.block.get(), environment.get(STRICT.key),
         CANARY.block.get(), environment.get(CANARY.key), tuned.candidate.get(),
     )  # fmt: skip
@@ -155,7 +162,9 @@ def pick(
     if choice is None:
         if len(known) >= MOST_KNOWN:
             known.clear()
-        choice = known[key] = _choice(cell, T, B, H, dtype, precision, backward, training, device, marked)
+        choice = _choice(cell, T, B, H, dtype, precision, backward, training, device, marked)
+        at_once = members if choice.family == "step" else 1
+        choice = known[key] = replace(choice, members=at_once, chunk=CHUNK if layers else 0)
     if _refused and not choice.strict and (refusal := _refused.get((device, choice.plan))):
         return choice.without(refusal)
     return _without_waits(choice) if _gave_up else choice
