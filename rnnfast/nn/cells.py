@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast import torch_private
+from rnnfast import reference, torch_private
 from rnnfast.choice import kernel_plan
 from rnnfast.choice.decide import Decision, decide, tell
 from rnnfast.choice.gpu import known

@@ -84,7 +84,9 @@ def run(
         if p and last < layer.num_layers:
             fused = runner == "kernels" and not torch_private.inside()
             x = dropout(x, p) if fused else torch.dropout(x, p, train=True)  # whose errors are torch.nn.LSTM's
-    hidden = found[0].last if len(found) == 1 else tuple(torch.cat(state) for state in zip(*(f.last for f in found), strict=True))
+    hidden = (
+        found[0].last if len(found) == 1 else tuple(torch.cat(state) for state in zip(*(f.last for f in found), strict=True))
+    )
 
     def laid_out(tensor: Tensor) -> Any:
         """(T, B, ...) as the caller has the input."""

@@ -12,7 +12,7 @@ from rnnfast import reference
 from rnnfast.ops import dropout as between
 from rnnfast.ops import gradients, operators, recurrence
 from rnnfast.ops.members import Frame
-from rnnfast.ops.operators import Forward, Results
+from rnnfast.ops.operators import Results
 from rnnfast.reference import CELLS, RESETS, STARTS, Traced, Weights
 from rnnfast.torch_private import innermost_transform
 
@@ -106,7 +106,7 @@ def _projected(run, call: Any, w_hr: Tensor) -> Results:
     initial or reset h that the caller gives is not a W_hr m; it enters at its steps through the input.
     """
     x, (D, P, H) = call.x, w_hr.shape
-    T, B, _ = x.shape
+    B = x.shape[1]
     inner = call._replace(
         h0=None if call.c0 is None else x.new_zeros(D, B, H),  # the kernels take both states or none
         reset_h=None,

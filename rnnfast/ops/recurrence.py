@@ -7,8 +7,8 @@
                gradients of weights, biases and inputs from them, by large products.
 
 A stack of one direction is a pipeline: while a layer runs a chunk, the layer below runs the next one
-(`rnnfast.kernels.groups`). What a layer takes from the one below was written by an earlier launch. Where a group does not fit on
-the GPU at once, it runs in parts, one after another.
+(`rnnfast.kernels.groups`). What a layer takes from the one below was written by an earlier launch. Where a group does not fit
+on the GPU at once, it runs in parts, one after another.
 
 Everything in here is time-major and contiguous. Saved for backward, in bytes per unit and step, with elements of e bytes: LSTM
 4 e + 4 (gates, and the cell state in float32), GRU 4 e, RNN nothing. The input and the output are saved too, which other layers
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,11 +41,10 @@ from rnnfast.ops.marks import (
     own_marks,
     start_grads,
 )
-from rnnfast.ops.rounds import Recomputed, Sides, parts, rounds, sides_of_layers, upstream_of_layers
+from rnnfast.ops.rounds import Recomputed, Sides, Upstream, parts, rounds, sides_of_layers, upstream_of_layers
 from rnnfast.torch_private import forward_level
 
 if TYPE_CHECKING:
-    from rnnfast.choice.kernel_plan import Choice
     from rnnfast.kernels.groups import Group
 
 __all__ = ["CHUNK_ROWS", "backward", "forward", "is_eager", "no_autocast", "on_device"]
@@ -113,11 +113,23 @@ def _group(part: slice, M: int, D: int, flips: int, N: int) -> Group:
     return Group(count, min(D, count), own, N if M > D and count > 1 else 0)
 
 
-def _steps(choice: Choice, group: Group, T: int, most: int) -> int:
-    """Time steps of a launch."""
-    if group.layers:
-        return min(T, choice.chunk)
-    return min(T, choice.plan.steps or most)
+def _input_sides(group: Group, T: int, N: int, sides: Sides) -> Iterator[tuple[int, Tensor]]:
+    """What the launches of forward are given."""
+    for begin, steps, starts in rounds(group, T, N, False):
+        yield begin, sides.chunk(starts, steps)
+
+
+def _gradients(
+    group: Group, T: int, N: int, dy: Tensor | None, upstream: Upstream | None, saved: Any, again: Recomputed | None
+) -> Iterator[tuple[int, int, Tensor | None, Tensor]]:
+    """What the launches of backward are given."""
+    for begin, steps, starts in rounds(group, T, N, True):
+        yield (
+            begin,
+            steps,
+            dy if upstream is None else upstream.chunk(starts, steps),
+            saved if again is None else again.chunk(starts, steps),
+        )
 
 
 def forward(
@@ -183,8 +195,8 @@ def forward(
             starts_c = (start_c, reset_c) if spec.carries_c else None
             given = for_kernels(marks, lengths, (start_h, reset_h), starts_c, by_member(h, D)[:, 0], choice.plan.BLOCK_B)
         for part in parts(M, choice.members):
-            group = _group(part, M, D, flips, choice.chunk)
-            N = _steps(choice, group, T, max(1, CHUNK_ROWS // (B * group.members)))
+            group = _group(part, M, D, flips, min(T, choice.chunk))
+            N = group.lag or min(T, choice.plan.steps or max(1, CHUNK_ROWS // (B * group.members)))
             if M > D:
                 out = h[part] if group.layers else h[part.start]
                 sides = sides_of_layers(part, x, w_ih, h, w_up, seeds, dropout)
@@ -192,16 +204,12 @@ def forward(
                 out = h if group.members == M else new(T, B, H)
                 sides = Sides(x, w_ih[part])
 
-            def chunks(group=group, N=N, sides=sides) -> Iterator[tuple[int, Tensor]]:
-                for begin, steps, starts in rounds(group, T, N, False):
-                    yield begin, sides.chunk(starts, steps)
-
             choice = kernel_plan.run(
                 "forward",
                 choice,
                 x.device,
                 spec,
-                chunks,
+                partial(_input_sides, group, T, N, sides),
                 *of_members(part, w, bias_x, bias_h, start_h, start_c),
                 out,
                 *of_members(part, c, saved),
@@ -287,8 +295,8 @@ def backward(
             d_starts = empty_start_grads(given) if need_starts else None
         recompute = x is not None and spec.saved > 0
         for part in reversed(parts(M, choice.members)):
-            group = _group(part, M, D, flips, choice.chunk)
-            N = _steps(choice, group, T, T)
+            group = _group(part, M, D, flips, min(T, choice.chunk))
+            N = group.lag or min(T, choice.plan.steps or T)
             if recompute and not group.layers:
                 N = min(N, max(1, CHUNK_ROWS // (B * group.members)))
             own_h, own_dy, upstream = h, dy, None
@@ -307,11 +315,6 @@ def backward(
                 outputs = by_member(own_h, group.directions)
                 again = Recomputed(spec, sides, outputs, own_h0, own_w, *biases, group.flips, marked)
 
-            def chunks(group=group, N=N, own_dy=own_dy, upstream=upstream, saved=of_members(part, saved)[0], again=again) -> Iterator[tuple]:
-                for begin, steps, starts in rounds(group, T, N, True):
-                    dy = own_dy if upstream is None else upstream.chunk(starts, steps)
-                    yield begin, steps, dy, saved if again is None else again.chunk(starts, steps)
-
             options: dict[str, Any] = {} if marked is None else {"marks": marked}
             if d_starts is not None:
                 options["d_starts"] = type(d_starts)(*of_members(part, *d_starts))
@@ -323,7 +326,7 @@ def backward(
                 choice,
                 h.device,
                 spec,
-                chunks,
+                partial(_gradients, group, T, N, own_dy, upstream, of_members(part, saved)[0], again),
                 own_h,
                 own_h0,
                 own_c,

@@ -50,15 +50,20 @@ def _active(starts: list[int], N: int, T: int, members: range) -> range:
 
 
 def _chunk_rows(tensor: Tensor, members: range, start: int, N: int, width: int | None = None) -> Tensor:
-    """The chunks of neighbouring layers as a view (members, N * B, width) of ``tensor`` (layers, T, B, row).
+    """The chunks of neighbouring layers (members, N * B, width) of ``tensor`` (layers, T, B, row), a view.
+
+    It is a copy if it would begin before the tensor, with anything in the rows before the first layer's first step.
 
     Args:
         start: the first step of the first of the members. Each next one is N steps before it.
         width: the first columns of a row; all if not given.
     """
     _, T, B, row = tensor.shape
-    at = tensor.storage_offset() + (members.start * T + start) * B * row
-    return tensor.as_strided((len(members), N * B, width or row), ((T - N) * B * row, row, 1), at)
+    first = members.start * T + start
+    if first < 0:
+        return torch.cat([tensor.new_empty(-first * B, row), tensor[0, : start + N].flatten(0, 1)])[None, :, :width]
+    size = len(members), N * B, width or row
+    return tensor.as_strided(size, ((T - N) * B * row, row, 1), tensor.storage_offset() + first * B * row)
 
 
 def _wide_product(rows: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
@@ -134,6 +139,7 @@ class Sides:
         """The chunks of `layers`, whose first one starts at the step `start`, with dropout: (layers, N * B, H)."""
         assert self.h is not None
         rows = _chunk_rows(self.h, layers, start, N)
+        assert len(rows) == len(layers)
         if self.seeds is None:
             return rows
         from rnnfast.kernels import dropout
@@ -197,8 +203,8 @@ class Upstream:
 def upstream_of_layers(
     part: slice, dy: Tensor | None, d_gates: Tensor, w_up: Any, cell: Cell, seeds: Tensor | None, p: float
 ) -> Upstream:
-    """The gradients of the outputs of some layers of a stack. The arguments are those of the whole stack. The layer above the last
-    one has run."""
+    """The gradients of the outputs of some layers of a stack. The arguments are those of the whole stack. The layer above the
+    last one has run."""
     H, last, inner = w_up.shape[2], part.stop - 1, slice(part.start, part.stop - 1)
     w_up = w_up.roll(H, 1) if cell.grads > cell.gates else w_up  # the last gate's input side comes first: see Cell.grads
     if part.stop < d_gates.shape[0]:
