@@ -214,7 +214,7 @@ def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, 
 
     forward, backward = words(False), words(True)
     text = (forward if forward == backward else f"forward: {forward}\n       backward: {backward}") + extras
-    return text + (f"; products of the input side and of the recurrence in {precision}" if dtype == torch.float32 else "")
+    return text + (f"; products in {precision}, of the input side and of the recurrence" if dtype == torch.float32 else "")
 
 
 def _grouped(
