@@ -39,8 +39,8 @@ class Plan(Protocol):
         """How many launches there are, for T steps."""
         ...
 
-    def words(self, B: int) -> str:
-        """The launch in words, for a batch of B rows."""
+    def words(self, B: int, members: int = 1) -> str:
+        """The launch in words, for a batch of B rows of each of `members`."""
         ...
 
 

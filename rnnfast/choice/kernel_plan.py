@@ -137,7 +137,7 @@ def choose(
     if gpu is None and FAMILIES[family].waits:
         reason = "on a CPU the programs of a grid run one after another, and these wait for each other"
         return Choice("step", step, step, family, reason, members=members)
-    plan = FAMILIES[family].plan(gates, B, H, itemsize, precision, backward, gpu, marked, members=members)
+    plan = FAMILIES[family].plan(gates, B, H, itemsize, precision, backward, gpu, marked, members)
     if isinstance(plan, NoPlan):
         return Choice("step", step, step, family, plan.reason, members=members)
     return Choice(family, plan, step, members=members)
@@ -249,7 +249,7 @@ def why_fewer(choice: Choice, sizes: pipeline.Sizes, T: int, members: int, layer
     from rnnfast.kernels.persistent.plan import GPUS, NoPlan
 
     gpu = limits(device) or GPUS["H100"]
-    plan = FAMILIES[choice.family].plan(*sizes[:6], gpu, sizes.marked, members=members)
+    plan = FAMILIES[choice.family].plan(*sizes[:6], gpu, sizes.marked, members)
     if isinstance(plan, NoPlan):
         return f"{members} do not fit: {plan.reason}"
     found = pipeline.best(choice.family, sizes, 1 << (T.bit_length() - 1), members, layers, gpu)

@@ -110,7 +110,7 @@ def step_us(family: str, sizes: Sizes, members: int, gpu: GpuLimits) -> float | 
     from rnnfast.kernels.families import FAMILIES
     from rnnfast.kernels.hardware import gigahertz
 
-    clocks = FAMILIES[family].clocks(*sizes[:6], gpu, sizes.marked, members=members)
+    clocks = FAMILIES[family].clocks(*sizes[:6], gpu, sizes.marked, members)
     return None if clocks is None else clocks / gigahertz(gpu.name) / 1000
 
 
@@ -142,7 +142,7 @@ def run(family: str, sizes: Sizes, T: int, members: int, parts: int, layers: boo
     if us is None:
         return None
     its = FAMILIES[family]
-    plan = its.plan(*sizes[:6], gpu, sizes.marked, members=members)
+    plan = its.plan(*sizes[:6], gpu, sizes.marked, members)
     clock = gigahertz(gpu.name) * 1000  # clocks a microsecond
     pipeline = layers and members > 1
     # forward the first layer's input side and those of the others; backward what goes down
