@@ -168,8 +168,8 @@ def pick(
         choice = known[key] = _choice(names, sizes, members, layers, device)
     if _refused and not choice.strict and (refusal := _refused.get((device, choice.plan))):
         choice = choice.without(refusal)
-    if layers:
-        choice = replace(choice, chunk=pipeline.even(T, choice.chunk))
+    if layers and (chunk := pipeline.even(T, choice.chunk)) != choice.chunk:
+        choice = replace(choice, chunk=chunk)
     return _without_waits(choice) if _gave_up else choice
 
 
