@@ -96,7 +96,7 @@ def test_each_family_predicts_where_it_has_a_plan():
                 run = pipeline.run(family, sizes, 100, members, 1, False, gpu_limits)
                 plan = FAMILIES[family].plan(*sizes[:6], gpu_limits, False, members)
                 assert (run is not None) == isinstance(plan, FAMILIES[family].kind)
-                assert run is None or run.us > 100 * (0 if FAMILIES[family].many_steps else 5)
+                assert run is None or run.us > 100 * (0 if FAMILIES[family].many_steps else 4)
 
 
 def test_a_forecast_adds_up():
