@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from rnnfast.choice import trust, tuned, tuning_file
-from rnnfast.choice.forecast import MARGIN, Forecast, best_family, forecast
+from rnnfast.choice import pipeline, trust, tuned, tuning_file
+from rnnfast.choice.forecast import MARGIN, Forecast, forecast
 from rnnfast.choice.gpu import cooperative, known, limits, pretend_gpu
 from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
 from rnnfast.reference import GATES
@@ -51,11 +51,11 @@ __all__ = [
     "shape",
     "torch_wins",
     "torch_wins_call",
+    "why_fewer",
 ]
 
 FAMILIES = KERNELS.choices
 MOST_KNOWN = 4096  # choices that are kept; a program whose batch size varies asks for ever new ones
-CHUNK = 32  # time steps of a chunk of a pipeline
 UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
 GAVE_UP = (
     "programs of the persistent kernels waited for one another in vain and gave up: in {} on {}. Results since then are NaN "
@@ -117,7 +117,7 @@ def asked() -> str:
 
 def choose(
     family: str, gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, gpu: GpuLimits | None,
-    marked: bool = False,
+    marked: bool = False, members: int = 1,
 ) -> Choice:  # fmt: skip
     """Choose `family` if it has a plan, else the step kernels. A pure function.
 
@@ -125,6 +125,7 @@ def choose(
         family: the name of a family, not "auto".
         gates, B, H, itemsize, precision, backward, marked: as in `rnnfast.kernels.persistent.plan.persistent_plan`.
         gpu: what `limits` returns.
+        members: that run at once.
     """
     from rnnfast.kernels.families import FAMILIES
     from rnnfast.kernels.persistent.plan import NoPlan
@@ -132,14 +133,14 @@ def choose(
 
     step = step_plan(H, itemsize, precision)
     if family == "step":
-        return Choice("step", step, step)
+        return Choice("step", step, step, members=members)
     if gpu is None and FAMILIES[family].waits:
         reason = "on a CPU the programs of a grid run one after another, and these wait for each other"
-        return Choice("step", step, step, family, reason)
-    plan = FAMILIES[family].plan(gates, B, H, itemsize, precision, backward, gpu, marked)
+        return Choice("step", step, step, family, reason, members=members)
+    plan = FAMILIES[family].plan(gates, B, H, itemsize, precision, backward, gpu, marked, members)
     if isinstance(plan, NoPlan):
-        return Choice("step", step, step, family, plan.reason)
-    return Choice(family, plan, step)
+        return Choice("step", step, step, family, plan.reason, members=members)
+    return Choice(family, plan, step, members=members)
 
 
 def pick(
@@ -162,11 +163,13 @@ def pick(
     if choice is None:
         if len(known) >= MOST_KNOWN:
             known.clear()
-        choice = _choice(cell, T, B, H, dtype, precision, backward, training, device, marked)
-        at_once = members if choice.family == "step" else 1
-        choice = known[key] = replace(choice, members=at_once, chunk=CHUNK if layers else 0)
+        sizes = pipeline.Sizes(GATES[cell], B, H, dtype.itemsize, precision, backward, marked)
+        names = cell, 1 << (T.bit_length() - 1), *tuning_file.names(dtype, precision), training
+        choice = known[key] = _choice(names, sizes, members, layers, device)
     if _refused and not choice.strict and (refusal := _refused.get((device, choice.plan))):
-        return choice.without(refusal)
+        choice = choice.without(refusal)
+    if layers and (chunk := pipeline.even(T, choice.chunk)) != choice.chunk:
+        choice = replace(choice, chunk=chunk)
     return _without_waits(choice) if _gave_up else choice
 
 
@@ -181,23 +184,39 @@ def _without_waits(choice: Choice) -> Choice:
 
 
 def _choice(
-    cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool, device: torch.device,
-    marked: bool,
-) -> Choice:  # fmt: skip
-    """`pick` without the launches that the driver has refused."""
-    from rnnfast.kernels.families import FAMILIES
+    call: tuple[str, int, str, str, bool], sizes: pipeline.Sizes, members: int, layers: bool, device: torch.device
+) -> Choice:
+    """`pick` without the launches that the driver has refused, for a power of two of time steps.
 
-    family, plan = asked(), None
-    gpu = None if family == "step" else limits(device)
+    Args:
+        call: cell, T, dtype and precision by their names in a `tuning_file.Shape`, and whether it is training.
+    """
+    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.persistent.plan import GPUS
+
+    gpu = limits(device)
+    group = call[1], members, layers, gpu or GPUS["H100"]  # a CPU runs groups as that GPU does
+    family, plan, at_once = asked(), None, 0
     if family == "auto":
-        sizes = GATES[cell], B, H, dtype.itemsize, precision, backward
-        measured = _measured_plan(gpu, cell, T, B, H, dtype, precision, backward, training)
-        family, plan = measured or (_predicted_family(device, gpu, *sizes, marked), None)
-        if marked:  # the plan was measured without marks, and may not have the shared memory for them
+        measured = _measured_plan(gpu, call, sizes, members, layers)
+        if measured is not None:
+            family, plan, at_once = measured
+        else:
+            families = () if gpu is None else _able(device, trust.trusted(device))
+            found = pipeline.fastest(families, sizes, *group)
+            family = found[0] if found else "step"
+        if sizes.marked:  # the plan was measured without marks, and may not have the shared memory for them
             plan = None
-    choice = choose(family, GATES[cell], B, H, dtype.itemsize, precision, backward, gpu, marked)
     if plan is not None:
-        choice = Choice(family, plan, choice.step)
+        runs = pipeline.run(family, sizes, call[1], at_once, -(-members // at_once), layers, group[3])
+        choice = replace(choose("step", *sizes[:6], gpu, members=at_once), family=family, plan=plan)
+    else:
+        runs = pipeline.best(family, sizes, *group)
+        choice = choose(family, *sizes[:6], gpu, sizes.marked, runs.members if runs else 1)
+        if choice.family != family:
+            runs = pipeline.best("step", sizes, *group)
+    assert runs is not None  # the step kernels run any group
+    choice = replace(choice, members=runs.members, chunk=runs.chunk if layers else 0)
     hindrance = UNCOOPERATIVE if FAMILIES[choice.family].waits and not cooperative(device) else ""
     if strict():  # `run` raises the hindrance
         return replace(choice, strict=True, hindrance=hindrance)
@@ -205,29 +224,37 @@ def _choice(
 
 
 def _measured_plan(
-    gpu: GpuLimits | None, cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool
-) -> tuple[str, Plan | None] | None:
-    """The family that was measured as the fastest, and its plan; None if nothing was measured."""
+    gpu: GpuLimits | None, call: tuple[str, int, str, str, bool], sizes: pipeline.Sizes, members: int, layers: bool
+) -> tuple[str, Plan | None, int] | None:
+    """The family that was measured as the fastest, its plan, and for how many members at once. None if nothing was measured."""
     from rnnfast.kernels.families import family_of
 
-    names = tuning_file.names(dtype, precision)
+    cell, T, dtype, precision, training = call
     trial = tuned.candidate.get()
-    entry = trial.entry if trial else None if gpu is None else tuned.kernels(gpu, cell, T, B, H, *names, training)
+    if trial is not None:
+        entry = trial.entry
+    elif gpu is None:
+        return None
+    else:
+        entry = tuned.kernels(gpu, cell, T, sizes.B, sizes.H, dtype, precision, training, members, layers)
     if entry is None:
         return None
-    plan = entry.backward if backward else entry.forward
-    return ("step", None) if plan is None else (family_of(plan), plan)
+    plan = entry.backward if sizes.backward else entry.forward
+    return ("step", None, 0) if plan is None else (family_of(plan), plan, min(members, entry.members[sizes.backward]))
 
 
-def _predicted_family(
-    device: torch.device, gpu: GpuLimits | None, gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool,
-    marked: bool,
-) -> str:  # fmt: skip
-    """The family with the least predicted time of those that are trusted; the step kernels where none is."""
-    if gpu is None:
-        return "step"
-    families = _able(device, trust.trusted(device))
-    return best_family(families, gates, B, H, itemsize, precision, backward, gpu, marked)[0] or "step"
+def why_fewer(choice: Choice, sizes: pipeline.Sizes, T: int, members: int, layers: bool, device: torch.device) -> str:
+    """Why fewer than all members of a group run at once, in words. Arguments as for `pick`, which gave the `choice`."""
+    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.persistent.plan import GPUS, NoPlan
+
+    gpu = limits(device) or GPUS["H100"]
+    plan = FAMILIES[choice.family].plan(*sizes[:6], gpu, sizes.marked, members)
+    if isinstance(plan, NoPlan):
+        return f"{members} do not fit: {plan.reason}"
+    found = pipeline.best(choice.family, sizes, 1 << (T.bit_length() - 1), members, layers, gpu)
+    predicted = found is not None and found.members == choice.members
+    return "more at once are not predicted faster" if predicted else "so it was measured as the fastest"
 
 
 def _able(device: torch.device, families: Iterable[str]) -> tuple[str, ...]:
@@ -309,10 +336,10 @@ def torch_wins(
 
 def predict(
     shape: tuning_file.Shape, device: torch.device, gpu: GpuLimits, families: Iterable[str], packed: bool = False,
-    projected: bool = False,
+    projected: bool = False, by_layer: bool = False,
 ) -> Forecast:  # fmt: skip
     """The prediction for a call, on those of `families` that the device can launch."""
-    return forecast(shape, gpu, _able(device, families), packed, projected)
+    return forecast(shape, gpu, _able(device, families), packed, projected, by_layer)
 
 
 def shape(
@@ -327,7 +354,8 @@ def shape(
 
 
 def precision() -> str:
-    """The precision of a recurrent product in float32, "tf32" or "ieee": PyTorch's setting for cuDNN's recurrent layers."""
+    """The precision of a float32 layer's products, "tf32" or "ieee", of the input side and of the recurrence alike: PyTorch's
+    setting for cuDNN's recurrent layers."""
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
