@@ -222,8 +222,8 @@ def _torch_layer(
     b_hh: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, _States, tuple[Tensor, ...], None]:
-    """`rnnfast.reference.trace` without cell states and gates, on PyTorch's own operators: cuDNN on a GPU, ATen elsewhere. A cell
-    that PyTorch does not have runs on the reference."""
+    """`rnnfast.reference.trace` without cell states and gates, on PyTorch's own operators: cuDNN on a GPU, ATen elsewhere. A
+    cell that PyTorch does not have runs on the reference."""
     if not torch_private.has_operator(cell):
         return *reference.layer(cell, x, hx, w_ih, w_hh, b_ih, b_hh, reverse=reverse), (), None
     zeros = x.new_zeros(1, x.shape[1], w_hh.shape[1])

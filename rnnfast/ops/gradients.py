@@ -37,6 +37,7 @@ from rnnfast.ops import dropout, operators, recurrence
 from rnnfast.ops.marks import by_direction, by_member, entering
 from rnnfast.ops.members import Frame
 from rnnfast.ops.operators import INPUTS, Backward, Forward, Results
+from rnnfast.ops.products import added_product, product
 from rnnfast.ops.recurrence import no_autocast
 from rnnfast.ops.schema import DIFFERENTIABLE, STATE_TENSORS, UPSTREAM
 from rnnfast.ops.vmap import batched
@@ -192,21 +193,21 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
 
     if "x" in needs:
         w_ih = tape.w_ih.roll(H, 1) if kept_apart else tape.w_ih
-        d_x = d_read[0] @ w_ih[0]
+        d_x = product(d_read[0], w_ih[0])
         for m in range(1, D):
-            d_x = torch.addmm(d_x, d_read[m], w_ih[m])
+            d_x = added_product(d_x, d_read[m], w_ih[m])
         found["x"] = d_x.view(T, B, -1)
     if "w_ih" in needs:
         x = tape.x
         if tape.lengths is not None:  # a NaN in padding times a gradient of 0 would be NaN
             x = x.masked_fill((tape.marks[0] == PADDED)[..., None], 0)
         x = x.reshape(T * B, -1)
-        found["w_ih"] = in_order(torch.stack([d.t() @ x for d in d_read]) if D > 1 else (d_read[0].t() @ x)[None])
+        found["w_ih"] = in_order(_of_each([product(d.t(), x) for d in d_read]))
     if "w_up" in needs:
         below = tape.h[:-1]
         if tape.seeds is not None:
             below = torch.stack([dropout.dropped(*each, call.dropout) for each in zip(below, tape.seeds.split(1), strict=True)])
-        found["w_up"] = in_order(torch.bmm(d_input[1:].mT, below.view(M - 1, T * B, H)))
+        found["w_up"] = in_order(product(d_input[1:].mT, below.view(M - 1, T * B, H)))
     if "w_hh" in needs:
         found["w_hh"] = _recurrent_gradient(call, tape, d_hidden)
     if "b_ih" in needs:
@@ -214,6 +215,11 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
     if "b_hh" in needs:
         found["b_hh"] = d_hidden.sum(1)
     return tuple([found[name] for name in needs])
+
+
+def _of_each(tensors: list[Tensor]) -> Tensor:
+    """Those of all members, with the members in front."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _recurrent_gradient(call: Call, tape: Any, d_hidden: Tensor) -> Tensor:
@@ -226,14 +232,14 @@ def _recurrent_gradient(call: Call, tape: Any, d_hidden: Tensor) -> Tensor:
             starts = (None if state is None else state[m] for state in (tape.h0, tape.reset_h))
             codes = tape.marks[min(m, len(tape.marks) - 1)]
             met = entering(member, *starts, codes, bool(call.flips >> m & 1), 0, T)
-            found.append(d_hidden[m].t() @ met.reshape(T * B, H))
-        return torch.stack(found)
+            found.append(product(d_hidden[m].t(), met.reshape(T * B, H)))
+        return _of_each(found)
     found = []
     for members, reverse in by_direction(call.flips, len(h)):
         own, steps = d_hidden[members], h[members]
         first, later, met = (own[:, -B:], own[:, :-B], steps[:, 1:]) if reverse else (own[:, :B], own[:, B:], steps[:, :-1])
-        grad = torch.bmm(later.mT, met.flatten(1, 2))
-        found.append(grad if tape.h0 is None else torch.baddbmm(grad, first.mT, tape.h0[members]))
+        grad = product(later.mT, met.flatten(1, 2))
+        found.append(grad if tape.h0 is None else added_product(grad, first.mT, tape.h0[members]))
     return found[0] if len(found) == 1 else torch.cat(found)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rnnfast.ops.products import product
 from rnnfast.reference import CONTINUES, RESETS, STARTS
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def start_grads(
     """
     if first is None or d_starts is None:
         return [None] * 4
-    through = torch.bmm(first, w).float() if direct is None else torch.bmm(first, w) + direct
+    through = product(first, w).float() if direct is None else product(first, w) + direct
     mark, nothing = mark[..., None], torch.zeros_like(through)
     d_starts.h[:, 0] += torch.where(mark == STARTS, through, nothing)
     d_starts.h[:, 1] += torch.where(mark == RESETS, through, nothing)

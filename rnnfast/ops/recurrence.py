@@ -41,6 +41,7 @@ from rnnfast.ops.marks import (
     own_marks,
     start_grads,
 )
+from rnnfast.ops.products import product
 from rnnfast.ops.rounds import Recomputed, Sides, Upstream, parts, rounds, sides_of_layers, upstream_of_layers
 from rnnfast.torch_private import forward_level
 
@@ -346,7 +347,7 @@ def backward(
             at_first = first_steps(marks, flips)
             grads = start_grads(first, w, direct, d_h, d_c, at_first, lengths, d_starts)
         else:
-            grads = [None if first is None else torch.bmm(first, w), d_c if spec.carries_c else None, None, None]
+            grads = [None if first is None else product(first, w), d_c if spec.carries_c else None, None, None]
             if grads[0] is not None and direct is not None:
                 grads[0] = grads[0] + direct
     d_h0, d_c0, d_reset_h, d_reset_c = (h.new_empty(0) if grad is None else grad.to(h.dtype, copy=True) for grad in grads)

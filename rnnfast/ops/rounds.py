@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rnnfast.ops.marks import entering
+from rnnfast.ops.products import product, wide_product
 
 if TYPE_CHECKING:
     from rnnfast.kernels.cells import Cell
@@ -66,16 +67,6 @@ def _chunk_rows(tensor: Tensor, members: range, start: int, N: int, width: int |
     return tensor.as_strided(size, ((T - N) * B * row, row, 1), tensor.storage_offset() + first * B * row)
 
 
-def _wide_product(rows: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """``rows @ w.mT`` in float32, of matrices or batches of them. That saves one rounding, which is worth little: see
-    docs/numerics.md."""
-    product: Any = torch.bmm if rows.dim() == 3 else torch.mm
-    if rows.is_cuda and rows.dtype != torch.float32:
-        given = {} if out is None else {"out": out}
-        return product(rows, w.mT, out_dtype=torch.float32, **given)
-    return product(rows.float(), w.float().mT, out=out)
-
-
 def drop_out(x: Tensor, seeds: Tensor, p: float) -> Tensor:
     """Dropout of whole sequences, `x` (K, T, B, H), with a seed each."""
     from rnnfast.kernels import dropout
@@ -119,20 +110,20 @@ class Sides:
         call overwrites."""
         x, (D, width, _), (T, B, _) = self.x, self.w_ih.shape, self.x.shape
         if len(starts) == 1:
-            return _wide_product(x[starts[0] : starts[0] + N].reshape(N * B, -1), self.w_ih[0]).view(1, N, B, width)
+            return wide_product(x[starts[0] : starts[0] + N].reshape(N * B, -1), self.w_ih[0].t()).view(1, N, B, width)
         if self.buffer is None or self.buffer.shape[1] != N:
             self.buffer = x.new_empty(len(starts), N, B, width, dtype=torch.float32)
         for m in range(D):
             first, last = max(0, starts[m]), min(T, starts[m] + N)
             if first < last:
                 rows, at = x[first:last].reshape((last - first) * B, -1), first - starts[m]
-                _wide_product(rows, self.w_ih[m], self.buffer[m, at : at + last - first].view(-1, width))
+                wide_product(rows, self.w_ih[m].t(), self.buffer[m, at : at + last - first].view(-1, width))
         above = _active(starts, N, T, range(D, len(starts)))
         if above:
             assert self.w_up is not None
             below = range(above.start - 1, above.stop - 1)
             rows = self._below(below, starts[above.start], N)
-            _wide_product(rows, self.w_up[below.start : below.stop], self.buffer[above.start : above.stop].flatten(1, 2))
+            wide_product(rows, self.w_up[below.start : below.stop].mT, self.buffer[above.start : above.stop].flatten(1, 2))
         return self.buffer
 
     def _below(self, layers: range, start: int, N: int) -> Tensor:
@@ -191,7 +182,7 @@ class Upstream:
         if below:
             rows = _chunk_rows(self.d_gates, range(below.start + 1, below.stop + 1), starts[below.start], N, width)
             out = self.buffer[below.start : below.stop].flatten(1, 2)
-            torch.bmm(rows, self.w_up[below.start : below.stop], out=out)
+            product(rows, self.w_up[below.start : below.stop], out)
             if self.seeds is not None:
                 from rnnfast.kernels import dropout
 
@@ -208,7 +199,8 @@ def upstream_of_layers(
     H, last, inner = w_up.shape[2], part.stop - 1, slice(part.start, part.stop - 1)
     w_up = w_up.roll(H, 1) if cell.grads > cell.gates else w_up  # the last gate's input side comes first: see Cell.grads
     if part.stop < d_gates.shape[0]:
-        dy = d_gates[part.stop, ..., : w_up.shape[1]] @ w_up[last]
+        above = d_gates[part.stop].flatten(0, 1)[:, : w_up.shape[1]]
+        dy = product(above, w_up[last]).view(*d_gates.shape[1:3], H)
         dy = dy if seeds is None else drop_out(dy[None], seeds[last : last + 1], p)[0]
     return Upstream(dy, d_gates[part], w_up[inner], None if seeds is None else seeds[inner], p)
 
@@ -252,7 +244,7 @@ class Recomputed:
             if first < last:
                 before[m, first - start : last - start] = self._entering(m, first, last)
         saved = self.h.new_empty(M, N, B, self.cell.saved * H)
-        h_side = _wide_product(before.view(M, N * B, H), self.w).view(M, N, B, -1)
+        h_side = wide_product(before.view(M, N * B, H), self.w.mT).view(M, N, B, -1)
         compute(self.cell, self.sides.chunk(starts, N), h_side, *self.biases, saved)
         return saved
 
