@@ -1,24 +1,35 @@
 """What runs where: the automatic choice for some calls on GPUs that are not here, and the predictions that it rests on.
 
     python -m benchmarks.where [--gpu H100 ...]
+    python -m benchmarks.where --stacks [--gpu H100 ...]
 
-Every time is predicted, in microseconds a time step, all layers and directions together (`rnnfast.choice.forecast`). The GPUs
-count as never measured, and every family of kernels as found right by the canary.
+Every time is predicted. The first table is in microseconds a time step, all layers and directions together
+(`rnnfast.choice.forecast`). The GPUs count as never measured, and every family of kernels as found right by the canary.
+
+The second table is for problems 35, 38, 39 and 41 of KernelBench's level 3: milliseconds of a call on the persistent kernels,
+one member after another and in groups (`rnnfast.choice.pipeline`), and where the time of the groups goes. It has the arithmetic
+of the products over all steps, which the choice leaves out.
 """
 
 import argparse
 import itertools
 import sys
+from dataclasses import replace
 
 import torch
 
-from rnnfast.choice import kernel_plan, tuned
+from benchmarks.floor.ceilings import stated
+from rnnfast.choice import kernel_plan, pipeline, tuned
+from rnnfast.choice.forecast import CALL_US
 from rnnfast.choice.gpu import pretend_gpu
 from rnnfast.choice.trust import families
 from rnnfast.choice.tuning_file import Shape
+from rnnfast.kernels.hardware import LAUNCH, PRODUCT, gigahertz
 from rnnfast.kernels.persistent.plan import GPUS
+from rnnfast.reference import GATES
 from rnnfast.settings import CANARY
 
+PEAK_SHARE = 1 / 3  # of the data sheet's FLOPs, that products of these sizes reach; an estimate
 ASSUMED = ("A100", "H100", "RTX 4090")
 CALLS = (  # cell, dtype, precision, T, B, I, H, layers, directions
     ("lstm", "float16", "half", 1024, 16, 768, 768, 1, 1),
@@ -54,10 +65,84 @@ def table(names: list[str]) -> str:
     return "\n".join(lines)
 
 
+# Problem of KernelBench, and its shape in inference
+STACKS = {
+    35: Shape("lstm", "float32", "tf32", 512, 10, 128, 256, 6, 1, False),
+    38: Shape("lstm", "float32", "tf32", 512, 10, 128, 256, 6, 2, False),
+    39: Shape("gru", "float32", "tf32", 512, 10, 128, 256, 6, 1, False),
+    41: Shape("gru", "float32", "tf32", 512, 10, 128, 256, 6, 2, False),
+}
+STACK_GPUS = ("H100", "A100", "B200")
+TERMS = ("steps", "launches", "products", "gradients", "call")
+
+
+def stack(shape: Shape, name: str, grouped: bool) -> tuple[dict[str, float], list[pipeline.Run]]:
+    """Predicted milliseconds of a call on the persistent kernels, by `TERMS`, and how forward and backward run.
+
+    Args:
+        grouped: whether directions and layers run as groups; else each layer and direction after another.
+
+    The terms are the time steps; the kernels' starts, clears and weights; the products of the chunks; in training those of all
+    gradients after backward; and the host's part of one call, behind which it is ahead of the GPU.
+    """
+    gpu, passes = GPUS[name], (False, True) if shape.training else (False,)
+    members, layers, calls = pipeline.grouping(shape.layers, shape.directions)
+    if not grouped:
+        members, layers, calls = 1, False, shape.layers * shape.directions
+    gates = GATES[shape.cell]
+    ceilings = stated(name)
+    assert ceilings is not None
+    rate = ceilings.flops_per_s[shape.precision] / 1000 * PEAK_SHARE  # FLOPs a millisecond
+    step = 2 * shape.B * gates * shape.H  # FLOPs of a step of one member, an element of its input
+    width = shape.directions * shape.H
+    inputs = shape.directions * (shape.I + (shape.layers - 1) * width)  # elements of all members' inputs
+    found, runs = dict.fromkeys(TERMS, 0.0), []
+    for backward in passes:
+        sizes = pipeline.Sizes(gates, shape.B, shape.H, 4, shape.precision, backward)
+        run = pipeline.best("persistent", sizes, shape.T, members, layers, gpu)
+        assert run is not None
+        runs.append(run)
+        if layers and run.members > 1:  # each round has a chunk of each layer; backward leaves the first one's for the end
+            rows = run.parts * run.rounds * run.chunk
+            inside = rows * ((run.members - 1) * shape.H + (0 if backward else shape.I))
+        else:
+            inside = 0 if backward else shape.T * inputs
+        found["steps"] += calls * run.steps / 1000
+        found["launches"] += calls * (run.starts + run.weights + run.clears + run.host) / 1000
+        found["products"] += calls * run.products / 1000 + step * inside / rate
+        found["call"] += CALL_US[backward] / 1000
+    if shape.training:  # of W_ih and W_hh, and of the inputs that backward's rounds have not made
+        recurrent = shape.directions * shape.layers * shape.H
+        below = shape.I if runs[1].members > 1 and layers else inputs
+        clock = gigahertz(name) * 1e6
+        found["gradients"] = step * shape.T * (inputs + recurrent + below) / rate + 3 * calls * (PRODUCT + LAUNCH) / clock
+    return found, runs
+
+
+def stacks(names: list[str]) -> str:
+    """The second table, as Markdown."""
+    lines = [
+        f"| problem, GPU, pass | one after another | grouped | members, chunk | {' | '.join(TERMS)} |",
+        f"|---|--:|--:|---|{'--:|' * len(TERMS)}",
+    ]
+    for name, (number, shape), training in itertools.product(names, STACKS.items(), (False, True)):
+        trained = replace(shape, training=training)
+        alone, _ = stack(trained, name, grouped=False)
+        terms, runs = stack(trained, name, grouped=True)
+        one_way = shape.directions == 1
+        how = "; ".join(f"{run.members}, {run.chunk}" if one_way else f"{run.members}" for run in runs)
+        words = f"{number} {'bi-' * (not one_way)}{shape.cell}, {name}, {'training' if training else 'inference'}"
+        columns = [f"{sum(alone.values()):.2f}", f"{sum(terms.values()):.2f}", how, *(f"{terms[term]:.2f}" for term in TERMS)]
+        lines.append(f"| {words} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.where", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--gpu", nargs="+", default=list(ASSUMED), choices=list(GPUS), help="GPUs to assume")
-    print(table(parser.parse_args(argv).gpu))
+    parser.add_argument("--gpu", nargs="+", choices=list(GPUS), help="GPUs to assume")
+    parser.add_argument("--stacks", action="store_true", help="the problems of KernelBench, layers and directions in groups")
+    args = parser.parse_args(argv)
+    print(stacks(args.gpu or [*STACK_GPUS]) if args.stacks else table(args.gpu or [*ASSUMED]))
     return 0
 
 

@@ -43,8 +43,8 @@ class Plan(Protocol):
         """How many launches there are, for T steps."""
         ...
 
-    def words(self, B: int) -> str:
-        """The launch in words, for a batch of B rows."""
+    def words(self, B: int, members: int = 1) -> str:
+        """The launch in words, for a batch of B rows of each of `members`."""
         ...
 
 
@@ -112,11 +112,12 @@ FAMILIES = {
 
 
 def plans_to_measure(
-    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, most: int = 4
-) -> list[Plan]:
-    """The plans of all families that are worth measuring, at most `most` of each."""
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, most: int = 4,
+    members: int = 1,
+) -> list[Plan]:  # fmt: skip
+    """The plans of all families for `members` at once that are worth measuring, at most `most` of each."""
     sizes = gates, B, H, itemsize, precision, backward, limits, most
-    return [plan for family in FAMILIES.values() if family.plans for plan in family.plans(*sizes)]
+    return [plan for family in FAMILIES.values() if family.plans for plan in family.plans(*sizes, members=members)]
 
 
 def family_of(plan: Plan) -> str:

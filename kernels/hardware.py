@@ -28,6 +28,10 @@ CLUSTER_HOP = 180  # the same through distributed shared memory, the fastest way
 BARRIER = 35  # of 4 to 8 warps that arrive together. B300: 37 for 8 warps (notes of others); an estimate
 LAUNCH = 1800  # from the end of one kernel to the begin of the next in a stream; an estimate
 LAUNCH_HOST_US = 5.0  # microseconds, not clocks: a launch costs the host in eager mode; an estimate
+PROLOGUE = 1800  # a kernel of many steps, from its begin to its first step, besides its weights; an estimate
+CLEAR = 2700  # a kernel that fills the exchange of a chunk, some MB, besides its start; an estimate
+PRODUCT = 5400  # a matrix product of a chunk, besides its start and its arithmetic: 3 us on an H100; an estimate
+PRODUCT_HOST_US = 10.0  # microseconds of the host for a view and a product through PyTorch; an estimate
 
 # Rates in bytes a clock
 PORT_BYTES = 64  # L2 into one SM at most (CUDA programming guides)

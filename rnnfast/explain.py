@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import torch_private
-from rnnfast.choice import kernel_plan, trust, tuned, tuning_file
+from rnnfast.choice import kernel_plan, pipeline, trust, tuned, tuning_file
 from rnnfast.choice.decide import Decision, unknown_to_torch
 from rnnfast.choice.obstacles import autocast
 from rnnfast.nn import cells, sequence
@@ -18,7 +18,7 @@ from rnnfast.nn.base import cell_of
 from rnnfast.nn.cells import Cell
 from rnnfast.nn.options import CallOptions
 from rnnfast.nn.sequence import Sequence
-from rnnfast.reference import SAVED
+from rnnfast.reference import GATES, SAVED
 from rnnfast.settings import CANARY, strict
 
 __all__ = ["Explanation", "explain"]
@@ -107,7 +107,7 @@ def _predicted(shape: tuning_file.Shape, device: torch.device, packed: bool, pro
     gpu = kernel_plan.limits(device)
     assert gpu is not None
     families = trust.trusted(device)
-    said = str(kernel_plan.predict(shape, device, gpu, families or trust.families(), packed, projected))
+    said = str(kernel_plan.predict(shape, device, gpu, families or trust.families(), packed, projected, options.details))
     if unknown_to_torch(options.given):
         said = said.partition(", cuDNN")[0] + " us a time step; cuDNN has no such call"
     return f"{said}; {trust.words(gpu)}"
@@ -152,7 +152,8 @@ def _tuning(shape: tuning_file.Shape, device: torch.device) -> str:
     gpu = kernel_plan.limits(device)
     assert gpu is not None
     table = tuned.table(gpu)
-    entry = tuned.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training)
+    group = pipeline.grouping(shape.layers, shape.directions)[:2]
+    entry = tuned.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training, *group)
     if entry is not None:
         source = "torch.backends.cudnn.benchmark in this process" if entry.shape in table.own else table.path
         return f"by {source}, measured at {entry.shape}"
@@ -195,18 +196,40 @@ def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, 
     dtype = torch.get_autocast_dtype(kind) if autocast(kind) else tensor.dtype
     cell, units = cell_of(module), int(module.hidden_size)
     times = f"{layers} layers x {directions} directions x"
+    group = pipeline.grouping(layers, directions, options.details or bool(layer and layer.proj_size))
+    precision = kernel_plan.precision()
 
     def words(backward: bool) -> str:
         keeps = backward or training
         choice = kernel_plan.pick(
-            cell, steps, rows, units, dtype, kernel_plan.precision(), backward, keeps, tensor.device, marked
+            cell, steps, rows, units, dtype, precision, backward, keeps, tensor.device, marked, group.members, group.layers
         )
+        sizes = pipeline.Sizes(GATES[cell], rows, units, dtype.itemsize, precision, backward, marked)
         interpreted = ", interpreted" if runtime.mode() == "interpreted" else ""
         return (
-            f"{choice.family} kernels{interpreted}, {choice.plan.launch_words(steps)}: {times} {steps} steps; "
-            f"{choice.plan.words(rows)}" + (f"; not {choice.wanted}: {choice.reason}" if choice.reason else "")
+            f"{choice.family} kernels{interpreted}, {choice.plan.launch_words(choice.chunk or steps)}: {times} {steps} steps"
+            f"{_grouped(choice, group, sizes, steps, tensor.device)}; {choice.plan.words(rows, choice.members)}"
+            + (f"; not {choice.wanted}: {choice.reason}" if choice.reason else "")
         )
 
     forward, backward = words(False), words(True)
     text = (forward if forward == backward else f"forward: {forward}\n       backward: {backward}") + extras
-    return text + (f"; products in {kernel_plan.precision()}" if dtype == torch.float32 else "")
+    return text + (f"; products in {precision}, of the input side and of the recurrence" if dtype == torch.float32 else "")
+
+
+def _grouped(
+    choice: kernel_plan.Choice, group: pipeline.Grouping, sizes: pipeline.Sizes, steps: int, device: torch.device
+) -> str:
+    """How many of a group run at once, and why not more, in words. Empty for a group of one."""
+    if group.members == 1:
+        return ""
+    at_once, why = choice.members, ""
+    if at_once < group.members:
+        why = f": {kernel_plan.why_fewer(choice, sizes, steps, group.members, group.layers, device)}"
+    if not group.layers:
+        return f", {'both directions at once' if at_once > 1 else 'one direction after the other'}{why}"
+    if at_once == 1:
+        return f", one layer after another{why}"
+    parts = -(-group.members // at_once)
+    times = "" if parts == 1 else ", twice" if parts == 2 else f", {parts} times"
+    return f", {at_once} layers at once in chunks of {choice.chunk} time steps{times}{why}"

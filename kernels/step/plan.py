@@ -32,8 +32,8 @@ class StepPlan:
     def launch_words(self, T: int) -> str:
         return "one launch a time step"
 
-    def words(self, B: int) -> str:
-        """The plan in words, the same for any batch."""
+    def words(self, B: int, members: int = 1) -> str:
+        """The plan in words, the same for any batch and any number of members at once."""
         return (
             f"a program computes {self.BLOCK_H} units of {self.BLOCK_B} rows in chunks of {self.BLOCK_K}, "
             f"{self.num_warps} warps, {self.num_stages} stages"

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from rnnfast.choice import trust, tuned, tuning_file
-from rnnfast.choice.forecast import MARGIN, Forecast, best_family, forecast
+from rnnfast.choice import pipeline, trust, tuned, tuning_file
+from rnnfast.choice.forecast import MARGIN, Forecast, forecast
 from rnnfast.choice.gpu import cooperative, known, limits, pretend_gpu
 from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
 from rnnfast.reference import GATES
@@ -51,6 +51,7 @@ __all__ = [
     "shape",
     "torch_wins",
     "torch_wins_call",
+    "why_fewer",
 ]
 
 FAMILIES = KERNELS.choices
@@ -75,7 +76,7 @@ _unannounced: list[str] = []  # reasons why other kernels run from then on, unti
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs one direction of a layer.
+    """What runs a group of recurrences (`rnnfast.kernels.groups`): a layer, its directions, or the layers of a stack.
 
     Attributes:
         family: the name of the family of kernels.
@@ -85,6 +86,8 @@ class Choice:
         reason: why it cannot run, else empty.
         strict: whether RNNFAST_STRICT is set. A plan that the driver refused is then launched again, so that the call raises.
         hindrance: why the device can launch no plan of the family. Set only if `strict`, else empty.
+        members: how many of the group run at once, in one launch. The group runs in parts of so many, one after another.
+        chunk: of layers, the time steps of a chunk of their pipeline, at least 1; else 0.
     """
 
     family: str
@@ -94,6 +97,8 @@ class Choice:
     reason: str = ""
     strict: bool = False
     hindrance: str = ""
+    members: int = 1
+    chunk: int = 0
 
     @property
     def persistent(self) -> PersistentPlan | None:
@@ -102,7 +107,7 @@ class Choice:
 
     def without(self, reason: str) -> Choice:
         """The choice of the step kernels in place of this one. `reason` says why."""
-        return Choice("step", self.step, self.step, self.family, reason)
+        return Choice("step", self.step, self.step, self.family, reason, members=self.members, chunk=self.chunk)
 
 
 def asked() -> str:
@@ -112,7 +117,7 @@ def asked() -> str:
 
 def choose(
     family: str, gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, gpu: GpuLimits | None,
-    marked: bool = False,
+    marked: bool = False, members: int = 1,
 ) -> Choice:  # fmt: skip
     """Choose `family` if it has a plan, else the step kernels. A pure function.
 
@@ -120,6 +125,7 @@ def choose(
         family: the name of a family, not "auto".
         gates, B, H, itemsize, precision, backward, marked: as in `rnnfast.kernels.persistent.plan.persistent_plan`.
         gpu: what `limits` returns.
+        members: that run at once.
     """
     from rnnfast.kernels.families import FAMILIES
     from rnnfast.kernels.persistent.plan import NoPlan
@@ -127,27 +133,29 @@ def choose(
 
     step = step_plan(H, itemsize, precision)
     if family == "step":
-        return Choice("step", step, step)
+        return Choice("step", step, step, members=members)
     if gpu is None and FAMILIES[family].waits:
         reason = "on a CPU the programs of a grid run one after another, and these wait for each other"
-        return Choice("step", step, step, family, reason)
-    plan = FAMILIES[family].plan(gates, B, H, itemsize, precision, backward, gpu, marked)
+        return Choice("step", step, step, family, reason, members=members)
+    plan = FAMILIES[family].plan(gates, B, H, itemsize, precision, backward, gpu, marked, members)
     if isinstance(plan, NoPlan):
-        return Choice("step", step, step, family, plan.reason)
-    return Choice(family, plan, step)
+        return Choice("step", step, step, family, plan.reason, members=members)
+    return Choice(family, plan, step, members=members)
 
 
 def pick(
     cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool, device: torch.device,
-    marked: bool = False,
+    marked: bool = False, members: int = 1, layers: bool = False,
 ) -> Choice:  # fmt: skip
     """The choice for this call. It follows the settings, what was measured, the device and what its driver has refused.
 
     Args:
         marked: whether the call has lengths or resets.
+        members: of the group: the directions of a layer, or the layers of a stack.
+        layers: whether they are the layers of a stack.
     """
     key = (
-        cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked,
+        cell, T.bit_length(), B, H, dtype, precision, backward, training, device, marked, members, layers,
         KERNELS.block.get(), environment.get(KERNELS.key), STRICT.block.get(), environment.get(STRICT.key),
         CANARY.block.get(), environment.get(CANARY.key), tuned.candidate.get(),
     )  # fmt: skip
@@ -155,9 +163,13 @@ def pick(
     if choice is None:
         if len(known) >= MOST_KNOWN:
             known.clear()
-        choice = known[key] = _choice(cell, T, B, H, dtype, precision, backward, training, device, marked)
+        sizes = pipeline.Sizes(GATES[cell], B, H, dtype.itemsize, precision, backward, marked)
+        names = cell, 1 << (T.bit_length() - 1), *tuning_file.names(dtype, precision), training
+        choice = known[key] = _choice(names, sizes, members, layers, device)
     if _refused and not choice.strict and (refusal := _refused.get((device, choice.plan))):
-        return choice.without(refusal)
+        choice = choice.without(refusal)
+    if layers and (chunk := pipeline.even(T, choice.chunk)) != choice.chunk:
+        choice = replace(choice, chunk=chunk)
     return _without_waits(choice) if _gave_up else choice
 
 
@@ -172,23 +184,39 @@ def _without_waits(choice: Choice) -> Choice:
 
 
 def _choice(
-    cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool, device: torch.device,
-    marked: bool,
-) -> Choice:  # fmt: skip
-    """`pick` without the launches that the driver has refused."""
-    from rnnfast.kernels.families import FAMILIES
+    call: tuple[str, int, str, str, bool], sizes: pipeline.Sizes, members: int, layers: bool, device: torch.device
+) -> Choice:
+    """`pick` without the launches that the driver has refused, for a power of two of time steps.
 
-    family, plan = asked(), None
-    gpu = None if family == "step" else limits(device)
+    Args:
+        call: cell, T, dtype and precision by their names in a `tuning_file.Shape`, and whether it is training.
+    """
+    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.persistent.plan import GPUS
+
+    gpu = limits(device)
+    group = call[1], members, layers, gpu or GPUS["H100"]  # a CPU runs groups as that GPU does
+    family, plan, at_once = asked(), None, 0
     if family == "auto":
-        sizes = GATES[cell], B, H, dtype.itemsize, precision, backward
-        measured = _measured_plan(gpu, cell, T, B, H, dtype, precision, backward, training)
-        family, plan = measured or (_predicted_family(device, gpu, *sizes, marked), None)
-        if marked:  # the plan was measured without marks, and may not have the shared memory for them
+        measured = _measured_plan(gpu, call, sizes, members, layers)
+        if measured is not None:
+            family, plan, at_once = measured
+        else:
+            families = () if gpu is None else _able(device, trust.trusted(device))
+            found = pipeline.fastest(families, sizes, *group)
+            family = found[0] if found else "step"
+        if sizes.marked:  # the plan was measured without marks, and may not have the shared memory for them
             plan = None
-    choice = choose(family, GATES[cell], B, H, dtype.itemsize, precision, backward, gpu, marked)
     if plan is not None:
-        choice = Choice(family, plan, choice.step)
+        runs = pipeline.run(family, sizes, call[1], at_once, -(-members // at_once), layers, group[3])
+        choice = replace(choose("step", *sizes[:6], gpu, members=at_once), family=family, plan=plan)
+    else:
+        runs = pipeline.best(family, sizes, *group)
+        choice = choose(family, *sizes[:6], gpu, sizes.marked, runs.members if runs else 1)
+        if choice.family != family:
+            runs = pipeline.best("step", sizes, *group)
+    assert runs is not None  # the step kernels run any group
+    choice = replace(choice, members=runs.members, chunk=runs.chunk if layers else 0)
     hindrance = UNCOOPERATIVE if FAMILIES[choice.family].waits and not cooperative(device) else ""
     if strict():  # `run` raises the hindrance
         return replace(choice, strict=True, hindrance=hindrance)
@@ -196,29 +224,37 @@ def _choice(
 
 
 def _measured_plan(
-    gpu: GpuLimits | None, cell: str, T: int, B: int, H: int, dtype: torch.dtype, precision: str, backward: bool, training: bool
-) -> tuple[str, Plan | None] | None:
-    """The family that was measured as the fastest, and its plan; None if nothing was measured."""
+    gpu: GpuLimits | None, call: tuple[str, int, str, str, bool], sizes: pipeline.Sizes, members: int, layers: bool
+) -> tuple[str, Plan | None, int] | None:
+    """The family that was measured as the fastest, its plan, and for how many members at once. None if nothing was measured."""
     from rnnfast.kernels.families import family_of
 
-    names = tuning_file.names(dtype, precision)
+    cell, T, dtype, precision, training = call
     trial = tuned.candidate.get()
-    entry = trial.entry if trial else None if gpu is None else tuned.kernels(gpu, cell, T, B, H, *names, training)
+    if trial is not None:
+        entry = trial.entry
+    elif gpu is None:
+        return None
+    else:
+        entry = tuned.kernels(gpu, cell, T, sizes.B, sizes.H, dtype, precision, training, members, layers)
     if entry is None:
         return None
-    plan = entry.backward if backward else entry.forward
-    return ("step", None) if plan is None else (family_of(plan), plan)
+    plan = entry.backward if sizes.backward else entry.forward
+    return ("step", None, 0) if plan is None else (family_of(plan), plan, min(members, entry.members[sizes.backward]))
 
 
-def _predicted_family(
-    device: torch.device, gpu: GpuLimits | None, gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool,
-    marked: bool,
-) -> str:  # fmt: skip
-    """The family with the least predicted time of those that are trusted; the step kernels where none is."""
-    if gpu is None:
-        return "step"
-    families = _able(device, trust.trusted(device))
-    return best_family(families, gates, B, H, itemsize, precision, backward, gpu, marked)[0] or "step"
+def why_fewer(choice: Choice, sizes: pipeline.Sizes, T: int, members: int, layers: bool, device: torch.device) -> str:
+    """Why fewer than all members of a group run at once, in words. Arguments as for `pick`, which gave the `choice`."""
+    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.persistent.plan import GPUS, NoPlan
+
+    gpu = limits(device) or GPUS["H100"]
+    plan = FAMILIES[choice.family].plan(*sizes[:6], gpu, sizes.marked, members)
+    if isinstance(plan, NoPlan):
+        return f"{members} do not fit: {plan.reason}"
+    found = pipeline.best(choice.family, sizes, 1 << (T.bit_length() - 1), members, layers, gpu)
+    predicted = found is not None and found.members == choice.members
+    return "more at once are not predicted faster" if predicted else "so it was measured as the fastest"
 
 
 def _able(device: torch.device, families: Iterable[str]) -> tuple[str, ...]:
@@ -300,10 +336,10 @@ def torch_wins(
 
 def predict(
     shape: tuning_file.Shape, device: torch.device, gpu: GpuLimits, families: Iterable[str], packed: bool = False,
-    projected: bool = False,
+    projected: bool = False, by_layer: bool = False,
 ) -> Forecast:  # fmt: skip
     """The prediction for a call, on those of `families` that the device can launch."""
-    return forecast(shape, gpu, _able(device, families), packed, projected)
+    return forecast(shape, gpu, _able(device, families), packed, projected, by_layer)
 
 
 def shape(
@@ -318,7 +354,8 @@ def shape(
 
 
 def precision() -> str:
-    """The precision of a recurrent product in float32, "tf32" or "ieee": PyTorch's setting for cuDNN's recurrent layers."""
+    """The precision of a float32 layer's products, "tf32" or "ieee", of the input side and of the recurrence alike: PyTorch's
+    setting for cuDNN's recurrent layers."""
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CanaryWarning", "Verdict", "examine", "families", "trusted", "where", "words"]
 
-FORMAT, SCHEMA = "rnnfast canary", 1
+FORMAT, SCHEMA = "rnnfast canary", 2
 QUIET = 60.0  # seconds that one family may take to compile and run
 SECONDS = 180.0  # that the whole may take
 

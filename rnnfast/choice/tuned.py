@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rnnfast.choice.gpu import known
 from rnnfast.choice.obstacles import user_level
+from rnnfast.choice.pipeline import grouping
 from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, slug, tiles, where
 
 if TYPE_CHECKING:
@@ -185,32 +186,44 @@ def winner(gpu: GpuLimits, shape: Shape) -> str | None:
     return here.found[key]
 
 
-def kernels(gpu: GpuLimits, cell: str, T: int, B: int, H: int, dtype: str, precision: str, training: bool) -> Entry | None:
-    """The entry whose kernels run a recurrence, with its plans made for `B` rows. None if nothing was measured.
+def kernels(
+    gpu: GpuLimits, cell: str, T: int, B: int, H: int, dtype: str, precision: str, training: bool, members: int = 1,
+    layers: bool = False,
+) -> Entry | None:  # fmt: skip
+    """The entry whose kernels run a group of recurrences, with its plans made for `B` rows. None if nothing was measured.
 
-    The recurrence does not depend on the input size, the layer and the direction. Entries with half to twice as many rows serve
-    it, and the nearest of them is taken. The arguments are those of `Shape`.
+    The group does not depend on the input size, nor on how many groups a module has. Entries with half to twice as many rows
+    serve it if the planner has their tiles for `B` rows. The nearest of them is taken.
+
+    Args:
+        members, layers: the group, as in `rnnfast.choice.pipeline.grouping`.
+        others: as in `Shape`.
     """
     here = table(gpu)
     if not here.entries:
         return None
-    key = (cell, T.bit_length(), B, H, dtype, precision, training)
+    key = (cell, T.bit_length(), B, H, dtype, precision, training, members, layers)
     if key not in here.found:
         wanted = (cell, dtype, precision, H, training)
         near = []
         for entry in here.entries:
             shape = entry.shape
             same = (shape.cell, shape.dtype, shape.precision, shape.H, shape.training) == wanted
+            same = same and grouping(shape.layers, shape.directions)[:2] == (members, layers)
             if same and B <= 2 * shape.B and shape.B <= 2 * B and _long_enough(T, shape):
                 distance = (abs(math.log(B / shape.B)), _distance(T, shape), shape.layers, shape.directions, shape.I)
                 near.append((distance, entry))
-        here.found[key] = _for_rows(min(near, key=lambda pair: pair[0])[1], B, gpu) if near else None
+        fitting = (_for_rows(entry, B, gpu) for _, entry in sorted(near, key=lambda pair: pair[0]))
+        here.found[key] = next(filter(None, fitting), None)
     return here.found[key]
 
 
-def _for_rows(entry: Entry, B: int, gpu: GpuLimits) -> Entry:
-    plans = [
-        plan and plan_with(tiles(plan), entry.shape, B, backward, gpu)
-        for plan, backward in ((entry.forward, False), (entry.backward, True))
-    ]
-    return replace(entry, forward=plans[0], backward=plans[1])
+def _for_rows(entry: Entry, B: int, gpu: GpuLimits) -> Entry | None:
+    """The entry with its plans made for `B` rows, of as many members at once; None if the planner has no such plan."""
+    found = []
+    for plan, backward in ((entry.forward, False), (entry.backward, True)):
+        made = plan and plan_with(tiles(plan), entry.shape, B, backward, gpu, entry.members[backward])
+        if plan and not made:
+            return None
+        found.append(made)
+    return replace(entry, forward=found[0], backward=found[1])

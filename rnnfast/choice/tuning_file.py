@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rnnfast.choice.gpu import driver_version
+from rnnfast.choice.pipeline import grouping
 from rnnfast.reference import GATES
 from rnnfast.settings import TUNING_FILE
 
@@ -37,7 +38,7 @@ __all__ = [
     "where",
 ]  # fmt: skip
 
-FORMAT, SCHEMA = "rnnfast tuning", 1
+FORMAT, SCHEMA = "rnnfast tuning", 2
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 SIZES = ("T", "B", "I", "H", "layers", "directions")
 MOST_ROWS = 1 << 16  # with more batch rows, no plan is looked for
@@ -92,6 +93,7 @@ class Entry:
         winner: "torch" if PyTorch's own layer was the fastest, else "triton".
         forward, backward: the plan of the fastest kernels of rnnfast. None means the step kernels.
         times: the time of each candidate in microseconds per time step, by the candidate's name.
+        members: how many of the shape's group (`rnnfast.choice.pipeline`) run at once with these plans, forward and backward.
     """
 
     shape: Shape
@@ -99,6 +101,7 @@ class Entry:
     forward: Plan | None = None
     backward: Plan | None = None
     times: dict[str, float] = field(default_factory=dict, hash=False)
+    members: tuple[int, int] = (1, 1)
 
 
 def where(gpu: GpuLimits) -> Path:
@@ -141,7 +144,8 @@ def encode(entry: Entry) -> dict[str, Any]:
     """The entry as a JSON object, which `decode` reads."""
     plans = {"forward": entry.forward, "backward": entry.backward}
     names = {side: plan and tiles(plan) for side, plan in plans.items()}
-    return asdict(entry.shape) | {"winner": entry.winner} | names | {"us_per_step": entry.times}
+    members = {"members": list(entry.members)}
+    return asdict(entry.shape) | {"winner": entry.winner} | names | members | {"us_per_step": entry.times}
 
 
 def decode(raw: Any, gpu: GpuLimits) -> Entry:
@@ -171,25 +175,33 @@ def decode(raw: Any, gpu: GpuLimits) -> Entry:
     if not isinstance(times, dict) or not all(type(t) in (int, float) and 0 < t < 1e12 for t in times.values()):
         raise ValueError(f"us_per_step is {times!r}")
     shape = Shape(**{name: raw[name] for name in Shape.__dataclass_fields__})
-    plans = {side: plan_with(raw.get(side), shape, shape.B, side == "backward", gpu) for side in ("forward", "backward")}
+    members, most = raw.get("members"), grouping(shape.layers, shape.directions).members
+    if not isinstance(members, list) or len(members) != 2 or not all(type(k) is int and 1 <= k <= most for k in members):
+        raise ValueError(f"members is {members!r}")
+    plans = {
+        side: plan_with(raw.get(side), shape, shape.B, side == "backward", gpu, at_once)
+        for side, at_once in zip(("forward", "backward"), members, strict=True)
+    }
     for side, plan in plans.items():
         if plan is None and raw.get(side) is not None:
             raise ValueError(f"{side} is {raw[side]!r}, which is no plan for {shape} on this GPU")
-    return Entry(shape, raw["winner"], **plans, times={name: float(time) for name, time in times.items()})
+    times = {name: float(time) for name, time in times.items()}
+    return Entry(shape, raw["winner"], **plans, times=times, members=(members[0], members[1]))
 
 
 def tiles(plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in asdict(plan).items() if name not in FITTED}
 
 
-def plan_with(wanted: Any, shape: Shape, B: int, backward: bool, gpu: GpuLimits) -> Plan | None:
-    """The plan that a planner makes for `B` rows with the tiles `wanted`. None if none makes it."""
+def plan_with(wanted: Any, shape: Shape, B: int, backward: bool, gpu: GpuLimits, members: int = 1) -> Plan | None:
+    """The plan that a planner makes for `B` rows of `members` at once with the tiles `wanted`. None if none makes it."""
     from rnnfast.kernels.families import plans_to_measure
 
     if wanted is None or (backward and not shape.training) or B > MOST_ROWS:
         return None
     itemsize = 4 if shape.dtype == "float32" else 2
-    plans = plans_to_measure(GATES[shape.cell], B, shape.H, itemsize, shape.precision, backward, gpu, sys.maxsize)
+    sizes = GATES[shape.cell], B, shape.H, itemsize, shape.precision, backward, gpu
+    plans = plans_to_measure(*sizes, sys.maxsize, members)
     return next((plan for plan in plans if tiles(plan) == wanted), None)
 
 

@@ -18,14 +18,20 @@ import torch
 from rnnfast import check, numerics
 from rnnfast.check import Case
 from rnnfast.choice import kernel_plan
+from rnnfast.choice.kernel_plan import Choice
+from rnnfast.choice.pipeline import grouping
 from rnnfast.settings import KERNELS
 
 __all__ = ["CASES", "examine", "main"]
 
-CASES = (  # a layer that fits one program; one of many programs, with a batch that fills no tile; float32
+# A layer that fits one program; one of many programs, with a batch that fills no tile; float32. Then groups, for whose members
+# kernels are compiled anew: both directions of a layer, and a stack with so many steps that a pipeline is the fastest.
+CASES = (
     Case("LSTM", 40, 8, 64, 64, torch.float16),
     Case("GRU", 24, 20, 96, 256, torch.bfloat16),
     Case("LSTM", 24, 8, 64, 96, torch.float32),
+    Case("GRU", 24, 8, 64, 64, torch.float16, bidirectional=True),
+    Case("LSTM", 128, 8, 64, 96, torch.float16, layers=2),
 )
 STREAMS = 3
 
@@ -40,10 +46,15 @@ def examine(family: str, device: str) -> Iterator[str]:
 
 def _runs(family: str, case: Case, device: str) -> bool:
     """Whether the family has plans for the case, forward and backward."""
-    cell = case.cell.lower()
-    sizes = cell, case.T, case.B, case.H, case.dtype, kernel_plan.precision()
-    choices = [kernel_plan.pick(*sizes, backward, True, torch.device(device)) for backward in (False, True)]
-    return all(choice.family == family for choice in choices)
+    return all(choice.family == family for choice in _choices(case, device))
+
+
+def _choices(case: Case, device: str) -> list[Choice]:
+    """What runs the case, forward and backward."""
+    sizes = case.cell.lower(), case.T, case.B, case.H, case.dtype, kernel_plan.precision()
+    group = grouping(case.layers, 2 if case.bidirectional else 1)
+    where = True, torch.device(device), False, group.members, group.layers
+    return [kernel_plan.pick(*sizes, backward, *where) for backward in (False, True)]
 
 
 def _fault(case: Case, device: str) -> str:

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from rnnfast.choice import child, gpu, trust, tuned
+from rnnfast.choice.pipeline import grouping
 from rnnfast.choice.tuning_file import Entry, Shape
 from rnnfast.commands import tune
 from rnnfast.commands.measure import MODULES, Rows, medians, work
@@ -73,7 +74,8 @@ def _forward(shape: Shape, device: torch.device) -> Entry | None:
     inference, limits = replace(shape, training=False), gpu.limits(device)
     if limits is None or not shape.training or all(entry.forward is None for entry in candidates(inference, device)):
         return None
-    known = tuned.kernels(limits, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, False)
+    group = grouping(shape.layers, shape.directions)[:2]
+    known = tuned.kernels(limits, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, False, *group)
     return known or measure(inference, device)
 
 

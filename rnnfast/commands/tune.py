@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rnnfast.choice import gpu, tuned, tuning_file
+from rnnfast.choice import gpu, pipeline, tuned, tuning_file
 from rnnfast.choice.decide import decide
 from rnnfast.choice.tuning_file import Entry, Shape
 from rnnfast.commands.measure import MODULES, measure
 from rnnfast.reference import GATES
 
 if TYPE_CHECKING:
+    from rnnfast.kernels.families import Plan
     from rnnfast.kernels.persistent.plan import GpuLimits
 
 __all__ = [
@@ -67,29 +68,50 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
 def candidates(shape: Shape, limits: GpuLimits, forward: Entry | None = None, most: int = MOST) -> list[Entry]:
     """PyTorch's own layer, the step kernels, and the plans worth measuring of the other families.
 
+    The plans are for as many members of the shape's group at once as the family's model takes for the fastest. Where these are
+    several, the family's best plan for one at a time is a candidate, too: the model of a group may be wrong.
+
     Args:
         forward: for training, the result for inference. All candidates use its forward kernels and vary the backward kernels.
         most: how many plans of each family, at most.
     """
-    from rnnfast.kernels.families import plans_to_measure
+    found = [Entry(shape, "torch"), Entry(shape, "triton")]
+    plans = list(_plans(shape, limits, most))
+    if shape.training:
+        best, its = (forward.forward, forward.members[0]) if forward else (None, 1)
+        found += [Entry(shape, "triton", best, members=(its, 1))] if best else []
+        return found + [Entry(shape, "triton", best, plan, members=(its, at_once)) for plan, at_once in plans]
+    return found + [Entry(shape, "triton", plan, members=(at_once, 1)) for plan, at_once in plans]
+
+
+def _plans(shape: Shape, limits: GpuLimits, most: int) -> Iterator[tuple[Plan, int]]:
+    """Each plan, and for how many members at once it is."""
+    from rnnfast.kernels.families import FAMILIES
 
     itemsize = 4 if shape.dtype == "float32" else 2
-    sizes = (GATES[shape.cell], shape.B, shape.H, itemsize, shape.precision, shape.training, limits)
-    found = [Entry(shape, "torch"), Entry(shape, "triton")]
-    plans = plans_to_measure(*sizes, most)
-    if shape.training:
-        best = forward.forward if forward else None
-        pairs = [(best, plan) for plan in (None, *plans)]
-        return found + [Entry(shape, "triton", *pair) for pair in pairs if pair != (None, None)]
-    return found + [Entry(shape, "triton", plan) for plan in plans]
+    sizes = pipeline.Sizes(GATES[shape.cell], shape.B, shape.H, itemsize, shape.precision, shape.training)
+    members, layers, _ = pipeline.grouping(shape.layers, shape.directions)
+    for name, family in FAMILIES.items():
+        best = family.plans and pipeline.best(name, sizes, shape.T, members, layers, limits)
+        if not family.plans or not best:
+            continue
+        for at_once, number in {best.members: most, 1: most if best.members == 1 else 1}.items():
+            for plan in family.plans(*sizes[:6], limits, number, members=at_once):
+                yield plan, at_once
 
 
 def name(entry: Entry) -> str:
     """A candidate in words."""
     if entry.winner == "torch":
         return "torch.nn"
-    B = entry.shape.B
-    forward, backward = (plan.words(B) if plan else "step kernels" for plan in (entry.forward, entry.backward))
+    B, group = entry.shape.B, pipeline.grouping(entry.shape.layers, entry.shape.directions)
+
+    def words(plan: Plan | None, at_once: int) -> str:
+        if plan is None:
+            return "step kernels"
+        return plan.words(B) + (f", {at_once} of {group.members} at once" if group.members > 1 else "")
+
+    forward, backward = map(words, (entry.forward, entry.backward), entry.members)
     return f"{forward}; backward {backward}" if entry.shape.training else forward
 
 

@@ -1,13 +1,14 @@
 """The model of cuDNN, the predictions of the kernels beside it, and what the automatic choice makes of both."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
 import rnnfast
-from rnnfast.choice import cudnn, forecast, gpu, kernel_plan, tuned
+from rnnfast.choice import cudnn, forecast, gpu, kernel_plan, pipeline, tuned
 from rnnfast.choice.tuning_file import Entry, Shape
 from rnnfast.kernels.families import FAMILIES
 from rnnfast.kernels.hardware import gigahertz
@@ -90,23 +91,41 @@ def test_each_family_predicts_where_it_has_a_plan():
     """And a step of the step kernels takes at least what its launch costs the host."""
     for gpu_limits in GPUS.values():
         for family in FAMILIES:
-            for H in (8, 64, 768, 5000):
-                sizes = 4, 16, H, 2, "half", True
-                us = forecast.step_us(family, *sizes, gpu_limits)
-                plan = FAMILIES[family].plan(*sizes, gpu_limits, False)
-                assert (us is not None) == isinstance(plan, FAMILIES[family].kind)
-                assert us is None or us > (0 if FAMILIES[family].many_steps else 3)
+            for H, members in itertools.product((8, 64, 768, 5000), (1, 2)):
+                sizes = pipeline.Sizes(4, 16, H, 2, "half", True)
+                run = pipeline.run(family, sizes, 100, members, 1, False, gpu_limits)
+                plan = FAMILIES[family].plan(*sizes[:6], gpu_limits, False, members)
+                assert (run is not None) == isinstance(plan, FAMILIES[family].kind)
+                assert run is None or run.us > 100 * (0 if FAMILIES[family].many_steps else 4)
 
 
 def test_a_forecast_adds_up():
-    """Layers, directions and both passes; what a call costs the host is spread over its steps."""
-    found = forecast.forecast(replace(GRU, layers=3, training=True), H100, ("step", "persistent"))
-    sides = [forecast.best_family(("step", "persistent"), 3, 16, 768, 2, "half", backward, H100) for backward in (False, True)]
-    assert found.kernels == pytest.approx(3 * (sum(us for _, us in sides) + sum(forecast.CALL_US) / 1024))
+    """A stack is one call, forward and backward; what a call costs the host is spread over its steps."""
+    families = "step", "persistent"
+    found = forecast.forecast(replace(GRU, layers=3, training=True), H100, families)
+    runs = [best_run(families, backward, 3, True) for backward in (False, True)]
+    assert found.kernels == pytest.approx((sum(run.us for run in runs) + sum(forecast.CALL_US)) / 1024)
     assert found.families == ("persistent", "persistent") and found.algorithm == "standard"
     assert found.kernels < found.torch and "cuDNN's standard algorithm" in str(found)
     assert forecast.forecast(GRU, H100, ()).kernels == float("inf")
     assert forecast.forecast(GRU, H100, ("persistent",)).torch == forecast.forecast(GRU, H100, ()).torch
+
+
+def best_run(families, backward, members, layers):
+    sizes = pipeline.Sizes(3, 16, 768, 2, "half", backward)
+    return pipeline.fastest(families, sizes, 1024, members, layers, H100)[1]
+
+
+def test_a_call_is_predicted_as_it_runs():
+    """Two directions as a group a layer, a stack with a projection or with all states layer by layer."""
+    families, call = ("step", "persistent"), forecast.CALL_US[0]
+    both, alone = best_run(families, False, 2, False), best_run(families, False, 1, False)
+    assert both.us < 2 * alone.us
+    found = forecast.forecast(replace(GRU, layers=3, directions=2), H100, families)
+    assert found.kernels == pytest.approx(3 * (both.us + call) / 1024)
+    for options in ({"projected": True}, {"by_layer": True}):
+        found = forecast.forecast(replace(GRU, layers=3), H100, families, **options)
+        assert found.kernels == pytest.approx(3 * (alone.us + call) / 1024)
 
 
 # The automatic choice
@@ -139,13 +158,13 @@ def test_a_grid_that_cannot_be_resident_is_not_predicted():
 
 
 def test_the_choice_does_not_depend_on_what_was_asked_before():
-    """Sequences of 8 to 15 steps are one case, whichever comes first."""
+    """Sequences of 16 to 31 steps are one case, whichever comes first."""
     with gpu.pretend_gpu(H100):
         call = functools.partial(kernel_plan.torch_wins_call, "gru", B=16, I=768, H=768, layers=1, directions=1)
         x = torch.empty(0, dtype=torch.float16)
-        assert call(T=16, tensors=(x,)) == "" != call(T=8, tensors=(x,)) == call(T=15, tensors=(x,))
+        assert call(T=32, tensors=(x,)) == "" != call(T=16, tensors=(x,)) == call(T=31, tensors=(x,))
         gpu.known.clear()
-        assert call(T=15, tensors=(x,)) == call(T=8, tensors=(x,)) != ""
+        assert call(T=31, tensors=(x,)) == call(T=16, tensors=(x,)) != ""
 
 
 @pytest.mark.parametrize("name", ["backend=", "RNNFAST_KERNELS", "RNNFAST_BACKEND"])

@@ -153,7 +153,7 @@ DAMAGED = {
     "object": b"{}",
     "foreign": b'{"format": "something else"}',
     "deep": b"[" * 100_000,
-    "no GPU": b'{"format": "rnnfast tuning", "schema": 1}',
+    "no GPU": b'{"format": "rnnfast tuning", "schema": 2}',
     "not text": b"\xff\xfe",
 }
 
@@ -214,8 +214,8 @@ def test_other_gpus_and_versions(path, part, name, value, kind):
 
 def test_future_schema(path):
     data = found(path)
-    path.write_text(json.dumps(data | {"schema": 2, "entries": "of another kind"}))
-    with pytest.raises(Unusable, match="has schema 2, and this rnnfast reads 1"):
+    path.write_text(json.dumps(data | {"schema": 3, "entries": "of another kind"}))
+    with pytest.raises(Unusable, match="has schema 3, and this rnnfast reads 2"):
         tuning_file.read(path, H100)
 
 
@@ -244,9 +244,8 @@ def kernels(T=256, B=16, **changes):
 
 
 def test_which_entry_counts_for_kernels(monkeypatch):
-    """Half to twice the rows, the nearest; a sequence not far shorter; all else exactly, but for what the recurrence does not
-    depend on."""
-    far, near = entry(replace(SHAPE, B=64)), entry(replace(SHAPE, I=32, layers=3, directions=2))
+    """Half to twice the rows, the nearest; a sequence not far shorter; all else exactly, but for the size of the input."""
+    far, near = entry(replace(SHAPE, B=64)), entry(replace(SHAPE, I=32))
     with tuned.override_tuning(H100, [far, near]):
         assert kernels() == near and kernels(B=64) == far
         assert kernels(B=8).shape == near.shape and kernels(B=31).shape == near.shape and kernels(B=33).shape == far.shape

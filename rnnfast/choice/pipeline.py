@@ -1,0 +1,204 @@
+"""How a group of recurrences runs (`rnnfast.kernels.groups`): how many members at once, and the chunk of a pipeline.
+
+A model of time answers both. These are pure functions; nothing here asks a device, and nothing was measured.
+
+A group of M members runs in parts of k members, one part after another, k = ceil(M / parts). A part runs in rounds, and a
+round runs at most N time steps:
+
+    directions    ceil(T / N) rounds, T steps
+    layers        ceil(T / N) + k - 1 rounds, T + (k - 1) N steps: each layer is a chunk behind the one below
+
+With s microseconds a step of all k members and F microseconds that a round costs besides its steps, a pipeline takes
+(T / N + k - 1) (N s + F), which is least at N = sqrt(T F / ((k - 1) s)). The host has such costs of its own, and a round takes
+what the GPU or what the host takes, the larger.
+
+The arithmetic of the products W_ih x is left out. It is nearly the same for every way to run a group, and for cuDNN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from math import ceil, sqrt
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rnnfast.kernels.persistent.plan import GpuLimits
+
+__all__ = ["ROWS", "Grouping", "Run", "Sizes", "best", "even", "fastest", "grouping", "run", "step_us"]
+
+ROWS = 8192  # members x time steps x batch rows of a round at most, so that its buffers do not grow with T
+
+
+class Grouping(NamedTuple):
+    """How the layers and directions of a module are grouped.
+
+    Attributes:
+        members: of a group.
+        layers: whether they are the layers of a stack, a pipeline.
+        calls: groups of the module, which run one after another.
+    """
+
+    members: int
+    layers: bool
+    calls: int
+
+
+def grouping(layers: int, directions: int, by_layer: bool = False) -> Grouping:
+    """The groups of a module: the layers of a stack with one direction, else the directions of each layer.
+
+    Args:
+        by_layer: whether each layer has to be a call of its own, as one with a projection does, and one whose states are
+            returned.
+    """
+    if directions == 1 and layers > 1 and not by_layer:
+        return Grouping(layers, True, 1)
+    return Grouping(directions, False, layers)
+
+
+class Sizes(NamedTuple):
+    """What a plan depends on besides the GPU, as in `rnnfast.kernels.persistent.plan.persistent_plan`."""
+
+    gates: int
+    B: int
+    H: int
+    itemsize: int
+    precision: str
+    backward: bool
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A way to run a group, and what it is predicted to take in microseconds, all parts together.
+
+    Attributes:
+        members: k, that run at once.
+        chunk: N, the steps of a round.
+        parts: that the group runs in.
+        rounds: of one part.
+        steps: the time steps, with those by which a pipeline fills and empties.
+        starts: of the kernels of a family that runs many steps a launch, and their way to the first step.
+        weights: their way from L2 into the kernels of such a family.
+        clears: of the exchange, where programs wait for one another.
+        products: the input sides of the chunks, or the gradients that go down, without their arithmetic.
+        host: by how much the host takes longer than the GPU.
+    """
+
+    members: int
+    chunk: int
+    parts: int
+    rounds: int
+    steps: float
+    starts: float
+    weights: float
+    clears: float
+    products: float
+    host: float
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("steps", "starts", "weights", "clears", "products", "host")}
+
+    @property
+    def us(self) -> float:
+        return sum(self.terms.values())
+
+
+def step_us(family: str, sizes: Sizes, members: int, gpu: GpuLimits) -> float | None:
+    """Predicted microseconds that one time step of `members` at once takes the GPU; None if the family has no plan."""
+    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.hardware import gigahertz
+
+    clocks = FAMILIES[family].clocks(*sizes[:6], gpu, sizes.marked, members)
+    return None if clocks is None else clocks / gigahertz(gpu.name) / 1000
+
+
+def even(T: int, chunk: int) -> int:
+    """The chunk of as many rounds as `chunk` makes of T steps, so that the last round is not short."""
+    return ceil(T / ceil(T / chunk))
+
+
+def run(family: str, sizes: Sizes, T: int, members: int, parts: int, layers: bool, gpu: GpuLimits) -> Run | None:
+    """The fastest way to run `parts` parts of `members` on a family; None if it has no plan for so many.
+
+    Args:
+        T: time steps.
+        layers: whether they are the layers of a stack. One layer at once is no pipeline.
+    """
+    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.hardware import (
+        CLEAR,
+        L2_BYTES,
+        LAUNCH,
+        LAUNCH_HOST_US,
+        PRODUCT,
+        PRODUCT_HOST_US,
+        PROLOGUE,
+        gigahertz,
+    )
+
+    us = step_us(family, sizes, members, gpu)
+    if us is None:
+        return None
+    its = FAMILIES[family]
+    plan = its.plan(*sizes[:6], gpu, sizes.marked, members)
+    clock = gigahertz(gpu.name) * 1000  # clocks a microsecond
+    pipeline = layers and members > 1
+    # forward the first layer's input side and those of the others; backward what goes down
+    products = (1 if sizes.backward else 2) if pipeline else (0 if sizes.backward else 1)
+    starts = weights = clears = 0.0
+    if its.many_steps:
+        starts = (LAUNCH + PROLOGUE) / clock
+        weights = members * sizes.gates * sizes.H * sizes.H * sizes.itemsize / (L2_BYTES * gpu.sms) / clock
+        clears = (CLEAR + LAUNCH) / clock * its.waits
+    fixed = starts + weights + clears + products * (PRODUCT + LAUNCH) / clock
+    host_step = 0.0 if its.many_steps else LAUNCH_HOST_US
+    host = products * PRODUCT_HOST_US + its.many_steps * (1 + its.waits) * LAUNCH_HOST_US
+
+    def timed(N: int) -> Run:
+        rounds = ceil(T / N) + (members - 1 if pipeline else 0)
+        steps = T + (members - 1) * N if pipeline else T
+        times = parts * rounds
+        waiting = max(0.0, parts * (steps * (host_step - us) + rounds * (host - fixed)))
+        products_us = times * products * (PRODUCT + LAUNCH) / clock
+        return Run(
+            members, N, parts, rounds, parts * steps * us, times * starts, times * weights, times * clears, products_us, waiting
+        )
+
+    most = min(T, plan.steps or T)
+    if pipeline or not sizes.backward:
+        most = max(1, min(most, ROWS // (members * sizes.B)))
+    if not pipeline:
+        return timed(even(T, most))
+    lengths = {even(T, max(1, min(most, N))) for N in _lengths(T, members - 1, us, fixed, host_step, host)}
+    return min(map(timed, sorted(lengths)), key=lambda found: found.us)
+
+
+def _lengths(T: int, behind: int, us: float, fixed: float, host_step: float, host: float) -> Iterator[int]:
+    """Chunks of which one is the best: where the GPU's time is least, where the host's is, and where both are the same."""
+    yield round(sqrt(T * fixed / (behind * us)))
+    if host_step > 0:
+        yield round(sqrt(T * host / (behind * host_step)))
+    if us != host_step:
+        yield ceil(max(1.0, min(T, (host - fixed) / (us - host_step))))
+
+
+def best(family: str, sizes: Sizes, T: int, members: int, layers: bool, gpu: GpuLimits) -> Run | None:
+    """The fastest way to run a group on a family; None if it has no plan."""
+    found = [
+        run(family, sizes, T, at_once, parts, layers, gpu)
+        for parts in range(1, members + 1)
+        for at_once in (ceil(members / parts),)
+        if ceil(members / at_once) == parts  # else the same members at once take fewer parts
+    ]
+    return min(filter(None, found), key=lambda each: each.us, default=None)
+
+
+def fastest(
+    families: Collection[str], sizes: Sizes, T: int, members: int, layers: bool, gpu: GpuLimits
+) -> tuple[str, Run] | None:
+    """The family with the least predicted time, and how it runs the group; None if none of them has a plan."""
+    found = [(family, best(family, sizes, T, members, layers, gpu)) for family in families]
+    able = [(family, its) for family, its in found if its is not None]
+    return min(able, key=lambda pair: pair[1].us, default=None)
