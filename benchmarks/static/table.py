@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.static import counts
-from benchmarks.static.offline import compiled, limits_of, pretend_gpu, run_layer, settings
+from benchmarks.static.offline import compiled, limits_of, pretend_gpu, run_group, run_layer, settings
 from benchmarks.timing.cases import DTYPES
 from rnnfast.choice import kernel_plan
 from rnnfast.kernels import cells
@@ -29,7 +29,8 @@ STEPS = (3, 1)  # numbers of time steps: neither may make a kernel of its own
 class Job(NamedTuple):
     """The shapes that one process compiles, one after another. A kernel that several batch sizes share is compiled once.
 
-    `family` is the one asked for: the step kernels run where it has no plan. `marked`: for lengths and resets.
+    `family` is the one asked for: the step kernels run where it has no plan. `marked`: for lengths and resets. `members`: of a
+    group, the layers of a stack or with `directions` 2 the directions of a layer.
     """
 
     family: str
@@ -39,6 +40,8 @@ class Job(NamedTuple):
     hidden: int
     batches: tuple[int, ...]
     marked: bool = False
+    members: int = 1
+    directions: int = 1
 
 
 STANDARD = (  # family, cells, dtypes, hidden sizes, batch sizes
@@ -52,10 +55,10 @@ STANDARD = (  # family, cells, dtypes, hidden sizes, batch sizes
 )
 
 
-def jobs_of(table, archs: list[int], marked: bool = False) -> list[Job]:
+def jobs_of(table, archs: list[int], marked: bool = False, members: int = 1, directions: int = 1) -> list[Job]:
     """The jobs of a table like `STANDARD`, the longest first by a guess."""
     jobs = [
-        Job(family, arch, *case, batches, marked)
+        Job(family, arch, *case, batches, marked, members, directions)
         for arch in archs
         for family, *axes, batches in table
         for case in itertools.product(*axes)
@@ -71,7 +74,18 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
     rows, codes = [], {}
     with settings(job.family, tf32), pretend_gpu(job.arch) as driver:
         for B in job.batches:
-            runs = [run_layer(driver, job.cell, element, job.hidden, T, B, job.marked) for T in STEPS]
+            choices = {
+                phase: kernel_plan.choose(
+                    job.family, cell.gates, B, job.hidden, element.itemsize, precision, direction == "backward", limits,
+                    job.marked, job.members,
+                )
+                for (direction, _), phase in PHASES.items()
+            }  # fmt: skip
+            about = job.cell, element, job.hidden
+            if job.members == 1:
+                runs = [run_layer(driver, *about, T, B, job.marked) for T in STEPS]
+            else:
+                runs = [run_group(driver, choices, *about, T, B, job.members, job.directions, job.marked) for T in STEPS]
             built = compiled()
             for (direction, training), phase in PHASES.items():
                 backward = direction == "backward"
@@ -81,25 +95,26 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                 if first.compiled not in codes:
                     codes[first.compiled] = counts.code_of(built[first.compiled])
                 code = codes[first.compiled]
-                sizes = (cell.gates, B, job.hidden, element.itemsize, precision, backward)
-                choice = kernel_plan.choose(job.family, *sizes, limits, job.marked)
+                choice = choices[phase]
                 family = next((name for name in ("persistent", "one_program") if first.kernel.startswith(name)), "step")
                 if family != choice.family:
                     raise RuntimeError(f"{job}: {first.kernel} was launched, where the plan is {choice}")
                 about = (code, cell, job.hidden, element.itemsize, backward)
                 plan: Any = choice.plan
-                words, programs = plan.words(B), [math.prod(each.grid) for each in launches[0]]
+                programs = [math.prod(each.grid) for each in launches[0]]
+                words = "" if family == "step" else plan.words(B, job.members)
                 if family == "step":
-                    made = counts.step_row(*about, choice.step, B, limits)
+                    made = counts.step_row(*about, choice.step, B, limits, job.members)
                     words = f"tiles of {plan.BLOCK_B} rows, {plan.BLOCK_H} units, chunks of {plan.BLOCK_K}"
                 elif family == "persistent":
-                    made = counts.persistent_row(*about, plan, programs, limits, B)
+                    made = counts.persistent_row(*about, plan, programs, limits, B * job.members)
                 else:
-                    made = counts.one_program_row(*about, plan, programs[0], limits, B, training)
+                    made = counts.one_program_row(*about, plan, programs[0], limits, B * job.members, training)
                 row = {
                     "arch": job.arch, "gpu": limits.name, "sms": limits.sms,
                     "cell": job.cell, "dtype": job.dtype, "hidden": job.hidden, "batch": B,
                     "direction": direction, "training": training, "marked": job.marked,
+                    "members": job.members, "directions": job.directions,
                     "family": family, "why_step": choice.reason,
                     "kernel": first.kernel, "variants": len(variants), "plan": words,
                     "launches": len(launches[0]) / (STEPS[0] if family == "step" else 1),  # a launch, or a step
@@ -144,7 +159,7 @@ def build(jobs: list[Job], workers: int) -> list[dict]:
         for row in found:
             phase = list(PHASES).index((row["direction"], row["training"]))
             kind = CELLS.index(row["cell"]), list(DTYPES).index(row["dtype"])
-            key = row["arch"], *kind, row["hidden"], row["batch"], phase, row["family"], row["marked"]
+            key = row["arch"], *kind, row["hidden"], row["batch"], phase, row["family"], row["marked"], row["members"]
             if key not in rows or row["why_step"]:
                 rows[key] = row | {"compile_seconds": seconds.get(row["compiled"])}
     return [rows[key] for key in sorted(rows)]
