@@ -2,6 +2,9 @@
 
 To add one, write a package with host functions `forward` and `backward`, which take what those of `rnnfast.kernels.step` take,
 and a class of plans. Then add its entry here and its name to `rnnfast.settings.KERNELS`.
+
+Both functions run a group of members (`rnnfast.kernels.groups`), each a recurrence of its own, all of them in each launch. A
+plan is for a number of members, because they share the GPU. A member comes out bit by bit as alone with the same plan.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ class Plan(Protocol):
 
     Attributes:
         BLOCK_B: batch rows of a program.
-        steps: time steps of a launch, whose input side is computed by one GEMM; 0 if it may be any number.
+        steps: the most time steps of a launch, that is of the (begin, x) that `rounds` gives forward, and of the (begin, N, dy,
+            saved) that it gives backward; 0 if it may be any number.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -49,38 +53,47 @@ class Family:
     """A family of kernels.
 
     Attributes:
-        package: has the host functions `forward` and `backward`, which take a plan.
+        package: has the host functions `forward` and `backward`, which take a group and a plan.
         kind: of its plans.
-        plan: (gates, B, H, itemsize, precision, backward, limits of the GPU, marked) to a plan, or to why there is none.
-            Arguments as in `rnnfast.kernels.persistent.plan.persistent_plan`. On a CPU, which has no limits, a family that
-            does not wait gets None.
-        plans: (gates, B, H, itemsize, precision, backward, limits of the GPU, how many at most) to the plans worth measuring,
-        the fastest by the family's model first. None for a family that has one plan for each size.
+        plan: (gates, B, H, itemsize, precision, backward, limits of the GPU, marked, members=1) to a plan, or to why there is
+            none. Arguments as in `rnnfast.kernels.persistent.plan.persistent_plan`. On a CPU, which has no limits, a family
+            that does not wait gets None.
+        plans: (gates, B, H, itemsize, precision, backward, limits of the GPU, how many at most, members=1) to the plans worth
+            measuring, the fastest by the family's model first. None for a family that has one plan for each size.
         waits: whether the programs of a grid wait for one another. Such a grid has to be resident as a whole, which takes a GPU
             with cooperative launch. The package then has `gave_up`, which says whether a wait on a device was in vain.
         many_steps: whether a launch runs many time steps; if not, a step takes at least what its launch costs the host.
-        clocks: predicted SM clocks of a time step of the plan, from the arguments of `plan` for a GPU; None without a plan.
+        clocks: predicted SM clocks of a time step of all members, from the arguments of `plan` for a GPU; None without a plan.
     """
 
     package: ModuleType
     kind: type[Plan]
-    plan: Callable[[int, int, int, int, str, bool, GpuLimits | None, bool], Plan | NoPlan]
-    plans: Callable[[int, int, int, int, str, bool, GpuLimits, int], Sequence[Plan]] | None
+    plan: Callable[..., Plan | NoPlan]
+    plans: Callable[..., Sequence[Plan]] | None
     waits: bool
     many_steps: bool
-    clocks: Callable[[int, int, int, int, str, bool, GpuLimits, bool], float | None]
+    clocks: Callable[..., float | None]
 
 
-def _any_size(gates, B, H, itemsize, precision, backward, limits, marked) -> StepPlan:
+def _any_size(gates, B, H, itemsize, precision, backward, limits, marked, members: int = 1) -> StepPlan:
     return step_plan(H, itemsize, precision)
 
 
-def _by_limits(*sizes) -> PersistentPlan | NoPlan:
-    return persistent.plan.persistent_plan(*sizes)
+def _by_limits(*sizes, **members) -> PersistentPlan | NoPlan:
+    return persistent.plan.persistent_plan(*sizes, **members)
 
 
-def _step_clocks(gates, B, H, itemsize, precision, backward, limits, marked) -> float:
-    return step_clocks(gates, B, H, itemsize, precision, backward, limits.sms)
+def _step_clocks(gates, B, H, itemsize, precision, backward, limits, marked, members: int = 1) -> float:
+    return step_clocks(gates, B, H, itemsize, precision, backward, limits.sms, members)
+
+
+def _of_group(function):
+    """`function`, told the members where there are several."""
+
+    def run(*sizes, members: int = 1):
+        return function(*sizes) if members == 1 else function(*sizes, members=members)
+
+    return run
 
 
 FAMILIES = {
@@ -88,12 +101,12 @@ FAMILIES = {
         step, kind=StepPlan, plan=_any_size, plans=None, clocks=_step_clocks, waits=False, many_steps=False,
     ),
     "persistent": Family(
-        persistent, kind=PersistentPlan, plan=_by_limits, plans=persistent_plans, clocks=persistent_clocks, waits=True,
-        many_steps=True,
+        persistent, kind=PersistentPlan, plan=_of_group(_by_limits), plans=_of_group(persistent_plans),
+        clocks=_of_group(persistent_clocks), waits=True, many_steps=True,
     ),
     "one_program": Family(
-        one_program, kind=OneProgramPlan, plan=one_program_plan, plans=one_program_plans, clocks=one_program_clocks,
-        waits=False, many_steps=True,
+        one_program, kind=OneProgramPlan, plan=_of_group(one_program_plan), plans=_of_group(one_program_plans),
+        clocks=_of_group(one_program_clocks), waits=False, many_steps=True,
     ),
 }  # fmt: skip
 

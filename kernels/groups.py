@@ -50,6 +50,12 @@ class Group(NamedTuple):
         ahead = self.lag * (self.members - 1)  # positions by which the first member to begin is before the last
         yield from range(-ahead if backward else 0, T if backward else T + ahead, N)
 
+    def steps(self, begin: int, N: int, T: int, backward: bool) -> int:
+        """The most positions that any member runs in a launch of N."""
+        lag = self.lag if backward else -self.lag
+        firsts = range(begin, begin + lag * self.members, lag) if lag else (begin,)
+        return max(min(N, T - first) for first in firsts if first >= 0)
+
 
 ALONE = Group()
 

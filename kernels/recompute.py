@@ -24,11 +24,11 @@ BLOCK_H = 256
 
 @triton.jit
 def recompute_kernel(
-    x_ptr,  # (rows, G * H) float32, W_ih x_t
-    h_ptr,  # (rows, G * H) float32, W_hh h_{t-1}
-    bias_x_ptr,  # (G * H,) b_ih
-    bias_h_ptr,  # (G * H,) b_hh
-    saved_ptr,  # (rows, SAVED * H), written
+    x_ptr,  # (M, rows, G * H) float32, W_ih x_t
+    h_ptr,  # (M, rows, G * H) float32, W_hh h_{t-1}
+    bias_x_ptr,  # (M, G * H) b_ih
+    bias_h_ptr,  # (M, G * H) b_hh
+    saved_ptr,  # (M, rows, SAVED * H), written
     H,
     CELL: tl.constexpr,
     G: tl.constexpr,
@@ -38,7 +38,8 @@ def recompute_kernel(
     EMULATE_BF16: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    member = tl.program_id(2)
+    row = member.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = offs_h < H
     x_gates = ()
@@ -47,8 +48,8 @@ def recompute_kernel(
         x_gate = tl.load(x_ptr + row * (G * H) + g * H + offs_h, mask=mask, other=0.0)
         h_gate = tl.load(h_ptr + row * (G * H) + g * H + offs_h, mask=mask, other=0.0)
         if HAS_BIAS:
-            x_gate += tl.load(bias_x_ptr + g * H + offs_h, mask=mask, other=0.0).to(tl.float32)
-            h_gate += tl.load(bias_h_ptr + g * H + offs_h, mask=mask, other=0.0).to(tl.float32)
+            x_gate += tl.load(bias_x_ptr + (member * G + g) * H + offs_h, mask=mask, other=0.0).to(tl.float32)
+            h_gate += tl.load(bias_h_ptr + (member * G + g) * H + offs_h, mask=mask, other=0.0).to(tl.float32)
         x_gates = x_gates + (x_gate,)
         h_gates = h_gates + (h_gate,)
     state = tl.zeros((BLOCK_H,), tl.float32)
@@ -77,16 +78,16 @@ def _launcher(cell: Cell, has_bias: bool, dtype) -> Launcher:
 
 @as_a_gpu
 def compute(cell: Cell, x, h, bias_x, bias_h, saved) -> None:
-    """Fill `saved` for some steps. All tensors contiguous and on one device.
+    """Fill `saved` for some steps of each of M members. All tensors contiguous and on one device.
 
     Args:
         cell: the cell, from `rnnfast.kernels.cells.CELLS`.
-        x, h: (n, B, G * H) float32, W_ih x_t and W_hh h_{t-1}.
-        bias_x, bias_h: (G * H,), b_ih and b_hh, or both None.
-        saved: (n, B, cell.saved * H), written.
+        x, h: (M, n, B, G * H) float32, W_ih x_t and W_hh h_{t-1}.
+        bias_x, bias_h: (M, G * H), b_ih and b_hh, or both None.
+        saved: (M, n, B, cell.saved * H), written.
     """
-    n, B, width = saved.shape
+    M, n, B, width = saved.shape
     H = width // cell.saved
     has_bias = bias_x is not None
     bias_x, bias_h = (bias_x, bias_h) if has_bias else (x, x)
-    _launcher(cell, has_bias, saved.dtype)((n * B, -(-H // BLOCK_H), 1), x, h, bias_x, bias_h, saved, H)
+    _launcher(cell, has_bias, saved.dtype)((n * B, -(-H // BLOCK_H), M), x, h, bias_x, bias_h, saved, H)

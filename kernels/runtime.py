@@ -21,6 +21,7 @@ __all__ = [
     "MOST_LAUNCHERS",
     "Launcher",
     "addresses",
+    "alignment",
     "as_a_gpu",
     "emulates_bf16",
     "in_chunks",
@@ -78,6 +79,12 @@ def addresses(*values):
     """What a function that `Launcher.bind` gave takes for these: addresses for tensors, or in the interpreter the tensors
     themselves. Numbers and None stay as they are."""
     return values if INTERPRETED else _classify(values, (False,) * len(values), [])
+
+
+def alignment(*tensors) -> list[bool]:
+    """What may change from one launch of a function that `Launcher.bind` gave to the next, if these tensors do: the kernel is
+    compiled for whether each begins at a multiple of 16 bytes."""
+    return [tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors]
 
 
 def emulates_bf16(dtype) -> bool:

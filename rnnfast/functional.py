@@ -175,23 +175,19 @@ def _layer(
         chosen = decision()
     if chosen.gives_way:
         tell(chosen.asked, chosen.asked_by, chosen.gives_way)
-    arguments = (cell, x, hx, w_ih, w_hh, b_ih, b_hh)
-    if options.details:
-        run = ops.trace if chosen.runner == "kernels" else reference.trace
+    if chosen.runner == "torch":
+        run: Any = _torch_layer
     else:
-        run = {"kernels": ops.layer, "equations": reference.layer, "torch": _torch_layer}[chosen.runner]
+        run = partial(reference.alone, {"kernels": ops.group, "equations": reference.group}[chosen.runner])
     if chosen.runner == "equations" and torch.jit.is_tracing():
-        arguments = (cell, torch.stack(x.unbind(0)), *arguments[2:])  # the trace fails on another number of steps
+        x = torch.stack(x.unbind(0))  # the trace fails on another number of steps
     keywords: dict[str, Any] = {"reverse": reverse} | (options.of_layer() if given else {})
     if recompute and chosen.runner == "kernels":
         keywords["recompute"] = True
     elif recompute and torch.is_grad_enabled() and not chosen.inside:  # torch.func refuses PyTorch's checkpoint
         run = partial(checkpointed, run)
-    y, last, *details = run(*arguments, **keywords)
-    if not details:
-        return y, last
-    cells, gates = details
-    return y, last, *options.returned((y, *cells), gates)
+    y, last, cells, gates = run(cell, x, hx, w_ih, w_hh, b_ih, b_hh, **keywords)
+    return (y, last, *options.returned((y, *cells), gates))
 
 
 def _torch_wins(cell: str, tensors: tuple[Tensor | None, ...], has_options: bool) -> str:
@@ -225,11 +221,11 @@ def _torch_layer(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     reverse: bool,
-) -> tuple[Tensor, _States]:
-    """`rnnfast.reference.layer` on PyTorch's own operators, cuDNN on a GPU, ATen elsewhere; for a cell that PyTorch does not
-    have, the reference itself."""
+) -> tuple[Tensor, _States, tuple[Tensor, ...], None]:
+    """`rnnfast.reference.trace` without cell states and gates, on PyTorch's own operators: cuDNN on a GPU, ATen elsewhere. A
+    cell that PyTorch does not have runs on the reference."""
     if not torch_private.has_operator(cell):
-        return reference.layer(cell, x, hx, w_ih, w_hh, b_ih, b_hh, reverse=reverse)
+        return *reference.layer(cell, x, hx, w_ih, w_hh, b_ih, b_hh, reverse=reverse), (), None
     zeros = x.new_zeros(1, x.shape[1], w_hh.shape[1])
     states = [zeros] * STATES[cell] if hx is None else [state.unsqueeze(0) for state in hx]
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
@@ -238,4 +234,4 @@ def _torch_layer(
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")  # nor can they be
         flags = (len(weights) == 4, 1, 0.0, True, False, False)
         y, *last = torch_private.run_operator(cell, x.flip(0) if reverse else x, first, weights, *flags)
-    return y.flip(0) if reverse else y, tuple(state.squeeze(0) for state in last)
+    return y.flip(0) if reverse else y, tuple(state.squeeze(0) for state in last), (), None

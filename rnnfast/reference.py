@@ -18,15 +18,17 @@ network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, relu, sigmoid, stack, tanh
 from torch.nn.functional import linear
 
 __all__ = [
-    "CELLS", "GATES", "Cell", "gru_step", "layer", "lstm_step", "marks", "rnn_relu_step", "rnn_tanh_step", "trace",
+    "CELLS", "GATES", "Cell", "Traced", "Weights", "alone", "group", "gru_step", "joined", "layer", "lstm_step", "marks",
+    "rnn_relu_step", "rnn_tanh_step", "trace",
 ]  # fmt: skip
 
 States = tuple[Tensor, ...]
@@ -136,6 +138,87 @@ def marks(x: Tensor, lengths: Tensor | None, resets: Tensor | None, reverse: boo
     else:
         found = torch.where(resets, RESETS, torch.where(begins, STARTS, CONTINUES))
     return torch.where(steps >= lengths, PADDED, found).to(torch.int8)
+
+
+class Weights(NamedTuple):
+    """The weights of one layer in one direction, as the functions below have them; None for what it does not have."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+
+
+class Traced(NamedTuple):
+    """The results of `group`.
+
+    Attributes:
+        y: (T, B, D * H), the hidden states of all steps, of D directions side by side.
+        last: the states after the last step of each row, (members, B, H).
+        cells: with ``details``, the cell states of all steps, ``(c,)`` with c (T, B, D * H), or ``()``.
+        gates: with ``details``, the gate activations of all steps, (T, B, D, G, H), without gradient.
+    """
+
+    y: Tensor
+    last: States
+    cells: tuple[Tensor, ...]
+    gates: Tensor | None
+
+
+def group(
+    cell: str,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Weights],
+    *,
+    flips: int = 0,
+    details: bool = False,
+    reset_to: States | None = None,
+    **options: Any,
+) -> Traced:
+    """A layer in one direction or in both.
+
+    Args:
+        cell, x: as for `trace`.
+        states, reset_to: as for `trace`, but of all directions, (D, B, H) each.
+        weights: those of each direction.
+        flips: bit m is 1 if direction m runs from the last step to the first.
+        details: whether the cell states and the gates are wanted.
+        options: the others of `trace`.
+    """
+    ys, lasts, cells, gates = [], [], [], []
+    for m, own in enumerate(weights):
+        starts = [None if given is None else tuple(state[m] for state in given) for given in (states, reset_to)]
+        found = trace(cell, x, starts[0], *own, reverse=bool(flips >> m & 1), reset_to=starts[1], **options)
+        for results, result in zip((ys, lasts, cells, gates), found, strict=True):
+            results.append(result)
+    last = tuple(stack(state) for state in zip(*lasts, strict=True))
+    if not details:
+        return Traced(joined(ys), last, (), None)
+    return Traced(joined(ys), last, tuple(joined(each) for each in zip(*cells, strict=True)), stack(gates, dim=2))
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Side by side."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=-1)
+
+
+def alone(
+    run: Callable[..., Traced],
+    cell: str,
+    x: Tensor,
+    states: States | None,
+    *weights: Tensor | None,
+    reverse: bool = False,
+    reset_to: States | None = None,
+    **options: Any,
+) -> tuple[Tensor, States, tuple[Tensor, ...], Any]:
+    """One layer in one direction by a function like `group`, with the arguments and results of `trace`."""
+    given = [None if each is None else tuple(state.unsqueeze(0) for state in each) for each in (states, reset_to)]
+    found = run(cell, x, given[0], [Weights(*weights)], flips=int(reverse), reset_to=given[1], **options)
+    last = tuple(state.squeeze(0) for state in found.last)
+    return found.y, last, found.cells, None if found.gates is None else found.gates.squeeze(2)
 
 
 def layer(*args, **options) -> tuple[Tensor, States]:

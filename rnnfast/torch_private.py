@@ -1,13 +1,15 @@
 """Every private name of PyTorch that rnnfast uses, and one of Python. Comments say why each is used and what it saves.
 
-PyTorch 2.9 to 2.14 have them all. tests/choice/test_torch_private.py checks that each still means what this file says, on the
-PyTorch that is installed. One such name is used elsewhere too: the switch ``torch._dynamo.config.allow_rnn``, which users set.
+PyTorch 2.9 to 2.14 have them all. tests/choice/test_torch_private.py and test_matmul_precision.py check that each still means
+what this file says, on the PyTorch that is installed. One such name is used elsewhere too, because users set it: the switch
+``torch._dynamo.config.allow_rnn``.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -42,6 +44,7 @@ __all__ = [
     "is_forward_mode",
     "is_legacy_batched",
     "is_wrapped",
+    "matmul_precision",
     "own_buffers",
     "own_modules",
     "own_parameters",
@@ -90,6 +93,131 @@ innermost_transform = _functorch.peek_interpreter_stack
 
 # torch.backends.cudnn.benchmark, whose property takes 1 us. This takes 0.05 us.
 cudnn_benchmark: Callable[[], bool] = torch._C._get_cudnn_benchmark  # type: ignore[attr-defined]
+
+
+# The precision of PyTorch's products of float32 on a GPU. The public getters take 2 us and more, these 0.2 us.
+
+_get: Callable[[str, str], str] = torch._C._get_fp32_precision_getter  # type: ignore[attr-defined]
+_set: Callable[[str, str, str], Any] = torch._C._set_fp32_precision_setter  # type: ignore[attr-defined]
+_get_legacy: Callable[[], str] = torch._C._get_float32_matmul_precision  # type: ignore[attr-defined]
+_set_legacy: Callable[[str], None] = torch._C._set_float32_matmul_precision  # type: ignore[attr-defined]
+_set_allowed: Callable[[bool], None] = torch._C._set_cublas_allow_tf32  # type: ignore[attr-defined]
+
+_turn = threading.RLock()
+_ANYWAY = nullcontext()
+
+
+def matmul_precision(precision: str, factor: Tensor) -> AbstractContextManager:
+    """A context in which mm, bmm, addmm and ``@`` of float32 on a GPU compute in `precision`, "tf32" or "ieee".
+
+    torch.nn computes all products of a layer by ``torch.backends.cudnn.rnn.fp32_precision``, and matmuls by
+    ``torch.backends.cuda.matmul.fp32_precision``. No argument of a matmul says its precision. So this sets the second, and puts
+    back all that it changed when the block ends, after an error too. cuBLAS gets the precision when a matmul is called, not
+    when it runs. Nothing is set where `factor` is not float32 on a GPU, or where the setting is right.
+
+    PyTorch 2.9 to 2.14 keep two records of the setting. ``fp32_precision`` writes the new record alone. The legacy functions
+    ``allow_tf32`` and ``set_float32_matmul_precision`` write both. cuBLAS reads the new one. The legacy getters, TunableOp and
+    Inductor raise an error, "mix of the legacy and new APIs", where the two disagree. What this does with a wrong setting:
+
+        they agree       both are set, so that they agree inside too. To "ieee" from what ``set_float32_matmul_precision`` set,
+                         that of matmuls on a CPU is set too, as PyTorch's function does
+        they disagree    the new one alone is set. Then they agree inside
+        "none"           inherits from ``torch.backends.cudnn.fp32_precision``, that from ``torch.backends.fp32_precision``.
+                         "none" is put back, not what it inherited. Where the getter cannot tell the two apart, what is
+                         inherited is changed for 1 us, to see
+
+    Threads: the setting is that of the process, and PyTorch has none for a thread. Calls of this take turns, so none ends the
+    block of another or keeps what another set. A matmul that another thread calls meanwhile has this precision, and what
+    another thread sets meanwhile is lost. So a block should hold one product, 10 us of the host's time, and no launch of a
+    kernel. PyTorch 2.9.0 warns, once, that the legacy functions will go; 2.9.1 took that back.
+
+    >>> x = torch.ones(2, 3)
+    >>> with matmul_precision("tf32", x):
+    ...     y = x @ x.t()
+    """
+    return _MatmulPrecision(precision == "tf32") if factor.is_cuda and factor.dtype == torch.float32 else _ANYWAY
+
+
+class _MatmulPrecision(AbstractContextManager):
+    """`matmul_precision` of float32 on a GPU. A class, because entering a generator takes twice as long."""
+
+    def __init__(self, tf32: bool) -> None:
+        self.tf32, self.undo = tf32, _nothing
+
+    def __enter__(self) -> None:
+        _turn.acquire()
+        if (_get("cuda", "matmul") == "tf32") != self.tf32:
+            self.undo = _allow_tf32() if self.tf32 else _forbid_tf32()
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.undo()
+        finally:
+            _turn.release()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _allow_tf32() -> Callable[[], None]:
+    """Set matmuls of float32 on a GPU to TF32. Returns what sets them back."""
+    own = _own_precision("cuda", "matmul")
+    if _legacy_record() != "highest":
+        _set("cuda", "matmul", "tf32")
+        return partial(_set, "cuda", "matmul", own)
+    _set_allowed(True)
+
+    def undo() -> None:
+        _set_allowed(False)
+        _set("cuda", "matmul", own)
+
+    return undo
+
+
+def _forbid_tf32() -> Callable[[], None]:
+    """Set matmuls of float32 on a GPU to IEEE's float32. Returns what sets them back."""
+    own = _own_precision("cuda", "matmul")
+    _set("cuda", "matmul", "ieee")
+    legacy = _legacy_record()
+    if legacy == "highest":
+        return partial(_set, "cuda", "matmul", own)
+    own_of_cpu = _own_precision("mkldnn", "matmul")
+    _set_legacy("highest")
+
+    def undo() -> None:
+        _set_legacy(legacy)
+        _set("cuda", "matmul", own)
+        _set("mkldnn", "matmul", own_of_cpu)
+
+    return undo
+
+
+def _legacy_record() -> str:
+    """What the legacy functions set: "highest", "high" or "medium". Only where the new record is not "tf32"."""
+    try:
+        return _get_legacy()
+    except (RuntimeError, UserWarning):  # the setting for CPUs disagrees; or 2.9.0's warning, where warnings are errors
+        own = _own_precision("mkldnn", "matmul")
+        _set("mkldnn", "matmul", "ieee")
+        try:
+            return _get_legacy()
+        finally:
+            _set("mkldnn", "matmul", own)
+
+
+def _own_precision(backend: str, op: str) -> str:
+    """What was set for this place itself: "none" if nothing was, where the getter says what it inherits."""
+    found = _get(backend, op)
+    above = ("generic" if op == "all" else backend, "all")
+    if found == "none" or backend == "generic" or _get(*above) != found:
+        return found
+    before = _own_precision(*above)
+    _set(*above, "tf32" if found == "ieee" else "ieee")
+    try:
+        return found if _get(backend, op) == found else "none"
+    finally:
+        _set(*above, before)
 
 
 def in_backward() -> bool:

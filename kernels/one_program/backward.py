@@ -10,14 +10,15 @@ With marks (`rnnfast.kernels.marks`) the gate gradients of a row that does not r
 states wait. Where a state began anew, the whole gradient of what entered is added to that of the initial or the reset state,
 and the program goes on from zero. It begins with the last step at which one of its rows runs, and ends with the first.
 
-Legend: T steps, B batch, H hidden units, HP = 16 W units of a program of W warps, G gates, D blocks of gate gradients, R batch
-rows of a program. Next and before are meant in forward's order: this kernel comes from the next step and goes on to the one
-before.
+Legend: M members of the group (`rnnfast.kernels.groups`), T steps, B batch, H hidden units, HP = 16 W units of a program of W
+warps, G gates, D blocks of gate gradients, R batch rows of a program. A member's rows are counted from the first member's on,
+as in forward. Next and before are meant in forward's order: this kernel comes from the next step and goes on to the one before.
 """
 
 import triton
 import triton.language as tl
 
+from rnnfast.kernels.groups import place
 from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, anew
 from rnnfast.kernels.maths import dot, round_to
 from rnnfast.kernels.one_program.plain import plain_product, plain_weights, sum_plain
@@ -28,6 +29,7 @@ from rnnfast.kernels.one_program.tiles import (
     hand_over,
     load,
     load_cells,
+    load_state,
     mask_rows,
     masks,
     offsets,
@@ -48,32 +50,31 @@ def _nobody_runs(word, word_next, NEEDS_STARTS: tl.constexpr):
     return ((word & word_next) if NEEDS_STARTS else word) == ALL_PADDED
 
 
-@triton.jit(do_not_specialize=["t", "dt", "steps", "t_first", "has_first", "t_next", "has_next", "t_saved", "B"])
+@triton.jit(do_not_specialize=["begin", "lag", "N", "T", "flips", "has_first", "saved_steps", "B"])
 def one_program_backward_kernel(
     # inputs
-    dy_ptr,  # (T, B, H) gradient of the outputs
-    saved_ptr,  # (*, B, SAVED * H) activations that forward saved, those of step t at index t - t_saved
-    h_ptr,  # (T, B, H) h_t
-    h0_ptr,  # (B, H) the hidden state before step t_first
-    c_ptr,  # (T, B, H) float32, c_t
-    c0_ptr,  # (B, H) float32, the cell state before step t_first
-    w_ptr,  # (G * H, H) W_hh
-    dcs_ptr,  # (T, B, H) float32, gradient of c_t from outside, besides the last one's
+    dy_ptr,  # gradient of the outputs: as h for one member or two directions, else (M, N, B, H), of this launch's positions
+    saved_ptr,  # (M, saved_steps, B, SAVED * H) activations that forward saved
+    h_ptr,  # (T, B, DIRECTIONS * H) h_t, or (M, T, B, H)
+    h0_ptr,  # (M, B, H) the initial hidden state
+    c_ptr,  # (M, T, B, H) float32, c_t
+    c0_ptr,  # (M, B, H) float32, the initial cell state
+    w_ptr,  # (M, G * H, H) W_hh
+    dcs_ptr,  # (M, T, B, H) float32, gradient of c_t from outside, besides the last one's
     mark_ptrs,  # `Marks`, packed for R rows a tile
     # outputs
-    d_gates_ptr,  # (T * B, D * H) gate gradients; those of step t_next are read
-    d_h_ptr,  # (B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
-    d_c_ptr,  # (B, H) float32, carried likewise: gradient of c_t
+    d_gates_ptr,  # (M, T, B, D * H) gate gradients; those of the step next to the first of this launch are read
+    d_h_ptr,  # (M, B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
+    d_c_ptr,  # (M, B, H) float32, carried likewise: gradient of c_t
     d_start_ptrs,  # `StartGrads`
     # sizes
-    t,  # the first step that this launch runs
-    dt,  # from it to the one before, 1 or -1
-    steps,
-    t_first,  # the step that forward began with
-    has_first,  # 0 if it began from zeros, or if marks say where it began
-    t_next,
-    has_next,  # 0 if there is no next step
-    t_saved,
+    begin,  # these: see `rnnfast.kernels.groups`
+    lag,
+    N,
+    T,
+    flips,
+    has_first,  # 0 if forward began from zeros, or if marks say where it began
+    saved_steps,  # T, or N for those of this launch's positions
     B,
     H: tl.constexpr,
     # flags
@@ -88,6 +89,8 @@ def one_program_backward_kernel(
     W: tl.constexpr,
     R: tl.constexpr,
     PARTS: tl.constexpr,  # of the summed axis, without tensor cores; 0 with them
+    GROUPED: tl.constexpr,  # several members
+    DIRECTIONS: tl.constexpr,
 ):
     HAS_DY: tl.constexpr = dy_ptr is not None
     HAS_DCS: tl.constexpr = dcs_ptr is not None
@@ -99,9 +102,43 @@ def one_program_backward_kernel(
     UNIT: tl.constexpr = 16 if H % 16 == 0 else 8 if H % 8 == 0 else 4 if H % 4 == 0 else 2 if H % 2 == 0 else 1
     STRIDE: tl.constexpr = H // UNIT  # addresses are counted in UNITs, so that Triton sees how they are aligned
     batch = B.to(tl.int64)
+    member = tl.program_id(2) if GROUPED else 0
+    p, t, dt, steps, t_x = place(begin, lag, N, T, flips, member, True)
+    if GROUPED:
+        if steps <= 0:
+            return
+    else:  # an argument, so that the loop compares with one: a launch of one member has no steps that are not
+        steps = N
+    t_saved = tl.where(saved_steps == T, t, t_x).to(tl.int64)
+    t_first = tl.where(dt > 0, T - 1, 0).to(tl.int64)  # the step that forward began with
+    has_next = tl.where(p > 0, 1, 0)
     dt = dt.to(tl.int64)
     t = t.to(tl.int64)
-    t_first = t_first.to(tl.int64)
+    starts_h, starts_c = mark_ptrs.starts_h, mark_ptrs.starts_c
+    d_starts_h, d_starts_c = d_start_ptrs.h, d_start_ptrs.c
+    others = 0  # batch rows of the members before
+    if GROUPED:
+        member = member.to(tl.int64)
+        others = member * batch
+        w_ptr += member * (G * H * H)
+        if HAS_MARKS:
+            starts_h += others * (2 * H)
+            if CARRIES_C:
+                starts_c += others * (2 * H)
+        if NEEDS_STARTS:
+            d_starts_h += others * (2 * H)
+            if CARRIES_C:
+                d_starts_c += others * (2 * H)
+        if DIRECTIONS == 2:  # side by side, not one after another as in what else has a row for each step
+            h_ptr += (member - 2 * T * others) * H
+            if HAS_DY:
+                dy_ptr += (member - 2 * T * others) * H
+        t += member * T
+        t_first += member * T
+        t_saved += member * saved_steps
+        if HAS_DY and DIRECTIONS == 1:
+            dy_ptr += (member * N + t_x - t) * batch * H
+    saved_ptr += (t_saved - t) * batch * (SAVED * H)
 
     w = ()
     for g in tl.static_range(G):
@@ -113,6 +150,7 @@ def one_program_backward_kernel(
     unit = threads_unit(W, R)
     slots, rows, base, count = program_rows(mark_ptrs.order, B, W, R, HAS_MARKS)
     off = offsets(rows, unit, H, R, PAIRED)
+    off_h = offsets(rows, unit, DIRECTIONS * H, R, PAIRED)
     off_s = offsets(rows, unit, SAVED * H, R, PAIRED)
     off_d = offsets(rows, unit, D * H, R, PAIRED)
     mask = masks(slots, count, unit, H, HP, R, PAIRED)
@@ -126,15 +164,15 @@ def one_program_backward_kernel(
         tiles = tl.cdiv(B, R)
         words_ptr = mark_ptrs.codes.to(tl.pointer_type(tl.int64)) + tl.program_id(0)
         word = tl.load(words_ptr + t * tiles)
-        word_next = tl.load(words_ptr + t_next.to(tl.int64) * tiles, mask=has_next > 0, other=ALL_PADDED)
+        word_next = tl.load(words_ptr + (t - dt) * tiles, mask=has_next > 0, other=ALL_PADDED)
         while (step < steps) & _nobody_runs(word, word_next, NEEDS_STARTS):
             step += 1
             word_next = word
             word = tl.load(words_ptr + (t + step * dt) * tiles, mask=step < steps, other=ALL_PADDED)
 
     # the gradients that come from the next step
-    carried = base * H
-    row_next = t_next.to(tl.int64) * batch + base
+    carried = (others + base) * H
+    row_next = (t - dt) * batch + base
     came = masks(slots, count * has_next, unit, H, HP, R, PAIRED)
     ends = masks(slots, count * (1 - has_next), unit, H, HP, R, PAIRED)
     if HAS_MARKS:
@@ -161,50 +199,47 @@ def one_program_backward_kernel(
     t_now = tl.where(step < steps, t + step * dt, t)  # an address that is there
     at = (t_now * batch + base) * STRIDE  # of the step whose inputs are loaded
     at_d = at * D
-    at_s = at - t_saved.to(tl.int64) * batch * STRIDE
+    at_first = (others + base) * STRIDE  # in the states, which have a row for each batch row
     back = dt * batch * STRIDE
     is_first = t_now == t_first
     before = masks(slots, tl.where(t_now == t_first, count * has_first, count), unit, H, HP, R, PAIRED)
-    at_before = tl.where(is_first, base * STRIDE, at + back)
     dy = ()
     dcs = ()
     if HAS_DY:
-        dy = load(dy_ptr + at * UNIT, off, inside, R)
+        dy = load(dy_ptr + at * (DIRECTIONS * UNIT), off_h, inside, R)
     if HAS_DCS:
         dcs = load(dcs_ptr + at * UNIT, off, inside, R)
     saved = ()
     for s in tl.static_range(SAVED):
-        saved = saved + (load(saved_ptr + at_s * (UNIT * SAVED) + s * H, off_s, inside, R),)
-    h_new = load(h_ptr + at * UNIT, off, inside, R)
-    h_old = load(tl.where(is_first, h0_ptr, h_ptr) + at_before * UNIT, off, before, R)
+        saved = saved + (load(saved_ptr + at * (UNIT * SAVED) + s * H, off_s, inside, R),)
+    h_new = load(h_ptr + at * (DIRECTIONS * UNIT), off_h, inside, R)
+    h_old = load_state(is_first, h0_ptr, at_first, h_ptr, at + back, rows, unit, before, H, UNIT, R, DIRECTIONS)
     c_new = ()
     c_old = ()
     if CARRIES_C:
         c_new = load(c_ptr + at * UNIT, off, inside, R)
-        c_old = load(tl.where(is_first, c0_ptr, c_ptr) + at_before * UNIT, off, before, R)
+        c_old = load_state(is_first, c0_ptr, at_first, c_ptr, at + back, rows, unit, before, H, UNIT, R, 1)
     while step < steps:
         # of the step before, in flight during this one; the last loads its own again
         more = step + 1 < steps
         now = tl.where(more, back, 0)
         at += now
-        at_s += now
         t_now += tl.where(more, dt, 0)
         is_first = t_now == t_first
         before = masks(slots, tl.where(t_now == t_first, count * has_first, count), unit, H, HP, R, PAIRED)
-        at_before = tl.where(is_first, base * STRIDE, at + back)
         dy_before = ()
         dcs_before = ()
         if HAS_DY:
-            dy_before = load(dy_ptr + at * UNIT, off, inside, R)
+            dy_before = load(dy_ptr + at * (DIRECTIONS * UNIT), off_h, inside, R)
         if HAS_DCS:
             dcs_before = load(dcs_ptr + at * UNIT, off, inside, R)
         saved_before = ()
         for s in tl.static_range(SAVED):
-            saved_before = saved_before + (load(saved_ptr + at_s * (UNIT * SAVED) + s * H, off_s, inside, R),)
-        h_before = load(tl.where(is_first, h0_ptr, h_ptr) + at_before * UNIT, off, before, R)
+            saved_before = saved_before + (load(saved_ptr + at * (UNIT * SAVED) + s * H, off_s, inside, R),)
+        h_before = load_state(is_first, h0_ptr, at_first, h_ptr, at + back, rows, unit, before, H, UNIT, R, DIRECTIONS)
         c_before = ()
         if CARRIES_C:
-            c_before = load(tl.where(is_first, c0_ptr, c_ptr) + at_before * UNIT, off, before, R)
+            c_before = load_state(is_first, c0_ptr, at_first, c_ptr, at + back, rows, unit, before, H, UNIT, R, 1)
         word_before = word
         if HAS_MARKS:
             word_before = tl.load(words_ptr + (t + (step + 1) * dt) * tiles, mask=more, other=ALL_PADDED)
@@ -225,7 +260,7 @@ def one_program_backward_kernel(
             mark = by_row(marks, W, R)
             written = mask_rows(mask, marks, R, PAIRED)
             if NEEDS_STARTS:
-                hand_over(d_start_ptrs.h, off, marks_next, mask, d_h, batch * H, W, R, PAIRED, PARTS > 0)
+                hand_over(d_starts_h, off, marks_next, mask, d_h, batch * H, W, R, PAIRED, PARTS > 0)
             d_h = tl.where(anew(by_row(marks_next, W, R)), 0.0, d_h)
         if HAS_DY:
             d_h += cells(dy, W, R, PAIRED).to(tl.float32)
@@ -234,14 +269,14 @@ def one_program_backward_kernel(
             kept = kept + (cells(saved[s], W, R, PAIRED).to(tl.float32),)
         old_h = cells(h_old, W, R, PAIRED)
         if HAS_MARKS:
-            old_h = enter(mark_ptrs.starts_h, off, marks, mask, old_h, batch * H, W, R, PAIRED)
+            old_h = enter(starts_h, off, marks, mask, old_h, batch * H, W, R, PAIRED)
         old = (old_h.to(tl.float32),)
         new = (cells(h_new, W, R, PAIRED).to(tl.float32),)
         d_states = (d_h,)
         if CARRIES_C:
             old_c = cells(c_old, W, R, PAIRED)
             if HAS_MARKS:
-                old_c = enter(mark_ptrs.starts_c, off, marks, mask, old_c, batch * H, W, R, PAIRED)
+                old_c = enter(starts_c, off, marks, mask, old_c, batch * H, W, R, PAIRED)
             old = old + (old_c,)
             new = new + (cells(c_new, W, R, PAIRED),)
             if HAS_DCS:
@@ -264,7 +299,7 @@ def one_program_backward_kernel(
             d_direct = tl.where(mark != PADDED, d_through, d_direct)
             if CARRIES_C:
                 if NEEDS_STARTS:
-                    hand_over(d_start_ptrs.c, off, marks, mask, d_c_before, batch * H, W, R, PAIRED, PARTS > 0)
+                    hand_over(d_starts_c, off, marks, mask, d_c_before, batch * H, W, R, PAIRED, PARTS > 0)
                 d_c = (tl.where(mark == PADDED, d_c[0], tl.where(mark == CONTINUES, d_c_before, 0.0)),)
             steps = tl.where(_nobody_runs(word_before, word, NEEDS_STARTS), step + 1, steps)
             marks_next = marks

@@ -47,7 +47,7 @@ def program_time(
 
     Args:
         sms: of the GPU.
-        programs: of a launch.
+        programs: of a launch, of all members.
         warps: of a program.
         product: clocks of the product: `tensor_clocks`, or those of plain multiply-adds.
         instructions: of one warp, without those of the product.
@@ -79,8 +79,8 @@ def tensor_clocks(gates: int, warps: int, itemsize: int, backward: bool) -> floa
 
 
 def step_bytes(gates: int, saved: int, H: int, B: int, itemsize: int, backward: bool, training: bool, carries_c: bool) -> float:
-    """Bytes that a step reads and writes: forward the input side, h and what is saved; backward what was saved, dy and the gate
-    gradients."""
+    """Bytes that a step of B batch rows, those of all members, reads and writes: forward the input side, h and what is saved;
+    backward what was saved, dy and the gate gradients."""
     state = 4 if carries_c and training else 0
     if backward:
         return B * H * (saved * itemsize + state + itemsize + gates * itemsize)

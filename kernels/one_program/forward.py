@@ -10,12 +10,15 @@ With marks (`rnnfast.kernels.marks`), the state that enters a step is loaded ane
 A program begins with the first step at which one of its rows runs and ends with the last. Without, the arguments that go with
 marks are None.
 
-Legend: T steps, B batch, H hidden units, HP = 16 W units of a program of W warps, G gates, R batch rows of a program.
+Legend: M members of the group (`rnnfast.kernels.groups`), T steps, B batch, H hidden units, HP = 16 W units of a program of W
+warps, G gates, R batch rows of a program. A member's rows are counted from the first member's on: those of T steps each in h,
+c and saved, of N steps in x.
 """
 
 import triton
 import triton.language as tl
 
+from rnnfast.kernels.groups import place
 from rnnfast.kernels.marks import ALL_PADDED
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.one_program.plain import plain_product, plain_weights, sum_plain
@@ -25,7 +28,7 @@ from rnnfast.kernels.one_program.tiles import (
     enter,
     from_product,
     load,
-    load_cells,
+    load_state,
     mask_rows,
     masks,
     offsets,
@@ -42,28 +45,27 @@ from rnnfast.kernels.one_program.tiles import (
 from rnnfast.kernels.one_program.weights import forward_weights
 
 
-@triton.jit(do_not_specialize=["t", "t_x", "dt", "steps", "t_prev", "has_prev", "t_c_prev", "B"])
+@triton.jit(do_not_specialize=["begin", "lag", "N", "T", "flips", "has_first", "B"])
 def one_program_forward_kernel(
     # inputs
-    x_ptr,  # (n, B, G * H) float32, W_ih x_t, at index t_x for the first step
-    w_ptr,  # (G * H, H) W_hh
-    bias_x_ptr,  # (G * H,) b_ih
-    bias_h_ptr,  # (G * H,) b_hh
-    h_prev_ptr,  # (*, B, H) the hidden state before, at index t_prev
-    c_prev_ptr,  # (*, B, H) float32, the cell state before, at index t_c_prev
-    mark_ptrs,  # `Marks`, packed for R rows a tile; codes at the first step of the chunk
+    x_ptr,  # (M, N, B, G * H) float32, W_ih x_t of the positions of this launch, in time
+    w_ptr,  # (M, G * H, H) W_hh
+    bias_x_ptr,  # (M, G * H) b_ih
+    bias_h_ptr,  # (M, G * H) b_hh
+    h0_ptr,  # (M, B, H) the initial hidden state
+    c0_ptr,  # (M, B, H) float32, the initial cell state
+    mark_ptrs,  # `Marks`, packed for R rows a tile
     # outputs
-    h_ptr,  # (T, B, H) h_t
-    c_ptr,  # (T, B, H) float32, c_t, if KEEP_C, else (1, B, H), the last
-    saved_ptr,  # (T, B, SAVED * H) activations for backward
+    h_ptr,  # (T, B, DIRECTIONS * H) h_t, or (M, T, B, H)
+    c_ptr,  # (M, T, B, H) float32, c_t, if KEEP_C, else (M, 1, B, H), the last
+    saved_ptr,  # (M, T, B, SAVED * H) activations for backward
     # sizes
-    t,  # the first step that this launch runs
-    t_x,
-    dt,  # from it to the next, 1 or -1
-    steps,
-    t_prev,
-    has_prev,  # 0 if the states before are zero
-    t_c_prev,
+    begin,  # these: see `rnnfast.kernels.groups`
+    lag,
+    N,
+    T,
+    flips,
+    has_first,  # 0 if the initial states are zero
     B,
     H: tl.constexpr,
     # flags
@@ -78,6 +80,8 @@ def one_program_forward_kernel(
     W: tl.constexpr,
     R: tl.constexpr,
     PARTS: tl.constexpr,  # of the summed axis, without tensor cores; 0 with them
+    GROUPED: tl.constexpr,  # several members
+    DIRECTIONS: tl.constexpr,
 ):
     HAS_BIAS: tl.constexpr = bias_x_ptr is not None
     HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
@@ -87,8 +91,33 @@ def one_program_forward_kernel(
     UNIT: tl.constexpr = 16 if H % 16 == 0 else 8 if H % 8 == 0 else 4 if H % 4 == 0 else 2 if H % 2 == 0 else 1
     STRIDE: tl.constexpr = H // UNIT  # addresses are counted in UNITs, so that Triton sees how they are aligned
     batch = B.to(tl.int64)
+    member = tl.program_id(2) if GROUPED else 0
+    p, t, dt, steps, t_x = place(begin, lag, N, T, flips, member, False)
+    if GROUPED:
+        if steps <= 0:
+            return
+    else:  # an argument, so that the loop compares with one: a launch of one member has no steps that are not
+        steps = N
     dt = dt.to(tl.int64)
+    t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
+    starts_h, starts_c = mark_ptrs.starts_h, mark_ptrs.starts_c
+    others = 0  # batch rows of the members before
+    if GROUPED:
+        member = member.to(tl.int64)
+        others = member * batch
+        w_ptr += member * (G * H * H)
+        if HAS_BIAS:
+            bias_x_ptr += member * (G * H)
+            bias_h_ptr += member * (G * H)
+        if HAS_MARKS:
+            starts_h += others * (2 * H)
+            if CARRIES_C:
+                starts_c += others * (2 * H)
+        if DIRECTIONS == 2:  # side by side, not one after another as in what else has a row for each step
+            h_ptr += (member - 2 * T * others) * H
+        t += member * T
+        t_x += member * N
 
     w = ()
     for g in tl.static_range(G):
@@ -100,6 +129,7 @@ def one_program_forward_kernel(
     unit = threads_unit(W, R)
     slots, rows, base, count = program_rows(mark_ptrs.order, B, W, R, HAS_MARKS)
     off = offsets(rows, unit, H, R, PAIRED)
+    off_h = offsets(rows, unit, DIRECTIONS * H, R, PAIRED)
     off_x = offsets(rows, unit, G * H, R, PAIRED)
     off_s = offsets(rows, unit, SAVED * H, R, PAIRED)
     mask = masks(slots, count, unit, H, HP, R, PAIRED)
@@ -122,25 +152,30 @@ def one_program_forward_kernel(
     if HAS_MARKS:
         tiles = tl.cdiv(B, R)
         words_ptr = mark_ptrs.codes.to(tl.pointer_type(tl.int64)) + tl.program_id(0)
-        word = tl.load(words_ptr + t_x * tiles)
+        word = tl.load(words_ptr + t * tiles)
         while (step < steps) & (word == ALL_PADDED):
             step += 1
-            word = tl.load(words_ptr + (t_x + step * dt) * tiles, mask=step < steps, other=ALL_PADDED)
+            word = tl.load(words_ptr + (t + step * dt) * tiles, mask=step < steps, other=ALL_PADDED)
     at_x = ((t_x + step * dt) * batch + base) * (G * STRIDE)
-    at = ((t.to(tl.int64) + step * dt) * batch + base) * STRIDE
+    at = ((t + step * dt) * batch + base) * STRIDE
     to_next = dt * batch * STRIDE
 
     # the states that enter it
-    entered = masks(slots, count * has_prev, unit, H, HP, R, PAIRED)
-    h = load_cells(h_prev_ptr + (t_prev.to(tl.int64) * batch + base) * STRIDE * UNIT, off, entered, W, R, PAIRED)
+    is_first = p == 0
+    at_first = (others + base) * STRIDE  # in the states, which have a row for each batch row
+    at_before = ((t - dt) * batch + base) * STRIDE
+    entered = masks(slots, tl.where(is_first, count * has_first, count), unit, H, HP, R, PAIRED)
+    h = load_state(is_first, h0_ptr, at_first, h_ptr, at_before, rows, unit, entered, H, UNIT, R, DIRECTIONS)
+    h = cells(h, W, R, PAIRED)
     c = tl.zeros((32 * W, units_of_thread(R), rows_of_thread(R)), tl.float32)
     if CARRIES_C:
-        c = load_cells(c_prev_ptr + (t_c_prev.to(tl.int64) * batch + base) * STRIDE * UNIT, off, entered, W, R, PAIRED)
+        at_before = at_before if KEEP_C else at_first
+        c = cells(load_state(is_first, c0_ptr, at_first, c_ptr, at_before, rows, unit, entered, H, UNIT, R, 1), W, R, PAIRED)
     if HAS_MARKS:
         marks = row_marks(word, slots, R)
-        h = enter(mark_ptrs.starts_h, off, marks, mask, h, batch * H, W, R, PAIRED)
+        h = enter(starts_h, off, marks, mask, h, batch * H, W, R, PAIRED)
         if CARRIES_C:
-            c = enter(mark_ptrs.starts_c, off, marks, mask, c, batch * H, W, R, PAIRED)
+            c = enter(starts_c, off, marks, mask, c, batch * H, W, R, PAIRED)
     hf = h.to(tl.float32)
 
     # -0.0, by its bits, which Triton 3.6 would take for 0.0: x + -0.0 is x, and the compiler leaves it out
@@ -158,7 +193,7 @@ def one_program_forward_kernel(
         for g in tl.static_range(G):
             xs_next = xs_next + (load(x_ptr + at_x * UNIT + g * H, off_x, inside, R),)
         if HAS_MARKS:
-            word = tl.load(words_ptr + (t_x + (step + 1) * dt) * tiles, mask=more, other=ALL_PADDED)
+            word = tl.load(words_ptr + (t + (step + 1) * dt) * tiles, mask=more, other=ALL_PADDED)
 
         plain_sums = ()
         if PARTS > 0:
@@ -197,25 +232,25 @@ def one_program_forward_kernel(
         if HAS_MARKS:
             written = mask_rows(mask, marks, R, PAIRED)
         h = round_to(new_states[0], DTYPE, EMULATE_BF16)
-        store_cells(h_ptr + at * UNIT, off, written, h, W, R, PAIRED)
+        store_cells(h_ptr + at * (DIRECTIONS * UNIT), off_h, written, h, W, R, PAIRED)
         if CARRIES_C:
             c = new_states[1]
             if KEEP_C:
                 store_cells(c_ptr + at * UNIT, off, written, c, W, R, PAIRED)
             elif HAS_MARKS:  # a row's last step may not be the program's
-                store_cells(c_ptr + base * H, off, written, c, W, R, PAIRED)
+                store_cells(c_ptr + at_first * UNIT, off, written, c, W, R, PAIRED)
         for s in tl.static_range(SAVED):
             tile = round_to(saved[s], DTYPE, EMULATE_BF16)
             store_cells(saved_ptr + at * (UNIT * SAVED) + s * H, off_s, written, tile, W, R, PAIRED)
         at += to_next
         if HAS_MARKS:
             marks = row_marks(word, slots, R)
-            h = enter(mark_ptrs.starts_h, off, marks, mask, h, batch * H, W, R, PAIRED)
+            h = enter(starts_h, off, marks, mask, h, batch * H, W, R, PAIRED)
             if CARRIES_C:
-                c = enter(mark_ptrs.starts_c, off, marks, mask, c, batch * H, W, R, PAIRED)
+                c = enter(starts_c, off, marks, mask, c, batch * H, W, R, PAIRED)
             steps = tl.where(word == ALL_PADDED, step + 1, steps)
         hf = h.to(tl.float32)
         xs = xs_next
         step += 1
     if CARRIES_C and not KEEP_C and not HAS_MARKS:
-        store_cells(c_ptr + base * H, off, mask, c, W, R, PAIRED)
+        store_cells(c_ptr + at_first * UNIT, off, mask, c, W, R, PAIRED)

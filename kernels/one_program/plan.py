@@ -37,14 +37,14 @@ MOST_PLAIN = {False: 128, True: 64}  # units without tensor cores, by whether th
 # backward with more than 2 rows spills with marks (LSTM float16, H = 128: 16 to 24 bytes, Triton 3.9) and with 16 warps (RNN
 # float16, H = 256: 8 bytes).
 WEIGHTS = {False: 128, True: 64}
-ROWS = 8192  # time steps x batch rows of a forward launch: the input side is a buffer of its own
+ROWS = 8192  # time steps x batch rows of all members in a forward launch: the input side is a buffer of its own
 SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
 SLOW_CLOCK = 1e9  # hertz, for that: below what any of these GPUs runs at
 
 
 @dataclass(frozen=True)
 class OneProgramPlan:
-    """The whole launch of a one-program kernel, for one direction (forward or backward).
+    """The whole launch of a one-program kernel, for one direction (forward or backward) and any number of members of a group.
 
     A program keeps BLOCK_B batch rows of all units, H rounded up to `units`; with tensor cores 16 a warp. Without them the
     summed axis is cut into PARTS, which is 0 with them. At most `steps` time steps a launch.
@@ -56,15 +56,16 @@ class OneProgramPlan:
     steps: int
     PARTS: int = 0
 
-    def grid(self, B: int) -> tuple[int, int, int]:
-        return -(-B // self.BLOCK_B), 1, 1
+    def grid(self, B: int, members: int = 1) -> tuple[int, int, int]:
+        return -(-B // self.BLOCK_B), 1, members
 
     def launch_words(self, T: int) -> str:
         return f"one launch for {min(self.steps, T)} time steps"
 
-    def words(self, B: int) -> str:
+    def words(self, B: int, members: int = 1) -> str:
         """The plan in words, for a batch of `B` rows."""
-        return f"{self.grid(B)[0]} programs of up to {self.units} units and {self.BLOCK_B} rows, {self.num_warps} warps"
+        programs = f"{members} x " * (members > 1) + f"{self.grid(B)[0]} programs"
+        return f"{programs} of up to {self.units} units and {self.BLOCK_B} rows, {self.num_warps} warps"
 
 
 def warps_for(H: int) -> int:
@@ -107,9 +108,11 @@ def exchanged_bytes(H: int, rows: int, itemsize: int, backward: bool) -> int:
 
 
 def predicted(
-    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, rows: int
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, rows: int, members: int = 1
 ) -> ProgramTime:
-    """The predicted time of a step with `rows` batch rows a program, from estimates of the counts."""
+    """The predicted time of a step of all members with `rows` batch rows a program, from estimates of the counts."""
+    programs = -(-B // rows) * members
+    bytes = step_bytes(gates, gates if gates > 1 else 0, H, B * members, itemsize, backward, True, gates >= 4)
     warps = warps_for(H)
     units = 16 * warps
     if plain(itemsize, precision):
@@ -117,18 +120,18 @@ def predicted(
         exchanged = units * rows * 4 * (warps + 2 * parts * (1 if backward else gates))  # h or gate gradients, and sums
         return program_time(
             sms=limits.sms,
-            programs=-(-B // rows),
+            programs=programs,
             warps=warps,
             product=plain_clocks(gates * units * units * rows),
             instructions=instructions_estimate(gates, 2, backward) + (32 if backward else 8) * gates * rows / 2,
             special_functions=special_functions_estimate(gates, 2, backward),
             exchanged_bytes=exchanged,
             barriers=(10 if backward else 6) * rows / 2,
-            bytes=step_bytes(gates, gates if gates > 1 else 0, H, B, itemsize, backward, True, gates >= 4),
+            bytes=bytes,
         )
     return program_time(
         sms=limits.sms,
-        programs=-(-B // rows),
+        programs=programs,
         warps=warps,
         product=tensor_clocks(gates, warps, itemsize, backward),
         instructions=instructions_estimate(gates, rows, backward),
@@ -136,14 +139,15 @@ def predicted(
         exchanged_bytes=2 * exchanged_bytes(H, rows, itemsize, backward),
         # with 8 rows an operand of backward stays in its warp's registers; else it takes a barrier or two a gate
         barriers=(2 + (gates * rows // 2 if backward and rows < 8 else 0)) if warps > 1 else 0,
-        bytes=step_bytes(gates, gates if gates > 1 else 0, H, B, itemsize, backward, True, gates >= 4),
+        bytes=bytes,
     )
 
 
 @functools.lru_cache(maxsize=1024)  # asked at every call of a layer
 def _rank(
-    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool
-) -> tuple[tuple[float, OneProgramPlan], ...]:
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool = False,
+    members: int = 1,
+) -> tuple[tuple[float, OneProgramPlan], ...]:  # fmt: skip
     if refusal(gates, H, itemsize, precision, limits):
         return ()
     found = []
@@ -153,33 +157,37 @@ def _rank(
     for rows in PLAIN_ROWS if parts else BATCH_ROWS[:1] if crowded else BATCH_ROWS:
         if not parts and exchanged_bytes(H, rows, itemsize, backward) > limits.shared_bytes:
             continue
-        clocks = predicted(gates, B, H, itemsize, precision, backward, limits, rows).total
+        clocks = predicted(gates, B, H, itemsize, precision, backward, limits, rows, members).total
         steps = int(SECONDS * SLOW_CLOCK / clocks)
         if not backward:
-            steps = min(steps, ROWS // B)
+            steps = min(steps, ROWS // (B * members))
         found.append((clocks, OneProgramPlan(rows, 16 * warps_for(H), warps, max(1, steps), parts)))
     return tuple(sorted(found, key=lambda entry: entry[0]))
 
 
 def one_program_plans(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits | None, most: int = 3,
-    marked: bool = False,
+    marked: bool = False, members: int = 1,
 ) -> list[OneProgramPlan]:  # fmt: skip
     """The launches worth measuring, at most `most`, the fastest by the model first. Arguments as in
-    `rnnfast.kernels.persistent.plan.persistent_plans`; on a CPU, which has no limits, those of an H100 count."""
-    return [plan for _, plan in _rank(gates, B, H, itemsize, precision, backward, limits or GPUS["H100"], marked)[:most]]
+    `rnnfast.kernels.persistent.plan.persistent_plans`; on a CPU, which has no limits, those of an H100 count. A group of any
+    number of `members` has a plan where one of them has."""
+    sizes = gates, B, H, itemsize, precision, backward, limits or GPUS["H100"], marked, members
+    return [plan for _, plan in _rank(*sizes)[:most]]
 
 
 def one_program_plan(
-    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits | None, marked: bool = False
-) -> OneProgramPlan | NoPlan:
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits | None, marked: bool = False,
+    members: int = 1,
+) -> OneProgramPlan | NoPlan:  # fmt: skip
     """The first of `one_program_plans`, or why there is none. Arguments as there."""
-    plans = one_program_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked)
+    plans = one_program_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked, members)
     return plans[0] if plans else NoPlan(refusal(gates, H, itemsize, precision, limits or GPUS["H100"]))
 
 
 def one_program_clocks(*sizes) -> float | None:
-    """Predicted SM clocks of a time step of `one_program_plan`, whose arguments these are; None where there is no plan."""
+    """Predicted SM clocks of a time step of all members, from the arguments of `one_program_plan`; None where there is no
+    plan."""
     ranked = _rank(*sizes)
     return ranked[0][0] if ranked else None
 

@@ -124,6 +124,23 @@ def load_cells(pointer, offsets, mask, W: tl.constexpr, R: tl.constexpr, PAIRED:
 
 
 @triton.jit
+def load_state(
+    is_first, first_ptr, at_first, ptr, at, rows, unit, mask, H: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+):  # fmt: skip
+    """The state that enters a step, as `load` gives it: at the row at_first of first_ptr (B, H) if this `is_first`, else at the
+    row `at` of ptr (B, DIRECTIONS * H). Rows are counted in UNITs of H."""
+    if DIRECTIONS == 2:
+        at *= 2
+        far = ()
+        for n in tl.static_range(rows_of_thread(R)):
+            far = far + (rows[n] * tl.where(is_first, 1, 2),)
+        rows = far
+    start = tl.where(is_first, first_ptr, ptr) + tl.where(is_first, at_first, at) * UNIT
+    return load(start, offsets(rows, unit, H, R, H % 2 == 0), mask, R)
+
+
+@triton.jit
 def store_cells(pointer, offsets, mask, tile, W: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr):
     """The reverse of `load_cells`."""
     if R == 2:

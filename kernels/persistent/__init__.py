@@ -6,7 +6,7 @@ family's backward runs on what either's forward saved.
 
 from rnnfast.kernels.marks import pack_kernel
 from rnnfast.kernels.persistent.backward import persistent_backward_kernel
-from rnnfast.kernels.persistent.exchange import clear_kernel
+from rnnfast.kernels.persistent.clear import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
 from rnnfast.kernels.persistent.give_up import gave_up
 from rnnfast.kernels.persistent.launch import backward, forward

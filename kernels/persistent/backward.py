@@ -14,16 +14,19 @@ states wait in their owner's registers. Where a state began anew, its owner adds
 the initial or the reset state, and goes on from zero. A tile begins with the last step at which one of its rows runs, and ends
 with the first. Without, HAS_MARKS is off and the arguments that go with it are None.
 
-Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, GATES = G rounded up to a power of two,
-D blocks of gate gradients, K the summed axis, here G * H_PAD. ROWS are the units whose sums a program has a part in. A step's
-row is t * B + b. Next and before are meant in forward's order: this kernel comes from the next step and goes on to the one
-before.
+A launch runs a chunk of steps of each member of a group, as in forward.
+
+Legend: M members, T steps, N of them in a chunk, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, GATES =
+G rounded up to a power of two, D blocks of gate gradients, K the summed axis, here G * H_PAD. ROWS are the units whose sums a
+program has a part in. A step's row is t * B + b, where t counts the steps of all members: T * member + the step. Next and
+before are meant in forward's order: this kernel comes from the next step and goes on to the one before.
 """
 
 import triton
 import triton.language as tl
 
-from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, RESETS, STARTS, anew, entering, unpacked
+from rnnfast.kernels.groups import place
+from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, RESETS, STARTS, anew, unpacked
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
     FIRST_WAIT,
@@ -44,58 +47,7 @@ from rnnfast.kernels.persistent.exchange import (
     vector,
     zero_sums,
 )
-from rnnfast.kernels.persistent.tile import packed_marks, program_tile
-
-
-@triton.jit
-def _load_step(
-    dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, mark_ptrs,
-    t, dt, t_first, has_first, marks, offs_b, offs_h, mask, batch,
-    H: tl.constexpr, SAVED: tl.constexpr, CARRIES_C: tl.constexpr, HAS_DY: tl.constexpr, HAS_DCS: tl.constexpr,
-    HAS_MARKS: tl.constexpr, BLOCK_B: tl.constexpr,
-):  # fmt: skip
-    """What step t needs besides the gate gradients of the next: dy or (), the gradient of c or (), what was saved, and the
-    states before it; with marks, of the rows that run."""
-    if HAS_MARKS:
-        mark = unpacked(marks, BLOCK_B)
-        mask = mask & (mark != PADDED)[:, None]
-    row = t * batch + offs_b
-    at = row[:, None] * H + offs_h[None, :]
-    dy = ()
-    if HAS_DY:
-        dy = (tl.load(dy_ptr + at, mask=mask, other=0.0),)
-    dcs = ()
-    if HAS_DCS:
-        dcs = (tl.load(dcs_ptr + at, mask=mask, other=0.0),)
-    saved = ()
-    for s in tl.static_range(SAVED):
-        tile = tl.load(saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
-        saved = saved + (tile,)
-    if HAS_MARKS:
-        row_before = (t + dt) * batch + offs_b
-        h_rows = entering(h_ptr + row_before * H, mark_ptrs.starts_h, mark, offs_b, batch, H, False)
-        states = (tl.load(h_rows[:, None] + offs_h[None, :], mask=mask, other=0.0),)
-        if CARRIES_C:
-            c_rows = entering(c_ptr + row_before * H, mark_ptrs.starts_c, mark, offs_b, batch, H, False)
-            states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask, other=0.0),)
-    else:
-        # before the first step comes the initial state, or zeros
-        is_first = t == t_first
-        t_before = tl.where(is_first, 0, t + dt)
-        mask_before = mask & (offs_b < tl.where(is_first, has_first * batch, batch))[:, None]
-        at_before = (t_before * batch + offs_b)[:, None] * H + offs_h[None, :]
-        states = (tl.load(tl.where(is_first, h0_ptr, h_ptr) + at_before, mask=mask_before, other=0.0),)
-        if CARRIES_C:
-            states = states + (tl.load(tl.where(is_first, c0_ptr, c_ptr) + at_before, mask=mask_before, other=0.0),)
-    return dy, dcs, saved, states
-
-
-@triton.jit
-def _load_new_states(h_ptr, c_ptr, at, mask, CARRIES_C: tl.constexpr):
-    states = (tl.load(h_ptr + at, mask=mask, other=0.0),)
-    if CARRIES_C:
-        states = states + (tl.load(c_ptr + at, mask=mask, other=0.0),)
-    return states
+from rnnfast.kernels.persistent.tile import load_new_states, load_step, packed_marks, program_tile
 
 
 @triton.jit
@@ -152,54 +104,37 @@ def _exchange_sums(
     return total
 
 
-@triton.jit(
-    do_not_specialize=[
-        "t",
-        "t_x",
-        "dt",
-        "steps",
-        "t_first",
-        "has_first",
-        "t_next",
-        "has_next",
-        "b_begin",
-        "t_saved",
-        "B",
-        "name",
-    ]
-)
+@triton.jit(do_not_specialize=["begin", "lag", "N", "T", "flips", "of_chunk", "has_first", "b_begin", "B", "name"])
 def persistent_backward_kernel(
     # inputs
-    dy_ptr,  # (T, B, H) gradient of the outputs
-    saved_ptr,  # (*, B, SAVED * H) activations that forward saved, those of step t at index t - t_saved
-    h_ptr,  # (T, B, H) h_t
-    h0_ptr,  # (B, H) the hidden state before step t_first
-    c_ptr,  # (T, B, H) float32, c_t
-    c0_ptr,  # (B, H) float32, the cell state before step t_first
-    w_ptr,  # (G * H, H) W_hh
-    dcs_ptr,  # (T, B, H) float32, gradient of c_t from outside, besides the last one's
-    mark_ptrs,  # `Marks`
+    dy_ptr,  # (M, N, B, H) gradient of the chunk's outputs; of one member or directions (T, B, DIRECTIONS * H), of all
+    saved_ptr,  # (M, T, B, SAVED * H) activations that forward saved; if `of_chunk` (M, N, B, SAVED * H)
+    h_ptr,  # (M, T, B, H) h_t; of two directions (T, B, 2 * H)
+    h0_ptr,  # (M, B, H) the hidden state before a member's first step
+    c_ptr,  # (M, T, B, H) float32, c_t
+    c0_ptr,  # (M, B, H) float32, the cell state before it
+    w_ptr,  # (M, G * H, H) W_hh
+    dcs_ptr,  # (M, T, B, H) float32, gradient of c_t from outside, besides the last one's
+    mark_ptrs,  # `Marks`, its codes (M, T, tiles) words
     give_up_ptrs,  # `GiveUp`
     # outputs
-    # (n, B, X_ROW) hidden-side gate gradients from X_OFFSET on, at index t_x, EMPTY on entry; unless APART those rows of
-    # d_gates_ptr themselves
+    # (M, N, B, X_ROW) hidden-side gate gradients from X_OFFSET on of the chunk's steps, EMPTY on entry; unless APART
+    # d_gates_ptr itself
     exchange_ptr,
-    sums_ptr,  # (steps, B, PARTS * H_PAD) float32 partial sums, EMPTY on entry; unused with PARTS = 1
-    d_gates_ptr,  # (T * B, D * H) gate gradients
-    d_h_ptr,  # (B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
-    d_c_ptr,  # (B, H) float32, carried likewise: gradient of c_t
+    sums_ptr,  # (M, N, B, PARTS * H_PAD) float32 partial sums, EMPTY on entry; unused with PARTS = 1
+    d_gates_ptr,  # (M * T * B, D * H) gate gradients
+    d_h_ptr,  # (M, B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
+    d_c_ptr,  # (M, B, H) float32, carried likewise: gradient of c_t
     d_start_ptrs,  # `StartGrads`
     # sizes
-    t,  # the first step that this launch runs
-    t_x,  # its index in the exchange
-    dt,  # from it to the one before, 1 or -1
-    steps,
-    t_first,  # the step that forward began with
-    has_first,  # 0 if it began from zeros
-    t_next,
-    has_next,  # 0 if there is no next step
+    begin,  # these five as `place` has them
+    lag,
+    N,
+    T,
+    flips,
+    of_chunk,
+    has_first,  # 0 if forward began from zeros
     b_begin,  # the first batch row of this launch
-    t_saved,
     B,
     name,  # of this launch, for the host if it gives up
     H: tl.constexpr,
@@ -214,6 +149,8 @@ def persistent_backward_kernel(
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
+    GROUPED: tl.constexpr,  # whether there are several members
+    DIRECTIONS: tl.constexpr,  # side by side in a row of h
     PLAN: tl.constexpr,  # `PersistentPlan.tiles`
 ):
     HAS_DY: tl.constexpr = dy_ptr is not None
@@ -228,6 +165,7 @@ def persistent_backward_kernel(
     IN_REGISTERS: tl.constexpr = PLAN.IN_REGISTERS
     H_PAD: tl.constexpr = PLAN.H_PAD
     PARTS: tl.constexpr = PLAN.PARTS
+    ROW: tl.constexpr = DIRECTIONS * H  # from a row of h to the next
     UNITS_PADDED: tl.constexpr = H_PAD != H
     APART: tl.constexpr = UNITS_PADDED or HAS_MARKS
     ROWS: tl.constexpr = PARTS * BLOCK_H
@@ -241,7 +179,8 @@ def persistent_backward_kernel(
     WORD_TILES: tl.constexpr = PART // PER_WORD // piece(CHUNK_WORDS, SPLIT) * vector(CHUNK_WORDS)
     DTYPE: tl.constexpr = d_gates_ptr.dtype.element_ty
     words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32)) + X_OFFSET // PER_WORD
-    sums_ptr = sums_ptr.to(tl.pointer_type(tl.int32))
+    if PARTS > 1:
+        sums_ptr = sums_ptr.to(tl.pointer_type(tl.int32))
 
     # what is exchanged lies in the order of the programs, all else in that of the batch
     slots, offs_b, offs_h, mask = program_tile(mark_ptrs.order, b_begin, B, H, UNITS_PADDED, BLOCK_B, BLOCK_H)
@@ -255,10 +194,52 @@ def persistent_backward_kernel(
         mask_word = mask_b & (gate_of_word < G)[None, :]
     unit_of_column = tl.program_id(0) * BLOCK_H + tl.arange(0, GATES * BLOCK_H) % BLOCK_H
     batch = B.to(tl.int64)  # 64-bit addresses
-    t = t.to(tl.int64)
-    t_x = t_x.to(tl.int64)
+
+    # this member's place and buffers; t is an index in buffers of all steps of all members
+    member = 0
+    if GROUPED:
+        member = tl.program_id(2)
+    p, t, dt, steps, t_x = place(begin, lag, N, T, flips, member, True)
+    t, t_x = t.to(tl.int64), t_x.to(tl.int64)
+    t_first = tl.where(dt > 0, T - 1, 0)  # of forward's steps
+    has_next = tl.minimum(p, 1)
+    starts_h, starts_c = mark_ptrs.starts_h, mark_ptrs.starts_c
+    d_starts_h, d_starts_c = d_start_ptrs.h, d_start_ptrs.c
+    if GROUPED:
+        if steps <= 0:
+            return
+        member = member.to(tl.int64)
+        t += member * T
+        t_x += member * N
+        t_first += member * T
+        w_ptr += member * (G * H * H)
+        h0_ptr += member * batch * H
+        d_h_ptr += member * batch * H
+        if PARTS > 1:
+            sums_ptr += member * N * batch * (PARTS * H_PAD)
+        if CARRIES_C:
+            c0_ptr += member * batch * H
+            d_c_ptr += member * batch * H
+        if HAS_MARKS:
+            starts_h += member * 2 * batch * H
+            if CARRIES_C:
+                starts_c += member * 2 * batch * H
+        if NEEDS_STARTS:
+            d_starts_h += member * 2 * batch * H
+            if CARRIES_C:
+                d_starts_c += member * 2 * batch * H
+        if DIRECTIONS > 1:
+            beside = member * (H - T * batch * ROW)
+            h_ptr += beside
+            if HAS_DY:
+                dy_ptr += beside
+    # buffers of the chunk, so that t is an index in them too
+    if GROUPED and DIRECTIONS == 1 and HAS_DY:
+        dy_ptr += (t_x - t) * batch * H
     if SAVED > 0:
-        saved_ptr -= t_saved.to(tl.int64) * batch * (SAVED * H)
+        saved_ptr += (t_x - t) * of_chunk * batch * (SAVED * H)
+    if APART:
+        words_ptr += (t_x - t) * batch * (X_ROW // PER_WORD)
     # which rows a next step ran, and of which the gradient of the last state is still to come
     mask_next, mask_ends = slots < B * has_next, slots < B * (1 - has_next)
     mask_runs = mask
@@ -268,11 +249,10 @@ def persistent_backward_kernel(
         tiles = tl.cdiv(B, BLOCK_B)
         tile_marks = packed_marks(mark_ptrs.codes, b_begin, BLOCK_B)
         marks = tl.load(tile_marks + t * tiles)
-        marks_next = tl.load(tile_marks + t_next.to(tl.int64) * tiles, mask=has_next > 0, other=ALL_PADDED)
+        marks_next = tl.load(tile_marks + (t - dt) * tiles, mask=has_next > 0, other=ALL_PADDED)
         while (step < steps) & _nobody_runs(marks, marks_next, NEEDS_STARTS):
             step += 1
             t += dt
-            t_x += dt
             marks_next = marks
             marks = tl.load(tile_marks + t * tiles, mask=step < steps, other=ALL_PADDED)
         mask_next = mask_next & (unpacked(marks_next, BLOCK_B) != PADDED)
@@ -283,7 +263,7 @@ def persistent_backward_kernel(
     # what stays on chip: columns of W, and the carried gradients
     first_k = tl.program_id(0) % PARTS * OWN_K
     own_ptr = words_ptr + first_k // PER_WORD
-    row_next = t_next.to(tl.int64) * batch + offs_b
+    row_next = (t - dt) * batch + offs_b
     d_next = d_gates_ptr + (D - G) * H + over_rows(row_next * (D * H), SPLIT)
     d_mask = over_rows(mask_next, SPLIT)
     unit = over_rows(tl.program_id(0) // PARTS * ROWS + tl.arange(0, ROWS), SPLIT)
@@ -306,21 +286,20 @@ def persistent_backward_kernel(
     if not DIRECT:
         mask_direct = mask & mask_ends[:, None]
     d_h_direct = tl.load(d_h_ptr + carried, mask=mask_direct, other=0.0)
-    at = (t * batch + offs_b)[:, None] * H + offs_h[None, :]
-    new_states = _load_new_states(h_ptr, c_ptr, at, mask_runs, CARRIES_C)
+    new_states = load_new_states(h_ptr, c_ptr, t * batch + offs_b, offs_h, mask_runs, H, ROW, CARRIES_C)
     d_c = ()
     if CARRIES_C:
         d_c = (tl.load(d_c_ptr + carried, mask=mask, other=0.0),)
-    d_starts_h, d_starts_c = (), ()
+    started_h, started_c = (), ()
     if NEEDS_STARTS:
-        d_starts_h = _load_both(d_start_ptrs.h + carried, batch * H, mask)
+        started_h = _load_both(d_starts_h + carried, batch * H, mask)
         if CARRIES_C:
-            d_starts_c = _load_both(d_start_ptrs.c + carried, batch * H, mask)
+            started_c = _load_both(d_starts_c + carried, batch * H, mask)
 
-    dy, dcs, saved, states = _load_step(
-        dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, mark_ptrs, t, dt, t_first,
+    dy, dcs, saved, states = load_step(
+        dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, starts_h, starts_c, t, dt, t_first,
         has_first, marks, offs_b, offs_h, mask, batch,
-        H, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
+        H, ROW, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
     )  # fmt: skip
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = zero_sums(1, ROWS, BLOCK_B, SPLIT)
@@ -333,7 +312,7 @@ def persistent_backward_kernel(
     give_up = (give_up_ptrs.flag, give_up_ptrs.told, name)
     while step < steps:
         row = t * batch + offs_b
-        row_x = t_x * batch + slots
+        row_x = t * batch + slots
         following = marks
         if HAS_MARKS:
             following = marks_before
@@ -341,16 +320,15 @@ def persistent_backward_kernel(
         # the last step needs nothing from a step before it, and waits for nobody
         mask_more = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
-        dy_before, dcs_before, saved_before, states_before = _load_step(
-            dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, mark_ptrs, t + dt, dt, t_first,
+        dy_before, dcs_before, saved_before, states_before = load_step(
+            dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, starts_h, starts_c, t + dt, dt, t_first,
             has_first, following, offs_b, offs_h, mask & mask_more[:, None], batch,
-            H, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
+            H, ROW, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
         )  # fmt: skip
         new_states_before = states
         if HAS_MARKS:
-            at_before = ((t + dt) * batch + offs_b)[:, None] * H + offs_h[None, :]
             mask_before = mask & (mask_more & (unpacked(marks_before, BLOCK_B) != PADDED))[:, None]
-            new_states_before = _load_new_states(h_ptr, c_ptr, at_before, mask_before, CARRIES_C)
+            new_states_before = load_new_states(h_ptr, c_ptr, (t + dt) * batch + offs_b, offs_h, mask_before, H, ROW, CARRIES_C)
 
         d_h = sum_parts(d_sums, ROWS, BLOCK_B, SPLIT)
         if PARTS > 1:
@@ -361,7 +339,7 @@ def persistent_backward_kernel(
             mask_runs = mask & (mark != PADDED)
             if NEEDS_STARTS:
                 started, reset = tl.where(mark_next == STARTS, d_h, 0.0), tl.where(mark_next == RESETS, d_h, 0.0)
-                d_starts_h = (d_starts_h[0] + started, d_starts_h[1] + reset)
+                started_h = (started_h[0] + started, started_h[1] + reset)
             d_h = tl.where(anew(mark_next), 0.0, d_h)
         if HAS_DY:
             d_h += dy[0].to(tl.float32)
@@ -413,7 +391,7 @@ def persistent_backward_kernel(
             if CARRIES_C:
                 if NEEDS_STARTS:
                     started, reset = tl.where(mark == STARTS, d_c_before, 0.0), tl.where(mark == RESETS, d_c_before, 0.0)
-                    d_starts_c = (d_starts_c[0] + started, d_starts_c[1] + reset)
+                    started_c = (started_c[0] + started, started_c[1] + reset)
                 d_c_before = tl.where(mark == CONTINUES, d_c_before, tl.where(mark == PADDED, d_c[0], 0.0))
         d_h_direct = d_h_through
         if CARRIES_C:
@@ -424,13 +402,12 @@ def persistent_backward_kernel(
         new_states = new_states_before
         states = states_before
         t += dt
-        t_x += dt
         step += 1
     if DIRECT:
         tl.store(d_h_ptr + carried, d_h_direct, mask=mask)
     if CARRIES_C:
         tl.store(d_c_ptr + carried, d_c[0], mask=mask)
     if NEEDS_STARTS:
-        _store_both(d_start_ptrs.h + carried, batch * H, d_starts_h, mask)
+        _store_both(d_starts_h + carried, batch * H, started_h, mask)
         if CARRIES_C:
-            _store_both(d_start_ptrs.c + carried, batch * H, d_starts_c, mask)
+            _store_both(d_starts_c + carried, batch * H, started_c, mask)

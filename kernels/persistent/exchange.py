@@ -36,13 +36,6 @@ INTERPRETED_TRIES = tl.constexpr(30)
 NOT_A_NUMBER = tl.constexpr(0x7FFF7FFF)  # two NaNs of either 16-bit type, or one float32 NaN
 
 
-@triton.jit(do_not_specialize=["words"])
-def clear_kernel(exchange_ptr, words, BLOCK: tl.constexpr):
-    """Fills `words` 32-bit words with EMPTY."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(exchange_ptr.to(tl.pointer_type(tl.int32)) + offs, tl.full((BLOCK,), EMPTY, tl.int32), mask=offs < words)
-
-
 @triton.constexpr_function
 def joined(chunk, CHUNKS, JOIN):
     """How many chunks are one operand from number `chunk` on: a power of two, as large as is left, up to JOIN; else 0."""

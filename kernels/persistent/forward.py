@@ -9,13 +9,18 @@ With marks (`rnnfast.kernels.marks`) they exchange the h that enters the next st
 a unit puts the initial or the reset state in h_t's place, so the product is the same. A tile begins with the first step at
 which one of its rows runs, and ends with the last. Without, HAS_MARKS is off and the arguments that go with it are None.
 
-Legend: T steps, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, K the summed axis, here H_PAD. A step's
-row is t * B + b. ROWS are the weight rows of a program, GATES to a unit: G rounded up to a power of two, the rest zero.
+A launch runs a chunk of steps of each member of a group (`rnnfast.kernels.groups`). The programs of a member and batch tile
+exchange with one another only. All buffers have the members in front, but h has directions side by side.
+
+Legend: M members, T steps, N of them in a chunk, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, K the
+summed axis, here H_PAD. A step's row is t * B + b, where t counts the steps of all members: T * member + the step. ROWS are the
+weight rows of a program, GATES to a unit: G rounded up to a power of two, the rest zero.
 """
 
 import triton
 import triton.language as tl
 
+from rnnfast.kernels.groups import place
 from rnnfast.kernels.marks import ALL_PADDED, PADDED, anew, entering, start_rows, unpacked
 from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.persistent.exchange import (
@@ -63,30 +68,30 @@ def _split_gates(rows, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.c
         return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["t", "t_x", "dt", "steps", "t_prev", "has_prev", "t_c_prev", "b_begin", "B", "name"])
+@triton.jit(do_not_specialize=["begin", "lag", "N", "T", "flips", "has_first", "b_begin", "B", "name"])
 def persistent_forward_kernel(
     # inputs
-    x_ptr,  # (n, B, G * H) float32, W_ih x_t at index t_x
-    w_ptr,  # (G * H, H) W_hh
-    bias_x_ptr,  # (G * H,) b_ih
-    bias_h_ptr,  # (G * H,) b_hh
-    h_prev_ptr,  # (*, B, H) the hidden state to start from, at index t_prev
-    c_prev_ptr,  # (*, B, H) float32, the cell state to start from, at index t_c_prev
-    mark_ptrs,  # `Marks`, its codes those of the n steps, at index t_x
+    x_ptr,  # (M, N, B, G * H) float32, W_ih x_t of the chunk's steps
+    w_ptr,  # (M, G * H, H) W_hh
+    bias_x_ptr,  # (M, G * H) b_ih
+    bias_h_ptr,  # (M, G * H) b_hh
+    h0_ptr,  # (M, B, H) the hidden state before a member's first step
+    c0_ptr,  # (M, B, H) float32, the cell state before it
+    mark_ptrs,  # `Marks`, its codes (M, T, tiles) words
     give_up_ptrs,  # `GiveUp`
     # outputs
-    exchange_ptr,  # (n, B, H_PAD) what is exchanged after step t, at index t_x, EMPTY on entry; unless APART h_ptr's own rows
-    h_ptr,  # (T, B, H) h_t at index t
-    c_ptr,  # (T, B, H) float32, c_t at index t; without KEEP_C (1, B, H), the last
-    saved_ptr,  # (T, B, SAVED * H) activations for backward, at index t
+    # (M, N, B, H_PAD) what is exchanged after each of the chunk's steps, EMPTY on entry; unless APART h_ptr itself
+    exchange_ptr,
+    h_ptr,  # (M, T, B, H) h_t; of two directions (T, B, 2 * H)
+    c_ptr,  # (M, T, B, H) float32, c_t; without KEEP_C (M, 1, B, H), the last
+    saved_ptr,  # (M, T, B, SAVED * H) activations for backward
     # sizes
-    t,  # the first step of this launch
-    t_x,  # its index in the chunk
-    dt,  # from a step to the next in the order of processing, 1 or -1
-    steps,
-    t_prev,
-    has_prev,  # 0 to start from zeros
-    t_c_prev,
+    begin,  # these five as `place` has them
+    lag,
+    N,
+    T,
+    flips,
+    has_first,  # 0 if members begin from zeros
     b_begin,  # the first batch row of this launch
     B,
     name,  # of this launch, for the host if it gives up
@@ -101,6 +106,8 @@ def persistent_forward_kernel(
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
+    GROUPED: tl.constexpr,  # whether there are several members
+    DIRECTIONS: tl.constexpr,  # side by side in a row of h
     PLAN: tl.constexpr,  # `PersistentPlan.tiles`
 ):
     HAS_BIAS: tl.constexpr = bias_x_ptr is not None
@@ -116,7 +123,8 @@ def persistent_forward_kernel(
     APART: tl.constexpr = UNITS_PADDED or HAS_MARKS
     PART: tl.constexpr = H_PAD // SPLIT
     CHUNKS: tl.constexpr = PART // BLOCK_K
-    WORDS: tl.constexpr = H_PAD // PER_WORD
+    ROW: tl.constexpr = DIRECTIONS * H  # from a row of h to the next
+    WORDS: tl.constexpr = (H_PAD if APART else ROW) // PER_WORD  # from a row of the exchange to the next
     OPERANDS: tl.constexpr = operands(CHUNKS, JOIN)
     CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
     WORD_TILES: tl.constexpr = PART // PER_WORD // piece(CHUNK_WORDS, SPLIT) * vector(CHUNK_WORDS)
@@ -132,24 +140,59 @@ def persistent_forward_kernel(
     offs_word = tl.program_id(0) * (BLOCK_H // PER_WORD) + tl.arange(0, BLOCK_H // PER_WORD)
     mask_b = slots < B
     batch = B.to(tl.int64)  # 64-bit addresses
-    t = t.to(tl.int64)
-    t_x = t_x.to(tl.int64)
-    row_prev = t_prev.to(tl.int64) * batch + offs_b
-    rows_prev = h_prev_ptr + row_prev * H
+
+    # this member's place and buffers; t is an index in buffers of all steps of all members
+    member = 0
+    if GROUPED:
+        member = tl.program_id(2)
+    p, t, dt, steps, t_x = place(begin, lag, N, T, flips, member, False)
+    t, t_x = t.to(tl.int64), t_x.to(tl.int64)
+    starts_h, starts_c = mark_ptrs.starts_h, mark_ptrs.starts_c
+    if GROUPED:
+        if steps <= 0:
+            return
+        member = member.to(tl.int64)
+        t += member * T
+        t_x += member * N
+        w_ptr += member * (G * H * H)
+        h0_ptr += member * batch * H
+        if HAS_BIAS:
+            bias_x_ptr += member * (G * H)
+            bias_h_ptr += member * (G * H)
+        if CARRIES_C:
+            c0_ptr += member * batch * H
+            if not KEEP_C:
+                c_ptr += member * batch * H
+        if HAS_MARKS:
+            starts_h += member * 2 * batch * H
+            if CARRIES_C:
+                starts_c += member * 2 * batch * H
+        if DIRECTIONS > 1:
+            beside = member * (H - T * batch * ROW)
+            h_ptr += beside
+            if not APART:
+                words_ptr += beside // PER_WORD
+    # buffers of the chunk, so that t is an index in them too
+    x_ptr += (t_x - t) * batch * (G * H)
+    if APART:
+        words_ptr += (t_x - t) * batch * WORDS
+    has_prev = tl.where(p == 0, has_first, 1)
+    rows_prev = h_ptr + ((t - dt) * batch + offs_b) * ROW
+    if not HAS_MARKS:
+        rows_prev = tl.where(p == 0, h0_ptr + offs_b.to(tl.int64) * H, rows_prev)
     mask_prev = slots < B * has_prev
     step = 0
     if HAS_MARKS:
         tiles = tl.cdiv(B, BLOCK_B)
         tile_marks = packed_marks(mark_ptrs.codes, b_begin, BLOCK_B)
-        marks = tl.load(tile_marks + t_x * tiles)
+        marks = tl.load(tile_marks + t * tiles)
         while (step < steps) & (marks == ALL_PADDED):
             step += 1
             t += dt
-            t_x += dt
-            marks = tl.load(tile_marks + t_x * tiles, mask=step < steps, other=ALL_PADDED)
-        marks_next = tl.load(tile_marks + (t_x + dt) * tiles, mask=step + 1 < steps, other=ALL_PADDED)
+            marks = tl.load(tile_marks + t * tiles, mask=step < steps, other=ALL_PADDED)
+        marks_next = tl.load(tile_marks + (t + dt) * tiles, mask=step + 1 < steps, other=ALL_PADDED)
         mark = unpacked(marks, BLOCK_B)
-        rows_prev = entering(rows_prev, mark_ptrs.starts_h, mark, offs_b, batch, H, False)
+        rows_prev = entering(rows_prev, starts_h, mark, offs_b, batch, H, False)
         mask_prev = mask_b & (mark != PADDED)
 
     # what stays on chip: these units' rows of W, their biases and their states
@@ -187,18 +230,22 @@ def persistent_forward_kernel(
     h_prev = tl.load(rows_prev[:, None] + offs_h[None, :], mask=mask_state, other=0.0)
     states = (h_prev.to(tl.float32),)
     if CARRIES_C:
-        c_rows = c_prev_ptr + (t_c_prev.to(tl.int64) * batch + offs_b) * H
+        c_rows = c_ptr + offs_b.to(tl.int64) * H
+        if KEEP_C:
+            c_rows += (t - dt) * batch * H
+        if not HAS_MARKS:
+            c_rows = tl.where(p == 0, c0_ptr + offs_b.to(tl.int64) * H, c_rows)
         if HAS_MARKS:
-            c_rows = entering(c_rows, mark_ptrs.starts_c, mark, offs_b, batch, H, False)
+            c_rows = entering(c_rows, starts_c, mark, offs_b, batch, H, False)
             if not KEEP_C:
                 mask_state = mask  # a row that has ended keeps its last state
         states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_state, other=0.0),)
 
     mask_first = mask
     if HAS_MARKS:
-        # where no row of the tile runs, t_x is past the last step
+        # where no row of the tile runs, t is past the last step
         mask_first = mask & (slots < tl.where(step < steps, B, 0))[:, None]
-    x_gates = _load_gates(x_ptr + (t_x * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask_first, H, G)
+    x_gates = _load_gates(x_ptr + (t * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask_first, H, G)
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = zero_sums(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)
     h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
@@ -210,8 +257,8 @@ def persistent_forward_kernel(
     give_up = (give_up_ptrs.flag, give_up_ptrs.told, name)
     while step < steps:
         row = t * batch + offs_b
-        row_x = t_x * batch + slots
-        row_x_next = t_x * batch + offs_b + dt * batch
+        row_x = t * batch + slots
+        row_next = row + dt * batch
         mask_runs = mask
         if HAS_MARKS:
             mask_runs = mask & (unpacked(marks, BLOCK_B) != PADDED)[:, None]
@@ -219,7 +266,7 @@ def persistent_forward_kernel(
         # the last step needs nothing from a next one, and waits for nobody
         mask_next = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
-        x_gates_next = _load_gates(x_ptr + row_x_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
+        x_gates_next = _load_gates(x_ptr + row_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
         h_rows = sum_parts(h_sums, ROWS, BLOCK_B, SPLIT)
         h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
         x_sides = ()
@@ -241,18 +288,17 @@ def persistent_forward_kernel(
             # loaded only here, as it is seldom wanted. A row that does not run may load anything: nobody keeps it
             mark_next = unpacked(marks_next, BLOCK_B)
             restarts = anew(mark_next)[:, None]
-            start_h = start_rows(mark_ptrs.starts_h, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
+            start_h = start_rows(starts_h, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
             enters = tl.where(restarts, tl.load(start_h, mask=mask & restarts, other=0.0), h)
         publish(words_ptr + row_x[:, None] * WORDS + offs_word[None, :], enters, mask_b[:, None], PER_WORD)
-        at = row[:, None] * H + offs_h[None, :]
         if APART:
-            tl.store(h_ptr + at, h, mask=mask_runs)
+            tl.store(h_ptr + row[:, None] * ROW + offs_h[None, :], h, mask=mask_runs)
         if CARRIES_C:
             c = new_states[1]
             if KEEP_C:
-                tl.store(c_ptr + at, c, mask=mask_runs)
+                tl.store(c_ptr + row[:, None] * H + offs_h[None, :], c, mask=mask_runs)
             if HAS_MARKS:
-                start_c = start_rows(mark_ptrs.starts_c, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
+                start_c = start_rows(starts_c, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
                 start_c = tl.load(start_c, mask=mask & restarts, other=0.0)
                 c = tl.where(restarts, start_c, tl.where(mask_runs, c, states[1]))
             states = (enters.to(tl.float32), c)
@@ -263,7 +309,7 @@ def persistent_forward_kernel(
             tl.store(saved_pointers, round_to(saved[s], saved_ptr.dtype.element_ty, EMULATE_BF16), mask=mask_runs)
         if HAS_MARKS:
             marks = marks_next
-            marks_next = tl.load(tile_marks + (t_x + 2 * dt) * tiles, mask=step + 2 < steps, other=ALL_PADDED)
+            marks_next = tl.load(tile_marks + (t + 2 * dt) * tiles, mask=step + 2 < steps, other=ALL_PADDED)
         h_words = poll(
             words_ptr + over_parts(row_x * WORDS, PART // PER_WORD, tile_words(0, CHUNK_WORDS, SPLIT), SPLIT),
             over_rows(mask_next, SPLIT), WORD_TILES, vector(CHUNK_WORDS), piece(CHUNK_WORDS, SPLIT), SPLIT, PLAN.num_warps,
@@ -278,7 +324,6 @@ def persistent_forward_kernel(
                 h_sums = add_product(h_sums, w, h_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
         x_gates = x_gates_next
         t += dt
-        t_x += dt
         step += 1
     if CARRIES_C and not KEEP_C:
         tl.store(c_ptr + offs_b.to(tl.int64)[:, None] * H + offs_h[None, :], states[1], mask=mask)

@@ -1,40 +1,27 @@
-"""Launches of the persistent kernels: `forward` and `backward`, one launch for many time steps."""
+"""Launches of the persistent kernels: `forward` and `backward`, one launch for many time steps of all members of a group."""
 
 from __future__ import annotations
 
 import functools
 
 from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.groups import Group
 from rnnfast.kernels.marks import Marks, StartGrads, pack_kernel
 from rnnfast.kernels.persistent.backward import persistent_backward_kernel
-from rnnfast.kernels.persistent.exchange import clear_kernel
+from rnnfast.kernels.persistent.clear import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
 from rnnfast.kernels.persistent.give_up import for_launch, name_of
-from rnnfast.kernels.persistent.plan import ROWS, PersistentPlan
-from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, as_a_gpu, emulates_bf16, in_chunks
-from rnnfast.kernels.step.launch import after, before
+from rnnfast.kernels.persistent.plan import PersistentPlan
+from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, as_a_gpu, emulates_bf16
 
 __all__ = ["backward", "forward", "packed"]
 
 CLEAR_BLOCK = 4096
 PACK_STEPS = 32
 
-_clear = Launcher(clear_kernel, {"BLOCK": CLEAR_BLOCK})
-
 
 def _power_of_two(gates: int) -> int:
     return 1 << (gates - 1).bit_length()
-
-
-def _exchange(out, H: int, plan: PersistentPlan, blocks: int, marked: bool):
-    """A cleared exchange buffer of `blocks` * H_PAD a row: `out` itself where nothing is padded or marked, else a new one."""
-    return _cleared(out if plan.H_PAD == H and not marked else out.new_empty(*out.shape[:2], blocks * plan.H_PAD))
-
-
-def _cleared(buffer):
-    words = buffer.numel() * buffer.element_size() // 4
-    _clear((-(-words // CLEAR_BLOCK), 1, 1), buffer, words)
-    return buffer
 
 
 @functools.cache
@@ -42,19 +29,57 @@ def _pack(block_b: int) -> Launcher:
     return Launcher(pack_kernel, {"BLOCK_B": block_b, "BLOCK_T": PACK_STEPS})
 
 
-def packed(marks: Marks, plan: PersistentPlan, begin: int, end: int) -> Marks:
-    """`marks` with the codes of the steps begin, ..., end - 1 alone, those of each of the plan's batch tiles in a word."""
+def packed(marks: Marks, plan) -> Marks:
+    """`marks` with the codes (M, T, B) of each of the plan's batch tiles in a word, (M * T, tiles * 8) bytes."""
     if marks.codes is None:
         return marks
-    codes = marks.codes[begin:end]
-    T, B = codes.shape
-    tiles = -(-B // plan.BLOCK_B)
-    words = codes.new_empty(T, tiles * 8)  # bytes
+    codes = marks.codes
+    B = codes.size(-1)
+    T, tiles = codes.numel() // B, -(-B // plan.BLOCK_B)
+    words = codes.new_empty(T, tiles * 8)
     _pack(plan.BLOCK_B)((-(-T // PACK_STEPS), tiles, 1), codes, marks.order, words, T, B)
     return marks._replace(codes=words)
 
 
-def _launcher(kernel, cell: Cell, plan: PersistentPlan, H: int, dtype, precision: str, **own) -> Launcher:
+@functools.lru_cache(MOST_LAUNCHERS)
+def _clear(words: int, directions: int, of_chunk: bool, backward: bool) -> Launcher:
+    constants = {"WORDS": words, "DIRECTIONS": directions, "OF_CHUNK": of_chunk, "BACKWARD": backward, "BLOCK": CLEAR_BLOCK}
+    return Launcher(clear_kernel, constants)
+
+
+class _Exchange:
+    """What the launches of a call exchange through, with the members in front: `out` itself, which is h or the gate gradients,
+    or a buffer of a chunk's steps with `apart` elements a row, because something is padded or marked; and with PARTS > 1 a
+    buffer of sums."""
+
+    def __init__(self, out, width: int, apart: int, T: int, B: int, plan: PersistentPlan, group: Group, backward: bool):
+        per_word = 4 // out.element_size()
+        self.out, self.apart, self.B, self.members = out, apart, B, group.members
+        self.buffer, self.sums, self.N = out, None, 0
+        self.words = (apart or width) // per_word
+        self.sum_words = B * plan.PARTS * plan.H_PAD if plan.PARTS > 1 else 0
+        self.sum_shape = self.sum_words * per_word
+        self.sizes = T, group.flips, B, self.sum_words
+        self.lag = group.lag if backward else -group.lag
+        directions = 1 if apart or backward else group.directions
+        self.launcher = _clear(self.words, directions, apart > 0, backward)
+
+    def cleared(self, begin: int, N: int) -> bool:
+        """Clear it for a launch. Whether its buffers are new: they are allocated at the first of a call."""
+        if new := N > self.N:
+            self.N = N
+            if self.apart:
+                self.buffer = self.out.new_empty(self.members, N, self.B, self.apart)
+            if self.sum_words:
+                self.sums = self.out.new_empty(self.members, N, self.sum_shape)
+            blocks = -(-N * max(self.B * self.words, self.sum_words) // CLEAR_BLOCK)
+            self.at = addresses(self.buffer, self.sums)
+            self.clear = self.launcher.bind((blocks, 1, self.members), self.buffer, self.sums, begin, self.lag, N, *self.sizes)
+        self.clear(*self.at, begin, self.lag, N, *self.sizes)
+        return new
+
+
+def _launcher(kernel, cell: Cell, plan: PersistentPlan, grouped: bool, directions: int, H: int, dtype, precision: str, **own):
     """`own`: constants that only one of the kernels has."""
     constants = {
         "H": H,
@@ -64,6 +89,8 @@ def _launcher(kernel, cell: Cell, plan: PersistentPlan, H: int, dtype, precision
         "PER_WORD": 4 // dtype.itemsize,
         "PRECISION": precision,
         "EMULATE_BF16": emulates_bf16(dtype),
+        "GROUPED": grouped,
+        "DIRECTIONS": directions,
         "PLAN": plan.tiles,
     }
     return Launcher(
@@ -89,66 +116,71 @@ def _backward_launcher(cell: Cell, plan: PersistentPlan, *sizes) -> Launcher:
     return _launcher(persistent_backward_kernel, cell, plan, *sizes, **own)
 
 
-@in_chunks
 @as_a_gpu
 def forward(
-    cell: Cell, x, begin: int, w, bias_x, bias_h, h0, c0, h, c, saved, *, reverse: bool, precision: str, plan: PersistentPlan,
+    cell: Cell, rounds, w, bias_x, bias_h, h0, c0, h, c, saved, *, group: Group, precision: str, plan: PersistentPlan,
     marks: Marks = Marks(),
 ) -> None:  # fmt: skip
-    """Run the recurrence over the time steps of a chunk in one launch, or a few where the batch takes several.
+    """Run the recurrence of a group, one launch a round, or a few where the batch takes several.
 
-    Arguments as in `rnnfast.kernels.step.forward`. The rows of the chunk in `h` are its exchange, unless there are marks.
+    Arguments as in `rnnfast.kernels.step.forward`. The rows of a round in `h` are its exchange, unless there are marks.
     """
-    T, B, H = h.shape
-    give_up, name = for_launch(x), name_of("forward", cell, H, h.dtype)
-    n = x.shape[0]
-    training = saved is not None
-    exchange = _exchange(h[begin : begin + n], H, plan, 1, marks.codes is not None)
-    chunk_marks = packed(marks, plan, begin, begin + n)
-    dt, t_x = (-1, n - 1) if reverse else (1, 0)
-    t = begin + t_x
-    t_prev, h_prev, c_prev, has_prev = before(t, T, reverse, h, h0, c, c0, marks.codes)
+    T, B, H = h.size(-3), h.size(-2), w.size(-1)
+    training, marked = saved is not None, marks.codes is not None
     saves = training and saved.numel() > 0
-    launch = _forward_launcher(cell, plan, saves, training, H, h.dtype, precision)
-    t_c_prev = t_prev if training else 0
-    for grid, b_begin in plan.launches(B):
-        launch(
-            grid, x, w, bias_x, bias_h, h_prev, c_prev, chunk_marks, give_up, exchange, h, c, saved,
-            t, t_x, dt, n, t_prev, has_prev, t_c_prev, b_begin, B, name,
-        )  # fmt: skip
+    launcher = _forward_launcher(cell, plan, saves, training, group.members > 1, group.directions, H, h.dtype, precision)
+    exchange = _Exchange(h, H, plan.H_PAD if marked or plan.H_PAD != H else 0, T, B, plan, group, False)
+    marks, give_up, name = packed(marks, plan), for_launch(h), name_of("forward", cell, H, h.dtype)
+    has_first = int(marked or h0 is not None)
+    h0, c0 = h if h0 is None else h0, c if c0 is None else c0
+    alignment, launches, plain = None, [], ()
+    for begin, x in rounds():
+        N, place = x.size(1), (T, group.flips, has_first)
+        new, aligned = exchange.cleared(begin, N), x.data_ptr() % 16  # Triton compiles other code for another
+        if new or aligned != alignment:
+            alignment = aligned
+            tensors = w, bias_x, bias_h, h0, c0, marks, give_up, exchange.buffer, h, c, saved
+            plain = addresses(*tensors)
+            launches = [
+                (b_begin, launcher.bind(grid, x, *tensors, begin, -group.lag, N, *place, b_begin, B, name))
+                for grid, b_begin in plan.launches(B, group.members)
+            ]
+        (x_at,) = addresses(x)
+        for b_begin, launch in launches:
+            launch(x_at, *plain, begin, -group.lag, N, *place, b_begin, B, name)
 
 
 @as_a_gpu
 def backward(
-    cell: Cell, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, *, reverse: bool, precision: str, plan: PersistentPlan,
-    begin=0, steps=None, dcs=None, marks: Marks = Marks(), d_starts: StartGrads = StartGrads(),
+    cell: Cell, rounds, h, h0, c, c0, w, d_gates, d_h, d_c, *, group: Group, precision: str, plan: PersistentPlan,
+    dcs=None, marks: Marks = Marks(), d_starts: StartGrads = StartGrads(),
 ) -> None:  # fmt: skip
-    """Run the recurrence backward, `plan.steps` a launch. Arguments as in `rnnfast.kernels.step.backward`.
+    """Run the recurrence of a group backward, one launch a round, or a few where the batch takes several.
 
-    The rows of a launch in `d_gates` are its exchange; with marks it has a buffer of its own, which bounds the steps.
+    Arguments as in `rnnfast.kernels.step.backward`. The rows of a round in `d_gates` are its exchange, unless there are marks.
     """
-    T, B, H = h.shape
-    give_up, name = for_launch(d_h), name_of("backward", cell, H, h.dtype)
-    launch = _backward_launcher(cell, plan, H, h.dtype, precision)
-    has_first, h0 = (0, h) if h0 is None else (1, h0)
-    c0 = c if c0 is None else c0
-    t_first = T - 1 if reverse else 0
-    end = begin + (T if steps is None else steps)
-    t_next, has_next = after(begin, end, T, reverse)
-    dt = 1 if reverse else -1
+    T, B, H = h.size(-3), h.size(-2), w.size(-1)
     marked = marks.codes is not None
-    all_marks = packed(marks, plan, 0, T)
-    most = plan.steps if not marked else min(plan.steps, max(1, ROWS // B))
-    for done in range(0, end - begin, most):
-        n = min(most, end - begin - done)
-        first = begin + done if reverse else end - done - n
-        t_x = 0 if reverse else n - 1
-        exchange = _exchange(d_gates[first : first + n], H, plan, cell.gates, marked)
-        sums = d_h if plan.PARTS == 1 else _cleared(d_h.new_empty(n, B, plan.PARTS * plan.H_PAD))
-        for grid, b_begin in plan.launches(B):
-            launch(
-                grid, dy, saved, h, h0, c, c0, w, dcs, all_marks, give_up,
-                exchange, sums, d_gates, d_h, d_c, d_starts,
-                first + t_x, t_x, dt, n, t_first, has_first, t_next, has_next, b_begin, begin, B, name,
+    launcher = _backward_launcher(cell, plan, group.members > 1, group.directions, H, h.dtype, precision)
+    apart = cell.gates * plan.H_PAD if marked or plan.H_PAD != H else 0
+    exchange = _Exchange(d_gates, cell.grads * H, apart, T, B, plan, group, True)
+    marks, give_up, name = packed(marks, plan), for_launch(d_h), name_of("backward", cell, H, h.dtype)
+    has_first = int(h0 is not None)
+    h0, c0 = h if h0 is None else h0, c if c0 is None else c0
+    alignment, launches, plain = None, [], ()
+    for begin, N, dy, saved in rounds():
+        place = T, group.flips, int(saved.size(1) != T), has_first
+        new, aligned = exchange.cleared(begin, N), (dy is None or dy.data_ptr() % 16, saved.data_ptr() % 16)
+        if new or aligned != alignment:
+            alignment = aligned
+            tensors = (
+                h, h0, c, c0, w, dcs, marks, give_up, exchange.buffer, exchange.sums, d_gates, d_h, d_c, d_starts,
             )  # fmt: skip
-        t_next, has_next = first + t_x + dt * (n - 1), 1
+            plain = addresses(*tensors)
+            launches = [
+                (b_begin, launcher.bind(grid, dy, saved, *tensors, begin, group.lag, N, *place, b_begin, B, name))
+                for grid, b_begin in plan.launches(B, group.members)
+            ]
+        dy_at, saved_at = addresses(dy, saved)
+        for b_begin, launch in launches:
+            launch(dy_at, saved_at, *plain, begin, group.lag, N, *place, b_begin, B, name)

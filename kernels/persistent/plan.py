@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import isqrt
 
 from rnnfast.kernels.persistent.cost_model import (
     StepTime,
@@ -75,7 +75,7 @@ class PersistentPlan:
     into SPLIT parts, for the warps to share, a multiple of BLOCK_K each; up to JOIN chunks are one operand of a product. The
     weights of IN_REGISTERS operands are kept there, the others in shared memory.
     At most `steps` time steps a launch, so that none lasts for seconds and no buffer grows with T, and at most `programs`
-    programs, so that all are resident.
+    programs of all members of a group, so that all are resident.
     """
 
     BLOCK_B: int
@@ -95,20 +95,22 @@ class PersistentPlan:
         """The plan as a kernel's constant: without `steps` and `programs`, which its code does not depend on."""
         return replace(self, steps=0, programs=0)
 
-    def launches(self, B: int) -> Iterator[tuple[tuple[int, int, int], int]]:
-        """Grid and first batch row of each launch: as many batch tiles at a time as `programs` allows."""
+    def launches(self, B: int, members: int = 1) -> Iterator[tuple[tuple[int, int, int], int]]:
+        """Grid and first batch row of each launch: as many batch tiles of all members at a time as `programs` allows. The first
+        is the largest."""
         units = self.H_PAD // self.BLOCK_H
         tiles = -(-B // self.BLOCK_B)
-        at_once = self.programs // units
+        at_once = self.programs // (units * members)
         for tile in range(0, tiles, at_once):
-            yield (units, min(at_once, tiles - tile), 1), tile * self.BLOCK_B
+            yield (units, min(at_once, tiles - tile), members), tile * self.BLOCK_B
 
     def launch_words(self, T: int) -> str:
         return f"one launch for {min(self.steps, T)} time steps"
 
-    def words(self, B: int) -> str:
-        """The plan in words, for a batch of `B` rows."""
-        grids = " then ".join(f"{units} x {tiles} programs" for (units, tiles, _), _ in self.launches(B))
+    def words(self, B: int, members: int = 1) -> str:
+        """The plan in words, for a batch of `B` rows of each of `members`."""
+        times = f" x {members}" if members > 1 else ""
+        grids = " then ".join(f"{units} x {tiles}{times} programs" for (units, tiles, _), _ in self.launches(B, members))
         parts = f"{self.PARTS} programs share their units' sums, " if self.PARTS > 1 else ""
         parts += f"weights of {self.IN_REGISTERS} operands in registers, " if self.IN_REGISTERS else ""
         parts += f"the sum cut into {self.SPLIT} parts, " if self.SPLIT > 1 else ""
@@ -125,7 +127,7 @@ class NoPlan:
     reason: str
 
 
-ROWS = 8192  # time steps x batch rows of a launch whose input side or exchange is a buffer of its own
+ROWS = 8192  # members x time steps x batch rows of a launch whose input side or exchange is a buffer of its own
 SUM_BYTES = 64 << 20  # the largest buffer of partial sums of a launch
 SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
 SLOW_CLOCK = 1e9  # hertz, for that: below what any of these GPUs runs at
@@ -154,6 +156,7 @@ class _Candidate:
     columns: int  # weight columns of a program, which it sums over
     itemsize: int
     reserve: int  # registers of a thread that are to be left
+    members: int
 
     @property
     def weight_bytes(self) -> int:
@@ -246,8 +249,10 @@ class _Candidate:
             kib = self.shared_bytes >> 10
             reason = f"{plan.BLOCK_H} units a program take {kib} KiB of shared memory, where a CTA has {has} KiB"
             yield "shared", self.shared_bytes, reason
-        if units > limits.sms:
-            yield "sms", units, f"{plan.BLOCK_H} units a program make {units} programs, where there are {limits.sms} SMs"
+        if units * self.members > limits.sms:
+            all_of_them = f"{units}{f' x {self.members}' if self.members > 1 else ''} programs"
+            reason = f"{plan.BLOCK_H} units a program make {all_of_them}, where there are {limits.sms} SMs"
+            yield "sms", units * self.members, reason
             return
         words, most = self.words_per_thread, WORDS_PER_THREAD[backward, tensor_cores]
         if tensor_cores and plan.SPLIT > 1:
@@ -261,11 +266,11 @@ class _Candidate:
         if registers > limits.registers:
             reason = f"{plan.num_warps} warps take {registers} registers, where an SM has {limits.registers}"
             yield "register file", registers, reason
-        launches = len(list(plan.launches(B)))
+        launches = len(list(plan.launches(B, self.members)))
         if launches > MOST_LAUNCHES:
             reason = f"{B} batch rows by {plan.BLOCK_B} take {launches} launches in turn, where {MOST_LAUNCHES} is the most"
             yield "launches", launches, reason
-        exchange = B * self.columns * plan.PARTS * self.itemsize
+        exchange = self.members * B * self.columns * plan.PARTS * self.itemsize
         if exchange > limits.l2_bytes:
             yield "l2", exchange, f"a step's exchange is {exchange >> 20} MiB, where L2 has {limits.l2_bytes >> 20} MiB"
 
@@ -284,12 +289,12 @@ class _Candidate:
             arithmetic = wgmma_clocks(deep)
         else:
             arithmetic = hmma_clocks(deep, tiles, plan.num_warps)
-        exchanged = B * self.columns * plan.PARTS * self.itemsize
-        sums = B * plan.PARTS * plan.H_PAD * 4 if plan.PARTS > 1 else 0
+        exchanged = self.members * B * self.columns * plan.PARTS * self.itemsize
+        sums = self.members * B * plan.PARTS * plan.H_PAD * 4 if plan.PARTS > 1 else 0
         launches = [
             step_time(
                 sms=limits.sms,
-                programs=units * tiles,
+                programs=math.prod(grid),
                 gathered_bytes=self.gathered_bytes,
                 weight_bytes=self.reread_bytes,
                 arithmetic=arithmetic,
@@ -308,13 +313,13 @@ class _Candidate:
                 second_bytes=plan.PARTS * plan.BLOCK_B * plan.BLOCK_H * 4 if plan.PARTS > 1 else 0,
                 cleared_bytes=exchanged + sums if number == 0 else 0,
             )
-            for number, ((units, tiles, _), _) in enumerate(plan.launches(B))
+            for number, (grid, _) in enumerate(plan.launches(B, self.members))
         ]
         return sum(launches[1:], launches[0])
 
 
 def _candidates(
-    gates: int, H: int, itemsize: int, tensor_cores: bool, backward: bool, sms: int, reserve: int
+    gates: int, H: int, itemsize: int, tensor_cores: bool, backward: bool, sms: int, reserve: int, members: int
 ) -> Iterator[_Candidate]:
     """Every choice worth a thought, the preferred of equals first."""
     gate_rows = 1 << (gates - 1).bit_length()
@@ -336,7 +341,7 @@ def _candidates(
                 continue  # spills, with 128 words a thread
             least = -(-H // unit) * unit
             for h_pad in range(least, H + H // 4 + 16 * split * parts, unit):
-                if h_pad > least and h_pad // block_h > sms:
+                if h_pad > least and h_pad // block_h * members > sms:
                     break  # padding alone is no reason to run out of SMs
                 part, remainder = divmod(summed_gates * h_pad, split * parts)
                 block_k = min(part & -part, 256 if tensor_cores else 32)
@@ -345,24 +350,26 @@ def _candidates(
                 plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms, PARTS=parts)
                 separate = split > 1 and block_h >= 16  # a product of its own for each of three gates
                 rows = unit if backward else block_h * (gates if separate else gate_rows)
-                yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize, reserve)
+                yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize, reserve, members)
 
 
-def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, clocks: float) -> int:
+def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, marked: bool, members: int, clocks: float) -> int:
     """Time steps of a launch: as many as take `SECONDS`, and as keep a buffer that they need from growing with T: `ROWS` rows
-    of the input side or of a padded exchange, `SUM_BYTES` of partial sums."""
+    of the input side or of an exchange of its own, because it is padded or marked, `SUM_BYTES` of partial sums."""
+    rows = members * B
     steps = int(SECONDS * SLOW_CLOCK / clocks)
-    if not backward or plan.H_PAD != H:
-        steps = min(steps, ROWS // B)
+    if not backward or marked or plan.H_PAD != H:
+        steps = min(steps, ROWS // rows)
     if plan.PARTS > 1:
-        steps = min(steps, SUM_BYTES // (B * plan.PARTS * plan.H_PAD * 4))
+        steps = min(steps, SUM_BYTES // (rows * plan.PARTS * plan.H_PAD * 4))
     return max(1, steps)
 
 
 @functools.lru_cache(maxsize=1024)  # asked at every call of a layer
 def _rank(
-    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool
-) -> tuple[tuple[tuple[float, PersistentPlan], ...], str]:
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool,
+    members: int = 1,
+) -> tuple[tuple[tuple[float, PersistentPlan], ...], str]:  # fmt: skip
     """Clocks and tiles of the plans that fit, the fastest by the model first, one for each tile; and why there is none."""
     if limits.capability < 80:
         return (), f"{limits.name} has compute capability {limits.capability / 10}, and the persistent kernels need 8.0"
@@ -370,7 +377,7 @@ def _rank(
     fastest: dict[tuple[int, ...], tuple[float, PersistentPlan]] = {}
     nearest: dict[str, tuple[float, str]] = {}  # to each limit, of those that pass it
     reserve = MARKS if marked and backward and tensor_cores else 0
-    for tile in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms, reserve):
+    for tile in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms, reserve, members):
         for candidate in tile.tuned(backward, tensor_cores):
             refusals = list(candidate.refusals(B, backward, tensor_cores, limits))
             for limit, excess, reason in refusals:
@@ -388,7 +395,7 @@ def _rank(
 
 def persistent_plans(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, most: int = 4,
-    marked: bool = False,
+    marked: bool = False, members: int = 1,
 ) -> list[PersistentPlan]:  # fmt: skip
     """The persistent launches worth measuring, at most `most`: each of another tile, the fastest by the model first.
 
@@ -401,21 +408,23 @@ def persistent_plans(
         limits: of the GPU.
         most: plans to return; none are returned where `persistent_plan` gives a `NoPlan`.
         marked: for a call with lengths or resets, whose kernels take more registers.
+        members: of the group (`rnnfast.kernels.groups`) that a launch runs, all of them resident at once.
     """
-    ranked, _ = _rank(gates, B, H, itemsize, precision, backward, limits, marked)
-    return [replace(plan, steps=_steps(plan, B, H, backward, clocks)) for clocks, plan in ranked[:most]]
+    ranked, _ = _rank(gates, B, H, itemsize, precision, backward, limits, marked, members)
+    return [replace(plan, steps=_steps(plan, B, H, backward, marked, members, clocks)) for clocks, plan in ranked[:most]]
 
 
 def persistent_plan(
-    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool = False
-) -> PersistentPlan | NoPlan:
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool = False,
+    members: int = 1,
+) -> PersistentPlan | NoPlan:  # fmt: skip
     """The first of `persistent_plans`, or why there is none. Arguments as there."""
-    plans = persistent_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked)
-    return plans[0] if plans else NoPlan(_rank(gates, B, H, itemsize, precision, backward, limits, marked)[1])
+    plans = persistent_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked, members)
+    return plans[0] if plans else NoPlan(_rank(gates, B, H, itemsize, precision, backward, limits, marked, members)[1])
 
 
 def persistent_clocks(*sizes) -> float | None:
-    """Predicted SM clocks of a time step of `persistent_plan`, whose arguments these are; None where there is no plan."""
+    """Predicted SM clocks of a time step of `persistent_plan`, of all members at once; its arguments. None without a plan."""
     ranked, _ = _rank(*sizes)
     return ranked[0][0] if ranked else None
 
@@ -426,7 +435,7 @@ def largest_hidden(gates: int, itemsize: int, precision: str, backward: bool, li
 
     All SMs together have to hold the gates * H * H weights.
     """
-    most = isqrt(limits.sms * limits.shared_bytes // (gates * itemsize))
+    most = math.isqrt(limits.sms * limits.shared_bytes // (gates * itemsize))
     for H in range(most - most % 8, 0, -8):
         if isinstance(persistent_plan(gates, 8, H, itemsize, precision, backward, limits), PersistentPlan):
             return H

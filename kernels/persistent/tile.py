@@ -1,9 +1,10 @@
-"""What a program of a persistent kernel owns: BLOCK_B batch rows of BLOCK_H units, and the marks of those rows."""
+"""What a program of a persistent kernel owns: BLOCK_B batch rows of BLOCK_H units, the marks of those rows, and what a step of
+backward loads of them."""
 
 import triton
 import triton.language as tl
 
-from rnnfast.kernels.marks import batch_rows
+from rnnfast.kernels.marks import PADDED, batch_rows, entering, unpacked
 
 
 @triton.jit
@@ -21,3 +22,57 @@ def program_tile(order_ptr, b_begin, B, H, UNITS_PADDED: tl.constexpr, BLOCK_B: 
 def packed_marks(codes_ptr, b_begin, BLOCK_B: tl.constexpr):
     """Pointer to the word of this program's rows in the first step's words of `rnnfast.kernels.marks.pack_kernel`."""
     return codes_ptr.to(tl.pointer_type(tl.int64)) + b_begin // BLOCK_B + tl.program_id(1)
+
+
+@triton.jit
+def load_step(
+    dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, starts_h, starts_c,
+    t, dt, t_first, has_first, marks, offs_b, offs_h, mask, batch,
+    H: tl.constexpr, ROW: tl.constexpr, SAVED: tl.constexpr, CARRIES_C: tl.constexpr, HAS_DY: tl.constexpr,
+    HAS_DCS: tl.constexpr, HAS_MARKS: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """What step t needs besides the gate gradients of the next: dy or (), the gradient of c or (), what was saved, and the
+    states before it; with marks, of the rows that run."""
+    if HAS_MARKS:
+        mark = unpacked(marks, BLOCK_B)
+        mask = mask & (mark != PADDED)[:, None]
+    row = t * batch + offs_b
+    dy = ()
+    if HAS_DY:
+        dy = (tl.load(dy_ptr + row[:, None] * ROW + offs_h[None, :], mask=mask, other=0.0),)
+    dcs = ()
+    if HAS_DCS:
+        dcs = (tl.load(dcs_ptr + row[:, None] * H + offs_h[None, :], mask=mask, other=0.0),)
+    saved = ()
+    for s in tl.static_range(SAVED):
+        tile = tl.load(saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
+        saved = saved + (tile,)
+    if HAS_MARKS:
+        row_before = (t + dt) * batch + offs_b
+        h_rows = entering(h_ptr + row_before * ROW, starts_h, mark, offs_b, batch, H, False)
+        states = (tl.load(h_rows[:, None] + offs_h[None, :], mask=mask, other=0.0),)
+        if CARRIES_C:
+            c_rows = entering(c_ptr + row_before * H, starts_c, mark, offs_b, batch, H, False)
+            states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask, other=0.0),)
+    else:
+        # before the first step comes the initial state, or zeros
+        is_first = t == t_first
+        t_before = tl.where(is_first, 0, t + dt)
+        mask_before = mask & (offs_b < tl.where(is_first, has_first * batch, batch))[:, None]
+        row_before = (t_before * batch + offs_b)[:, None]
+        at_before = row_before * H + offs_h[None, :]
+        h_before = at_before
+        if ROW != H:
+            h_before = row_before * tl.where(is_first, H, ROW) + offs_h[None, :]
+        states = (tl.load(tl.where(is_first, h0_ptr, h_ptr) + h_before, mask=mask_before, other=0.0),)
+        if CARRIES_C:
+            states = states + (tl.load(tl.where(is_first, c0_ptr, c_ptr) + at_before, mask=mask_before, other=0.0),)
+    return dy, dcs, saved, states
+
+
+@triton.jit
+def load_new_states(h_ptr, c_ptr, row, offs_h, mask, H: tl.constexpr, ROW: tl.constexpr, CARRIES_C: tl.constexpr):
+    states = (tl.load(h_ptr + row[:, None] * ROW + offs_h[None, :], mask=mask, other=0.0),)
+    if CARRIES_C:
+        states = states + (tl.load(c_ptr + row[:, None] * H + offs_h[None, :], mask=mask, other=0.0),)
+    return states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from rnnfast.kernels.hardware import FMAS, HMMA_ISSUE, L2_BYTES, L2_TRIP, LAUNCH, PORT_BYTES
@@ -25,8 +26,8 @@ class StepPlan:
     num_stages: int
     steps: int = field(default=0, init=False, repr=False, compare=False)
 
-    def grid(self, B: int, H: int) -> tuple[int, int, int]:
-        return -(-B // self.BLOCK_B), -(-H // self.BLOCK_H), 1
+    def grid(self, B: int, H: int, members: int = 1) -> tuple[int, int, int]:
+        return -(-B // self.BLOCK_B), -(-H // self.BLOCK_H), members
 
     def launch_words(self, T: int) -> str:
         return "one launch a time step"
@@ -58,8 +59,8 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     return StepPlan(BLOCK_B=block_b, BLOCK_H=16, BLOCK_K=block_k, num_warps=warps, num_stages=3)
 
 
-def step_clocks(gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, sms: int) -> float:
-    """Predicted SM clocks of one launch on a GPU with `sms` SMs, without what it costs the host.
+def step_clocks(gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, sms: int, members: int = 1) -> float:
+    """Predicted SM clocks of one launch on a GPU with `sms` SMs, without what it costs the host: a step of each of `members`.
 
     A launch takes its start, the trips to L2 one after another, and the slower of the bytes that it loads and its product. The
     counts of `benchmarks.static` take the place of these estimates once a kernel is compiled.
@@ -67,7 +68,7 @@ def step_clocks(gates: int, B: int, H: int, itemsize: int, precision: str, backw
     plan = step_plan(H, itemsize, precision)
     rows = plan.BLOCK_H * (1 if backward else gates)
     chunks = -(-H * (gates if backward else 1) // plan.BLOCK_K)
-    programs = -(-B // plan.BLOCK_B) * -(-H // plan.BLOCK_H)
+    programs = math.prod(plan.grid(B, H, members))
     sharing = -(-programs // sms)  # programs that one SM runs, at once or in turn
     loaded = (rows + min(B, plan.BLOCK_B)) * plan.BLOCK_K * chunks * itemsize
     multiplies = rows * plan.BLOCK_B * plan.BLOCK_K * chunks

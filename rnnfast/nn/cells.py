@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast import torch_private
+from rnnfast import reference, torch_private
 from rnnfast.choice import kernel_plan
 from rnnfast.choice.decide import Decision, decide, tell
 from rnnfast.choice.gpu import known
@@ -72,7 +72,7 @@ def _run(runner: str, cell: Cell, input: Tensor, hx: Any) -> Any:
     x = input[None] if batched else input[None, None]
     states = tuple(state if batched else state[None] for state in checks.states_of(name, hx)) or None
     w_ih, w_hh, b_ih, b_hh = _weights(cell)
-    _, last = stack.LAYERS[runner](name, x, states, w_ih, w_hh, b_ih, b_hh)
+    _, last, *_ = reference.alone(stack.GROUPS[runner], name, x, states, w_ih, w_hh, b_ih, b_hh)
     if not batched:
         last = tuple(state[0] for state in last)
     return last if STATES[name] > 1 else last[0]

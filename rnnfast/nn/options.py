@@ -43,10 +43,10 @@ class CallOptions:
     return_all_states: bool = False
     return_gates: bool = False
 
-    def of_layer(self, n: int | None = None) -> dict[str, Any]:
-        """What the kernels and the equations take, for the layer and direction `n` of a module, or for that of a function."""
-        reset_to = self.reset_to if self.reset_to is None or n is None else tuple(state[n] for state in self.reset_to)
-        return {"lengths": self.lengths, "resets": self.resets, "reset_to": reset_to}
+    def of_layer(self) -> dict[str, Any]:
+        """What the kernels and the equations take. A module's `reset_to` has the states of all layers."""
+        found = {"lengths": self.lengths, "resets": self.resets, "reset_to": self.reset_to, "details": self.details}
+        return {name: value for name, value in found.items() if value is not None and value is not False}
 
     @property
     def given(self) -> dict[str, Any]:

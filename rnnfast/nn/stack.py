@@ -15,17 +15,12 @@ from rnnfast.nn.base import checkpointed
 from rnnfast.nn.checks import states_of
 from rnnfast.nn.options import CallOptions, packed_like, padded
 from rnnfast.ops.dropout import dropout
-from rnnfast.reference import STATES
+from rnnfast.reference import STATES, Traced, Weights
 
-__all__ = ["LAYERS", "TRACES", "by_packing", "run"]
+__all__ = ["GROUPS", "by_packing", "run"]
 
 # By runner, as `rnnfast.choice.decide.Decision` names them
-LAYERS: dict[str, Callable] = {"kernels": ops.layer, "equations": reference.layer}
-TRACES: dict[str, Callable] = {"kernels": ops.trace, "equations": reference.trace}  # with the states and gates of every step
-
-
-def _joined(directions: Any) -> Tensor:
-    return directions[0] if len(directions) == 1 else torch.cat(directions, dim=-1)
+GROUPS: dict[str, Callable[..., Traced]] = {"kernels": ops.group, "equations": reference.group}
 
 
 def _permuted(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
@@ -67,42 +62,31 @@ def run(
         states = tuple(state.unsqueeze(1) for state in states)
     if runner == "equations" and torch.jit.is_tracing():
         x = torch.stack(x.unbind(0))  # the trace holds the steps it saw: this fails on any other number of them
-    wants_details = options is not None and options.details
-    one = (TRACES if wants_details else LAYERS)[runner]
+    one = GROUPS[runner]
     if recompute:
         one = partial(one, recompute=True) if runner == "kernels" else partial(checkpointed, one)
-
-    last_states, all_states, all_gates = [], [], []
-    for index in range(layer.num_layers):
-        outputs, seen = [], []
-        for direction in range(directions):
-            n = index * directions + direction
-            w_ih, w_hh, *rest = weights[n * count : (n + 1) * count]
-            b_ih, b_hh = rest[:2] if layer.bias else (None, None)
-            w_hr = rest[-1] if layer.proj_size else None
-            start = tuple(state[n] for state in states) or None
-            given = {} if options is None else options.of_layer(n)
-            y, last, *details = one(cell, x, start, w_ih, w_hh, b_ih, b_hh, w_hr, reverse=direction == 1, **given)
-            outputs.append(y)
-            last_states.append(last)
-            seen.append(details)
-        drops = layer.dropout and layer.training and index < layer.num_layers - 1
-        fused = drops and runner == "kernels" and not torch_private.inside()
-        if wants_details or not fused:
-            x = _joined(outputs)
-        if wants_details:
-            cells, gates = zip(*seen, strict=True)
-            all_states.append((x, *(_joined(c) for c in zip(*cells, strict=True))))
-            all_gates.append(torch.stack(gates, dim=2))
-        if fused:
-            x = dropout(outputs, layer.dropout)
-        elif drops:
-            x = torch.dropout(x, layer.dropout, train=True)  # whose errors are torch.nn.LSTM's
-
-    if len(last_states) == 1:
-        hidden = tuple(state.unsqueeze(0) for state in last_states[0])  # a copy less than a stack
-    else:
-        hidden = tuple(torch.stack(state) for state in zip(*last_states, strict=True))
+    given = {} if options is None else options.of_layer()
+    members = [
+        Weights(*own[:2], *(own[2:4] if layer.bias else (None, None)), own[-1] if layer.proj_size else None)
+        for own in (weights[n : n + count] for n in range(0, len(weights), count))
+    ]
+    p = layer.dropout if layer.training else 0.0
+    found: list[Traced] = []
+    parts = _parts(runner, layer, x, members, bool(given.get("details")), p)
+    for first, last in parts:
+        own = slice(first * directions, last * directions)
+        start = tuple(state[own] for state in states) or None
+        if given.get("reset_to") is not None:
+            given = given | {"reset_to": tuple(state[own] for state in options.reset_to)}  # type: ignore[union-attr]
+        inner = {"dropout": p} if last - first > 1 and p else {}
+        found.append(one(cell, x, start, members[own], flips=2 if directions == 2 else 0, **given, **inner))
+        x = found[-1].y
+        if p and last < layer.num_layers:
+            fused = runner == "kernels" and not torch_private.inside()
+            x = dropout(x, p) if fused else torch.dropout(x, p, train=True)  # whose errors are torch.nn.LSTM's
+    hidden = (
+        found[0].last if len(found) == 1 else tuple(torch.cat(state) for state in zip(*(f.last for f in found), strict=True))
+    )
 
     def laid_out(tensor: Tensor) -> Any:
         """(T, B, ...) as the caller has the input."""
@@ -117,8 +101,23 @@ def run(
     results = (laid_out(x), _in_form(cell, hidden))
     if options is None:
         return results
-    seen = (tuple(tuple(laid_out(state) for state in states) for states in all_states), tuple(map(laid_out, all_gates)))
-    return results + options.returned(*seen)
+    seen = [(tuple(map(laid_out, (f.y, *f.cells))), f.gates if f.gates is None else laid_out(f.gates)) for f in found]
+    return results + options.returned(*(tuple(each) for each in zip(*seen, strict=True)))
+
+
+def _parts(
+    runner: str, layer: torch.nn.RNNBase, x: Tensor, members: list[Weights], details: bool, p: float
+) -> list[tuple[int, int]]:
+    """The layers that one call runs, as (first, last + 1). The kernels run a stack of one direction as a pipeline; layers below
+    the first one that needs a gradient apart from it, as they need no backward."""
+    L = layer.num_layers
+    one_by_one = [(n, n + 1) for n in range(L)]
+    if L == 1 or runner != "kernels" or layer.bidirectional or layer.proj_size or details or (p and torch_private.inside()):
+        return one_by_one
+    if x.requires_grad or not torch.is_grad_enabled():
+        return [(0, L)]
+    frozen = next((n for n, own in enumerate(members) if any(w is not None and w.requires_grad for w in own)), 0)
+    return [(0, frozen), (frozen, L)] if frozen else [(0, L)]
 
 
 def by_packing(by_torch: Callable, layer: torch.nn.RNNBase, cell: str, lengths: Any, input: Tensor, hx: Any) -> Any:

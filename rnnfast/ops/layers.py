@@ -1,20 +1,22 @@
-"""`layer` and `trace`: what `rnnfast.reference` has under these names, on the Triton kernels."""
+"""`group`, `layer` and `trace`: what `rnnfast.reference` has under these names, on the Triton kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnnfast import reference
+from rnnfast.ops import dropout as between
 from rnnfast.ops import gradients, operators, recurrence
-from rnnfast.ops.operators import Forward, Results
-from rnnfast.ops.schema import DIFFERENTIABLE
-from rnnfast.reference import CELLS, RESETS, STARTS
+from rnnfast.ops.members import Frame
+from rnnfast.ops.operators import Results
+from rnnfast.reference import CELLS, RESETS, STARTS, Traced, Weights
 from rnnfast.torch_private import innermost_transform
 
-__all__ = ["layer", "trace"]
+__all__ = ["group", "layer", "trace"]
 
 
 def layer(*args, **options) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -22,86 +24,108 @@ def layer(*args, **options) -> tuple[Tensor, tuple[Tensor, ...]]:
 
     It takes one option more: with ``recompute=True`` backward recomputes the gates, which then are not saved.
     """
-    results = _run(*args, **options, details=False)
-    return results.y, (results.h_n, results.c_n)[: CELLS[args[0]].states]
+    return reference.alone(group, *args, **options)[:2]
 
 
 def trace(*args, **options) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """`rnnfast.reference.trace` on the Triton kernels, which keep the states and gates of all steps as they do for backward."""
-    spec, results = CELLS[args[0]], _run(*args, **options, details=True)
-    T, B, _ = results.y.shape
-    if spec.saved:
-        gates = results.saved.view(T, B, spec.saved, -1)[:, :, : spec.gates]
-    else:
-        gates = results.y.detach()[:, :, None]
-    cells = (results.c.to(results.y.dtype),)[: spec.states - 1]
-    return results.y, (results.h_n, results.c_n)[: spec.states], cells, gates
+    return reference.alone(group, *args, **options, details=True)
 
 
-def _run(
+def group(
     cell: str,
     x: Tensor,
     states: tuple[Tensor, ...] | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    w_hr: Tensor | None = None,
+    weights: Sequence[Weights],
     *,
-    details: bool,
+    flips: int = 0,
+    details: bool = False,
     recompute: bool = False,
-    reverse: bool = False,
+    dropout: float = 0.0,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_to: tuple[Tensor, ...] | None = None,
-) -> Results:
+) -> Traced:
+    """`rnnfast.reference.group` on the Triton kernels: both directions of a layer, or a stack of layers in one direction.
+
+    Args:
+        weights: those of each member. Without `flips`, several are the layers of a stack: without ``w_hr`` and `details`.
+        recompute: as for `layer`.
+        dropout: between the layers of a stack, the probability that an element is dropped.
+    """
+    M, spec = len(weights), CELLS[cell]
+    D = M if flips else 1
     h0, c0 = (*states, None)[:2] if states else (None, None)
     reset_h, reset_c = (*reset_to, None)[:2] if reset_to else (None, None)
+    w_hr = weights[0].w_hr
     marks = None
     if lengths is not None or resets is not None:
-        marks = reference.marks(x, lengths, resets, reverse)
+        codes = [reference.marks(x, lengths, resets, bool(flips >> m & 1)) for m in range(D)]
+        marks = codes[0][None] if D == 1 else torch.stack(codes)
+    own = [tensor for each in weights for tensor in each[: 2 if each.b_ih is None else 4]]
+    projections = [each.w_hr for each in weights if each.w_hr is not None]
     inside = not torch.compiler.is_compiling() and innermost_transform() is not None  # no transform that is compiled comes here
-    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, w_hr)
-    needed = inside or any([tensor is not None and tensor.requires_grad for tensor in tensors])
-    call = Forward(
-        cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse,
+    needed = inside or any([t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, *own, *projections)])
+    frame = Frame(
+        M, D, weights[0].b_ih is not None, cell, flips,
         save=details or (needed and torch.is_grad_enabled()),
-        marks=marks, lengths=lengths, reset_h=reset_h, reset_c=reset_c,
-        recompute=recompute and not details,
+        dropout=float(dropout), recompute=recompute and not details,
     )  # fmt: skip
+    seeds = between.seeds(x, dropout, M - 1) if dropout and M > D else None
+    tensors = [x, h0, c0, reset_h, reset_c, marks, lengths, seeds, *own]
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):  # as cuDNN's layer: everything in the lower precision
         low = torch.get_autocast_dtype(kind)
-        given = {name: getattr(call, name) for name in DIFFERENTIABLE}
-        call = call._replace(**{name: tensor.to(low) for name, tensor in given.items() if tensor is not None})
-        w_hr = None if w_hr is None else w_hr.to(low)
-    run: Any = gradients.Layer.apply if inside else operators.forward
-    if not inside and recurrence.is_eager(*call):
-        run = gradients.RnnfastForward.apply if needed and torch.is_grad_enabled() else recurrence.forward
-    return Results(*run(*call)) if w_hr is None else _projected(run, call, w_hr)
+        tensors = [t.to(low) if t is not None and t.is_floating_point() else t for t in tensors]
+        projections = [projection.to(low) for projection in projections]
+    if w_hr is None and not inside and recurrence.is_eager(*tensors):
+        if frame.save and needed:
+            results = Results(*gradients.RnnfastForward.apply(frame, *tensors))
+        else:
+            results = Results(*recurrence.forward(*frame.assembled(tensors)))
+    else:
+        run: Any = gradients.Layer.apply if inside else operators.forward
+        call = frame.assembled(tensors)
+        results = Results(*run(*call)) if w_hr is None else _projected(run, call, torch.stack(projections))
+    last = (results.h_n, results.c_n)[: spec.states]
+    if not details:
+        return Traced(results.y, last, (), None)
+    T, B, width = results.y.shape
+    if spec.saved:
+        gates = results.saved.view(D, T, B, spec.saved, -1)[..., : spec.gates, :].permute(1, 2, 0, 3, 4)
+    else:
+        gates = results.y.detach().view(T, B, D, 1, width // D)
+    cells = (results.c.to(results.y.dtype).permute(1, 2, 0, 3).flatten(2),)[: spec.states - 1]
+    return Traced(results.y, last, cells, gates)
 
 
-def _projected(run, call, w_hr: Tensor) -> Results:
-    """An LSTM with projection, computed by one without.
+def _projected(run, call: Any, w_hr: Tensor) -> Results:
+    """The D directions of an LSTM with projection, computed by one without. `w_hr` is (D, P, H).
 
     With m_t = o tanh(c_t), h_t = W_hr m_t gives W_hh h_{t-1} = (W_hh W_hr) m_{t-1}: the kernels run on m with that matrix. An
     initial or reset h that the caller gives is not a W_hr m; it enters at its steps through the input.
     """
-    x, (P, H) = call.x, w_hr.shape
+    x, (D, P, H) = call.x, w_hr.shape
     B = x.shape[1]
     inner = call._replace(
-        h0=None if call.c0 is None else x.new_zeros(B, H),  # the kernels take both states or none
+        h0=None if call.c0 is None else x.new_zeros(D, B, H),  # the kernels take both states or none
         reset_h=None,
-        w_hh=call.w_hh @ w_hr,
+        w_hh=torch.bmm(call.w_hh, w_hr),
     )
     if call.h0 is not None or call.reset_h is not None:
-        codes = reference.marks(x, None, None, call.reverse) if call.marks is None else call.marks
-        zeros, codes = x.new_zeros(B, P), codes[..., None]
-        start, reset = (zeros if state is None else state for state in (call.h0, call.reset_h))
+        codes = call.marks
+        if codes is None:
+            codes = torch.stack([reference.marks(x, None, None, bool(call.flips >> m & 1)) for m in range(D)])
+        zeros, codes = x.new_zeros(D, 1, B, P), codes[..., None]
+        start, reset = (zeros if state is None else state[:, None] for state in (call.h0, call.reset_h))
         given = torch.where(codes == STARTS, start, torch.where(codes == RESETS, reset, zeros))
-        inner = inner._replace(x=torch.cat([x, given], dim=2), w_ih=torch.cat([call.w_ih, call.w_hh], dim=1))
+        own = torch.eye(D, dtype=x.dtype, device=x.device)[:, None, :, None] * call.w_hh[:, :, None, :]
+        inner = inner._replace(
+            x=torch.cat([x, given.permute(1, 2, 0, 3).flatten(2)], dim=2), w_ih=torch.cat([call.w_ih, own.flatten(2)], dim=2)
+        )
     results = Results(*run(*inner))
-    h_n = results.h_n @ w_hr.t()
+    h_n = torch.bmm(results.h_n, w_hr.mT)
     if call.h0 is not None and call.lengths is not None:
         h_n = torch.where((call.lengths > 0)[:, None], h_n, call.h0)
-    return results._replace(y=results.y @ w_hr.t(), h_n=h_n)
+    y = [m @ w.t() for m, w in zip(results.y.chunk(D, -1), w_hr, strict=True)]
+    return results._replace(y=torch.cat(y, -1) if D > 1 else y[0], h_n=h_n)

@@ -11,16 +11,54 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rnnfast.ops.products import product
 from rnnfast.reference import CONTINUES, RESETS, STARTS
 
 if TYPE_CHECKING:
     from rnnfast.kernels.marks import Marks, StartGrads
 
-__all__ = ["empty_start_grads", "entered", "for_kernels", "last_states", "start_grads"]
+__all__ = [
+    "by_direction",
+    "by_member",
+    "empty_start_grads",
+    "entering",
+    "first_steps",
+    "for_kernels",
+    "last_states",
+    "of_members",
+    "own_marks",
+    "start_grads",
+]
 
 
 def _or_zeros(state: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if state is None else state.to(like.dtype)
+
+
+def of_members(part: slice, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What belongs to some members, which are in front of each tensor; None for None, empty for empty."""
+    count = part.stop - part.start
+    return [tensor if tensor is None or not tensor.numel() or len(tensor) == count else tensor[part] for tensor in tensors]
+
+
+def by_member(h: Tensor, directions: int) -> Tensor:
+    """The outputs of each member (M, T, B, H), a view: those of directions lie side by side, (T, B, D * H)."""
+    if h.dim() == 4:
+        return h
+    return h[None] if directions == 1 else h.unflatten(2, (directions, -1)).permute(2, 0, 1, 3)
+
+
+def by_direction(flips: int, members: int) -> list[tuple[slice, bool]]:
+    """Neighbouring members that run in one direction of time, and whether it is from the last step to the first."""
+    if not flips:
+        return [(slice(0, members), False)]
+    return [(slice(m, m + 1), bool(flips >> m & 1)) for m in range(members)]
+
+
+def first_steps(tensor: Tensor, flips: int) -> Tensor:
+    """What a tensor (M, T, ...) holds for the step that each member runs first, (M, ...)."""
+    found = [tensor[members, -1 if reverse else 0] for members, reverse in by_direction(flips, len(tensor))]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def for_kernels(
@@ -28,7 +66,7 @@ def for_kernels(
     lengths: Tensor | None,
     starts_h: tuple[Tensor | None, Tensor | None],
     starts_c: tuple[Tensor | None, Tensor | None] | None,
-    y: Tensor,
+    like: Tensor,
     tile: int,
 ) -> Marks:
     """What the kernels take where there are marks.
@@ -37,20 +75,28 @@ def for_kernels(
         marks, lengths: as in `rnnfast.ops.recurrence.forward`.
         starts_h: the initial and the reset h, None for zeros.
         starts_c: the initial and the reset c; None for a cell without a cell state.
-        y: (T, B, H), for its shape and dtype.
+        like: (M, B, H), of the dtype of h.
         tile: batch rows of a program. With more rows than that, programs take the longest rows first: a tile costs nothing
             after the end of its longest row.
     """
     from rnnfast.kernels.marks import Marks
 
-    h, c = y[0], y[0].float()
-    order = None if lengths is None or y.shape[1] <= tile else lengths.argsort(descending=True).to(torch.int32)
+    M, B, _ = like.shape
+    order = None if lengths is None or tile >= B else lengths.argsort(descending=True).to(torch.int32)
     return Marks(
-        codes=marks.contiguous(),
+        codes=marks.expand(M, -1, -1).contiguous(),
         order=order,
-        starts_h=torch.stack([_or_zeros(state, h) for state in starts_h]),
-        starts_c=None if starts_c is None else torch.stack([_or_zeros(state, c) for state in starts_c]),
+        starts_h=torch.stack([_or_zeros(state, like) for state in starts_h], 1),
+        starts_c=None if starts_c is None else torch.stack([_or_zeros(state, like.float()) for state in starts_c], 1),
     )
+
+
+def own_marks(marks: Marks | None, part: slice) -> Marks | None:
+    """The marks of some members."""
+    if marks is None:
+        return None
+    codes, starts_h, starts_c = of_members(part, marks.codes, marks.starts_h, marks.starts_c)
+    return marks._replace(codes=codes, starts_h=starts_h, starts_c=starts_c)
 
 
 def empty_start_grads(marks: Marks) -> StartGrads:
@@ -61,15 +107,20 @@ def empty_start_grads(marks: Marks) -> StartGrads:
     return StartGrads(*(None if states is None else torch.zeros_like(states, dtype=torch.float32) for states in starts))
 
 
-def last_states(states: Tensor, start: Tensor | None, lengths: Tensor | None, reverse: bool) -> Tensor:
-    """The state of each row after its last step, (B, H); `start` for a row without steps.
+def last_states(states: Tensor, start: Tensor | None, lengths: Tensor | None, flips: int) -> Tensor:
+    """The state of each row after its last step, (M, B, H); `start` (M, B, H) for a row without steps.
 
-    `states` is (T, B, H), or (1, B, H) if it holds the last state of each row alone.
+    `states` is (M, T, B, H), or (M, 1, B, H) if it holds the last state of each row alone.
     """
-    if lengths is None or (reverse or states.shape[0] == 1):
-        last = states[0 if reverse else -1].clone()
-    else:
-        last = states.gather(0, (lengths.clamp(min=1) - 1)[None, :, None].expand(1, *states.shape[1:]))[0]
+    found = []
+    for members, reverse in by_direction(flips, len(states)):
+        own = states[members]
+        if lengths is None or reverse or own.shape[1] == 1:
+            found.append(own[:, 0 if reverse else -1].clone(memory_format=torch.contiguous_format))
+        else:
+            at = (lengths.clamp(min=1) - 1)[None, None, :, None].expand(len(own), 1, *own.shape[2:])
+            found.append(own.gather(1, at)[:, 0])
+    last = found[0] if len(found) == 1 else torch.cat(found)
     return last if lengths is None else torch.where((lengths > 0)[:, None], last, _or_zeros(start, last))
 
 
@@ -83,31 +134,44 @@ def start_grads(
     lengths: Tensor | None,
     d_starts: StartGrads | None,
 ) -> list[Tensor | None]:
-    """The gradients of h0, c0, reset_h and reset_c; None for each that is not wanted.
+    """The gradients of h0, c0, reset_h and reset_c, (M, B, H); None for each that is not wanted.
 
     They are a sum of three parts: what the kernels left in `d_starts`; what comes from the step that was processed first, with
-    the gate gradients `first` and the marks `mark`; and, for a row without steps, the gradients of its last states.
+    the gate gradients `first` and the marks `mark` (M, B); and, for a row without steps, the gradients of its last states.
     """
     if first is None or d_starts is None:
         return [None] * 4
-    through = (first @ w).float() if direct is None else (first @ w) + direct
-    mark, nothing = mark[:, None], torch.zeros_like(through)
-    d_starts.h[0] += torch.where(mark == STARTS, through, nothing)
-    d_starts.h[1] += torch.where(mark == RESETS, through, nothing)
+    through = product(first, w).float() if direct is None else product(first, w) + direct
+    mark, nothing = mark[..., None], torch.zeros_like(through)
+    d_starts.h[:, 0] += torch.where(mark == STARTS, through, nothing)
+    d_starts.h[:, 1] += torch.where(mark == RESETS, through, nothing)
     if lengths is not None:
         empty = (lengths == 0)[:, None]
-        d_starts.h[0] += torch.where(empty, d_h, nothing)
+        d_starts.h[:, 0] += torch.where(empty, d_h, nothing)
         if d_starts.c is not None:
-            d_starts.c[0] += torch.where(empty, d_c, nothing)
-    c = [None, None] if d_starts.c is None else [*d_starts.c]
-    return [d_starts.h[0], c[0], d_starts.h[1], c[1]]
+            d_starts.c[:, 0] += torch.where(empty, d_c, nothing)
+    c = (None, None) if d_starts.c is None else d_starts.c.unbind(1)
+    return [d_starts.h[:, 0], c[0], d_starts.h[:, 1], c[1]]
 
 
-def entered(y: Tensor, h0: Tensor | None, reset_h: Tensor | None, marks: Tensor, reverse: bool) -> Tensor:
-    """The h that entered each step, (T, B, H), zero in padding. It is a copy, so that one product takes all steps."""
-    edge = torch.zeros_like(y[:1])
-    before = torch.cat([y[1:], edge] if reverse else [edge, y[:-1]])
-    start, reset = _or_zeros(h0, y[0]), _or_zeros(reset_h, y[0])
-    codes = marks[..., None]
-    anew = torch.where(codes == STARTS, start, torch.where(codes == RESETS, reset, 0))
-    return torch.where(codes == CONTINUES, before, anew)
+def entering(
+    h: Tensor, start: Tensor | None, reset: Tensor | None, codes: Tensor | None, reverse: bool, first: int, last: int
+) -> Tensor:
+    """The h that entered the steps first, ..., last - 1 of one member, (last - first, B, H), zero in padding.
+
+    Args:
+        h: (T, B, H), its outputs.
+        start, reset: (B, H), the initial and the reset state; None for zeros.
+        codes: (T, B), its marks, or None.
+        reverse: whether it runs from the last step to the first.
+    """
+    at_edge = last == len(h) if reverse else first == 0
+    before = h[first + 1 : last + 1] if reverse else h[max(0, first - 1) : last - 1]
+    if at_edge:
+        edge = torch.zeros_like(h[0]) if start is None else start.to(h.dtype)
+        before = torch.cat([before, edge[None]] if reverse else [edge[None], before])
+    if codes is None:
+        return before
+    own = codes[first:last, :, None]
+    anew = torch.where(own == STARTS, _or_zeros(start, h[0]), torch.where(own == RESETS, _or_zeros(reset, h[0]), 0))
+    return torch.where(own == CONTINUES, before, anew)

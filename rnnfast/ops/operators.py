@@ -33,6 +33,7 @@ class Results(NamedTuple):
     y: Tensor
     h_n: Tensor
     c_n: Tensor
+    h: Tensor
     saved: Tensor
     c: Tensor
 
@@ -41,29 +42,30 @@ class Results(NamedTuple):
 def _(*arguments, **named) -> Results:
     call = Forward(*arguments, **named)
     spec, x = CELLS[call.cell], call.x
-    (T, B, _), H = x.shape, call.w_hh.shape[1]
+    (T, B, _), (M, _, H), D = x.shape, call.w_hh.shape, call.w_ih.shape[0]
     has_c, saves = spec.states > 1, call.save and spec.saved and not call.recompute
     return Results(
-        y=x.new_empty(T, B, H),
-        h_n=x.new_empty(B, H),
-        c_n=x.new_empty((B, H) if has_c else (0,)),
-        saved=x.new_empty((T, B, spec.saved * H) if saves else (0,)),
-        c=x.new_empty((T, B, H) if call.save and has_c else (0,), dtype=torch.float32),
+        y=x.new_empty(T, B, D * H),
+        h_n=x.new_empty(M, B, H),
+        c_n=x.new_empty((M, B, H) if has_c else (0,)),
+        h=x.new_empty((M, T, B, H) if call.save and call.w_up is not None else (0,)),
+        saved=x.new_empty((M, T, B, spec.saved * H) if saves else (0,)),
+        c=x.new_empty((M, T, B, H) if call.save and has_c else (0,), dtype=torch.float32),
     )
 
 
 @backward.register_fake
 def _(*arguments, **named) -> tuple[Tensor, ...]:
     call = Backward(*arguments, **named)
-    spec, y = CELLS[call.cell], call.y
-    T, B, H = y.shape
+    spec, h = CELLS[call.cell], call.h
+    (M, _, H), (T, B) = call.w_hh.shape, h.shape[-3:-1]
     has_c, marked = spec.states > 1, call.marks is not None
 
     def state(given: bool) -> Tensor:
-        return y.new_empty((B, H) if given else (0,))
+        return h.new_empty((M, B, H) if given else (0,))
 
     return Grads(
-        d_gates=y.new_empty(T, B, spec.grads * H),
+        d_gates=h.new_empty(M, T, B, spec.grads * H),
         d_h0=state(call.need_starts),
         d_c0=state(has_c and (call.need_starts or not marked)),
         d_reset_h=state(call.need_starts and marked),
@@ -71,20 +73,28 @@ def _(*arguments, **named) -> tuple[Tensor, ...]:
     )
 
 
+def _input_columns(w_ih, w_up) -> int:
+    """Columns of the input weights of all members together, from the shapes of these."""
+    return w_ih[0] * w_ih[2] + (0 if w_up is None else w_up[0] * w_up[2])
+
+
 def _forward_flops(*shapes, out_shape=None, **named) -> int:
-    """W_ih x of all steps; W_hh h of all steps, but for a first one that begins from zeros. A multiplication and an addition
-    count as two."""
+    """W_ih x of all steps; W_hh h of all steps, but for a first one that begins from zeros; of every member. A multiplication
+    and an addition count as two."""
     call = Forward(*shapes, **named)
-    (T, B, I), (rows, H) = call.x, call.w_hh
-    return 2 * B * rows * (T * I + (T - (call.h0 is None)) * H)
+    (T, B, _), (M, rows, H) = call.x, call.w_hh
+    return 2 * B * rows * (T * _input_columns(call.w_ih, call.w_up) + M * (T - (call.h0 is None)) * H)
 
 
 def _backward_flops(*shapes, out_shape=None, **named) -> int:
-    """The gradient of each h_{t-1}, that of an initial one if it is wanted, and both sides of gates that are recomputed."""
+    """The gradient of each h_{t-1}, that of an initial one if it is wanted; the gradients of the outputs of all layers but the
+    last of a stack; and both sides of gates that are recomputed."""
     call = Backward(*shapes, **named)
-    (T, B, _), (rows, H) = call.y, call.w_hh
-    recomputed = T * (call.x[2] + H) if call.x is not None and CELLS[call.cell].saved else 0
-    return 2 * B * rows * (H * (T - 1 + call.need_starts) + recomputed)
+    (T, B), (M, rows, H) = call.h[-3:-1], call.w_hh
+    between = 0 if call.w_up is None else call.w_up[0] * H * T
+    again = call.x is not None and CELLS[call.cell].saved
+    recomputed = T * (_input_columns(call.w_ih, call.w_up) + M * H) if again else 0
+    return 2 * B * rows * (M * H * (T - 1 + call.need_starts) + between + recomputed)
 
 
 # for FlopCounterMode(custom_mapping=...). PyTorch's own table of formulas is in a module that imports Triton.

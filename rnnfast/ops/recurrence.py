@@ -1,14 +1,19 @@
-"""One layer in one direction on the Triton kernels, forward and backward.
+"""A group of recurrences on the Triton kernels, forward and backward: both directions of a layer, or a stack of layers.
 
-    forward    chunk after chunk of steps: W_ih x of the chunk, one GEMM through PyTorch into a float32 buffer that does not
-               grow with T; then the recurrence over the chunk, on the kernels that `rnnfast.choice.kernel_plan` chose.
-    backward   the recurrence in reverse, which writes the gate gradients of all steps. `rnnfast.ops.gradients` makes the
+    forward    chunk after chunk of steps: the input sides of the chunk (`rnnfast.ops.rounds`), by products through PyTorch into
+               a float32 buffer that does not grow with T; then the recurrences of all members over the chunk, on the kernels
+               that `rnnfast.choice.kernel_plan` chose.
+    backward   the recurrences in reverse, which write the gate gradients of all steps. `rnnfast.ops.gradients` makes the
                gradients of weights, biases and inputs from them, by large products.
 
+A stack of one direction is a pipeline: while a layer runs a chunk, the layer below runs the next one
+(`rnnfast.kernels.groups`). What a layer takes from the one below was written by an earlier launch. Where a group does not fit
+on the GPU at once, it runs in parts, one after another.
+
 Everything in here is time-major and contiguous. Saved for backward, in bytes per unit and step, with elements of e bytes: LSTM
-4 e + 4 (gates, and the cell state in float32), GRU 4 e, RNN nothing. The input and the output are saved too. Other layers
-mostly keep those anyway, but two directions are joined in a copy, and dropout makes a copy. With ``recompute`` backward
-computes the gates again, a chunk at a time, with two GEMMs: then LSTM 4, GRU nothing.
+4 e + 4 (gates, and the cell state in float32), GRU 4 e, RNN nothing. The input and the output are saved too, which other layers
+mostly keep anyway, and the outputs of all layers of a pipeline. With ``recompute`` backward computes the gates again, a chunk
+at a time, with two products: then LSTM 4, GRU nothing.
 
 Lengths and resets come as marks (`rnnfast.reference.marks`); see `rnnfast.ops.marks`.
 """
@@ -17,7 +22,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,10 +31,24 @@ from torch import Tensor
 from rnnfast import torch_private
 from rnnfast.choice import kernel_plan
 from rnnfast.choice.kernel_plan import precision
-from rnnfast.ops.marks import empty_start_grads, entered, for_kernels, last_states, start_grads
+from rnnfast.ops.marks import (
+    by_member,
+    empty_start_grads,
+    first_steps,
+    for_kernels,
+    last_states,
+    of_members,
+    own_marks,
+    start_grads,
+)
+from rnnfast.ops.products import product
+from rnnfast.ops.rounds import Recomputed, Sides, Upstream, parts, rounds, sides_of_layers, upstream_of_layers
 from rnnfast.torch_private import forward_level
 
-__all__ = ["CHUNK_ROWS", "backward", "forward", "is_eager", "no_autocast", "on_device", "project"]
+if TYPE_CHECKING:
+    from rnnfast.kernels.groups import Group
+
+__all__ = ["CHUNK_ROWS", "backward", "forward", "is_eager", "no_autocast", "on_device"]
 
 # Time steps x batch rows whose input side is computed by one GEMM, into one float32 buffer: enough to fill a GPU with the GEMM,
 # few enough that for H up to 1024 the buffer (4 H floats a row) stays in the L2 of an H100 and never grows with T.
@@ -76,16 +96,6 @@ def is_eager(*values: Any) -> bool:
     )
 
 
-def project(x: Tensor, w_ih: Tensor) -> Tensor:
-    """W_ih x of some steps, in float32. That saves one rounding, which is worth little: see docs/numerics.md."""
-    rows = x.reshape(-1, x.shape[2])
-    if x.dtype == torch.float32 or not x.is_cuda:
-        product = rows.float() @ w_ih.float().t()
-    else:
-        product = torch.mm(rows, w_ih.t(), out_dtype=torch.float32)
-    return product.view(*x.shape[:2], -1)
-
-
 def _refuse_forward_mode() -> None:
     """PyTorch takes the forward-mode derivative of an operator without a rule for zero. rnnfast's layers do not come here in
     forward mode, but programs that were compiled or exported before may."""
@@ -93,6 +103,34 @@ def _refuse_forward_mode() -> None:
         "rnnfast's operators have no forward-mode derivative, and this program calls them itself, for it was compiled or "
         "exported outside of forward mode: run the layer as it is, or compile within rnnfast.use_backend('reference')"
     )
+
+
+def _group(part: slice, M: int, D: int, flips: int, N: int) -> Group:
+    """The group of some members of a call. A direction that runs without the other one has outputs of its own."""
+    from rnnfast.kernels.groups import Group
+
+    count = part.stop - part.start
+    own = flips >> part.start & ((1 << count) - 1)
+    return Group(count, min(D, count), own, N if M > D and count > 1 else 0)
+
+
+def _input_sides(group: Group, T: int, N: int, sides: Sides) -> Iterator[tuple[int, Tensor]]:
+    """What the launches of forward are given."""
+    for begin, steps, starts in rounds(group, T, N, False):
+        yield begin, sides.chunk(starts, steps)
+
+
+def _gradients(
+    group: Group, T: int, N: int, dy: Tensor | None, upstream: Upstream | None, saved: Any, again: Recomputed | None
+) -> Iterator[tuple[int, int, Tensor | None, Tensor]]:
+    """What the launches of backward are given."""
+    for begin, steps, starts in rounds(group, T, N, True):
+        yield (
+            begin,
+            steps,
+            dy if upstream is None else upstream.chunk(starts, steps),
+            saved if again is None else again.chunk(starts, steps),
+        )
 
 
 def forward(
@@ -104,85 +142,89 @@ def forward(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-    reverse: bool,
+    w_up: Tensor | None,
+    flips: int,
     save: bool,
     marks: Tensor | None = None,
     lengths: Tensor | None = None,
     reset_h: Tensor | None = None,
     reset_c: Tensor | None = None,
+    seeds: Tensor | None = None,
+    dropout: float = 0.0,
     recompute: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One layer, one direction.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A group of M members: the D directions of a layer, M = D, or a stack of M layers in one direction, D = 1.
 
     Args:
         cell: a name in `rnnfast.reference.CELLS`.
         x: (T, B, I), T, B, I >= 1; float16, bfloat16 or float32, as every other tensor.
-        h0, c0: (B, H), or None for zeros. c0 is None for a cell without a cell state.
-        w_ih, w_hh: (G*H, I), (G*H, H).
-        b_ih, b_hh: (G*H,), or both None.
-        reverse: from the last step to the first.
+        h0, c0: (M, B, H), or None for zeros. c0 is None for a cell without a cell state.
+        w_ih: (D, G*H, I), of the members that read `x`.
+        w_hh: (M, G*H, H).
+        b_ih, b_hh: (M, G*H), or both None.
+        w_up: (M - 1, G*H, H), the input weights of the layers above the first. None for directions.
+        flips: bit m is 1 if member m runs from the last step to the first.
         save: whether to save what `backward` needs.
-        marks: (T, B) of `rnnfast.reference.marks` for this direction, or None.
+        marks: (D, T, B) of `rnnfast.reference.marks` for each direction, or None.
         lengths: (B,) in 0..T, those that `marks` was made of. None if it has no padding.
-        reset_h, reset_c: (B, H), the states after a reset. None for zeros.
-        recompute: save only the float32 cell states. `backward` recomputes the gates from x and y.
+        reset_h, reset_c: (M, B, H), the states after a reset. None for zeros.
+        seeds: (M - 1,) int64, of the dropout between the layers (`rnnfast.kernels.dropout`). None without.
+        dropout: the probability that an element is dropped.
+        recompute: save only the float32 cell states. `backward` recomputes the gates from x and the outputs.
 
     Returns:
-        y (T, B, H), zero in padding; h_n (B, H); c_n (B, H); the saved activations (T, B, `Cell.saved` * H); all cell states
-        (T, B, H) in float32. The saved ones are zero in padding. Each is empty where there is none or it is not saved.
+        y (T, B, D*H), zero in padding; h_n (M, B, H); c_n (M, B, H); the outputs of all layers (M, T, B, H), if there are
+        several; the saved activations (M, T, B, `Cell.saved` * H); all cell states (M, T, B, H) in float32. The saved ones are
+        zero in padding. Each is empty where there is none or it is not saved.
     """
     from rnnfast.kernels import cells
 
     if forward_level() >= 0:
         _refuse_forward_mode()
     spec = cells.CELLS[cell]
-    T, B, _ = x.shape
-    H = w_hh.shape[1]
+    (T, B, _), (M, _, H), D = x.shape, w_hh.shape, w_ih.shape[0]
     with on_device(x):
         new = x.new_empty if lengths is None else x.new_zeros  # the kernels write nothing in padding
-        y = new(T, B, H)
-        c = new(T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
-        saved = new((T, B, spec.saved * H) if save and spec.saved and not recompute else (0,))
+        h = new(M, T, B, H) if M > D else new(T, B, D * H)
+        c = new(M, T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
+        saved = new((M, T, B, spec.saved * H) if spec.saved and not recompute else (0,)) if save else None
         w, start_h, start_c, bias_x, bias_h = _dense(w_hh, h0, None if c0 is None else c0.float(), b_ih, b_hh)
         products = precision()
-        choice = kernel_plan.pick(cell, T, B, H, x.dtype, products, False, save, x.device, marks is not None)
-        options = {}
+        choice = kernel_plan.pick(cell, T, B, H, x.dtype, products, False, save, x.device, marks is not None, M, M > D)
+        given = None
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
-            options["marks"] = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.plan.BLOCK_B)
-        n = choice.plan.steps or max(1, CHUNK_ROWS // B)
-        wide = x.is_cuda and x.dtype != torch.float32  # a product of half precision that gives float32
-        w_x = w_ih.t() if wide else w_ih.float().t()
-        order = range(0, T, n)
+            given = for_kernels(marks, lengths, (start_h, reset_h), starts_c, by_member(h, D)[:, 0], choice.plan.BLOCK_B)
+        for part in parts(M, choice.members):
+            group = _group(part, M, D, flips, min(T, choice.chunk))
+            N = group.lag or min(T, choice.plan.steps or max(1, CHUNK_ROWS // (B * group.members)))
+            if M > D:
+                out = h[part] if group.layers else h[part.start]
+                sides = sides_of_layers(part, x, w_ih, h, w_up, seeds, dropout)
+            else:
+                out = h if group.members == M else new(T, B, H)
+                sides = Sides(x, w_ih[part])
 
-        def chunks() -> Iterator[tuple[int, Tensor]]:
-            for begin in reversed(order) if reverse else order:
-                rows = x[begin : begin + n].reshape(-1, x.shape[2])
-                sides = torch.mm(rows, w_x, out_dtype=torch.float32) if wide else rows.float() @ w_x
-                yield begin, sides.view(-1, B, sides.shape[1])
-
-        kernel_plan.run(
-            "forward",
-            choice,
-            x.device,
-            spec,
-            chunks,
-            w,
-            bias_x,
-            bias_h,
-            start_h,
-            start_c,
-            y,
-            c,
-            saved if save else None,
-            reverse=reverse,
-            precision=products,
-            **options,
-        )
-        h_n = last_states(y, h0, lengths, reverse)
-        c_n = x.new_empty(0) if c is None else last_states(c, c0, lengths, reverse).to(x.dtype)
+            choice = kernel_plan.run(
+                "forward",
+                choice,
+                x.device,
+                spec,
+                partial(_input_sides, group, T, N, sides),
+                *of_members(part, w, bias_x, bias_h, start_h, start_c),
+                out,
+                *of_members(part, c, saved),
+                group=group,
+                precision=products,
+                **({} if given is None else {"marks": own_marks(given, part)}),
+            )
+            if out is not h and M == D:
+                h[..., part.start * H : part.stop * H] = out
+        h_n = last_states(by_member(h, D), h0, lengths, flips)
+        c_n = x.new_empty(0) if c is None else last_states(c, c0, lengths, flips).to(x.dtype)
         cs = c if save and c is not None else x.new_empty(0, dtype=torch.float32)
-    return y, h_n, c_n, saved, cs
+        y, layers = (h, x.new_empty(0)) if M == D else (h[-1].clone(), h if save else x.new_empty(0))
+    return y, h_n, c_n, layers, x.new_empty(0) if saved is None else saved, cs
 
 
 def backward(
@@ -190,49 +232,54 @@ def backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
-    y: Tensor,
+    h: Tensor,
     saved: Tensor,
     c: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
     w_hh: Tensor,
-    reverse: bool,
+    w_up: Tensor | None,
+    flips: int,
     need_starts: bool,
     dcs: Tensor | None = None,
     marks: Tensor | None = None,
     lengths: Tensor | None = None,
     reset_h: Tensor | None = None,
     reset_c: Tensor | None = None,
+    seeds: Tensor | None = None,
+    dropout: float = 0.0,
     x: Tensor | None = None,
     w_ih: Tensor | None = None,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The recurrence of `forward` in reverse.
+    """The recurrences of `forward` in reverse.
 
     Args:
         dy, dh_n, dc_n: gradients of y, h_n and c_n, None for zeros.
-        y, saved, c: what `forward` returned.
+        h: the outputs of all members: y (T, B, D*H) of directions, else what `forward` returned (M, T, B, H).
+        saved, c: what `forward` returned.
         need_starts: whether h0's gradient is wanted (one more product); with marks, that of any initial or reset state.
-        dcs: gradient of all cell states (T, B, H) in float32, or None.
-        marks, lengths, reset_h, reset_c: as in `forward`.
+        dcs: gradient of all cell states (M, T, B, H) in float32, or None.
+        marks, lengths, reset_h, reset_c, w_up, flips, seeds, dropout: as in `forward`.
         x, w_ih, b_ih, b_hh: as in `forward`, if that was called with ``recompute``.
 
     Returns:
-        The gate gradients (T, B, `Cell.grads` * H), zero in padding, and the gradients of h0, c0, reset_h and reset_c, each
-        (B, H), or empty where there is none or it is not wanted.
+        The gate gradients (M, T, B, `Cell.grads` * H), zero in padding, and the gradients of h0, c0, reset_h and reset_c, each
+        (M, B, H), or empty where there is none or it is not wanted.
     """
     from rnnfast.kernels import cells
-    from rnnfast.kernels.recompute import compute
 
     if forward_level() >= 0:
         _refuse_forward_mode()
     spec = cells.CELLS[cell]
-    T, B, H = y.shape
-    with on_device(y):
-        d_gates = (y.new_empty if lengths is None else y.new_zeros)(T, B, spec.grads * H)
+    M, _, H = w_hh.shape
+    D = h.shape[-1] // H
+    T, B = h.shape[-3:-1]
+    with on_device(h):
+        d_gates = (h.new_empty if lengths is None else h.new_zeros)(M, T, B, spec.grads * H)
         d_h, d_c = (
-            torch.zeros(B, H, dtype=torch.float32, device=y.device)
+            torch.zeros(M, B, H, dtype=torch.float32, device=h.device)
             if grad is None
             else grad.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             for grad in (dh_n, dc_n)
@@ -241,62 +288,67 @@ def backward(
         w, start_h, start_c, bias_x, bias_h, dy, dcs = _dense(w_hh, h0, start_c, b_ih, b_hh, dy, dcs)
         assert w is not None
         products = precision()
-        choice = kernel_plan.pick(cell, T, B, H, y.dtype, products, True, True, y.device, marks is not None)
-        options: dict[str, Any] = {}
+        choice = kernel_plan.pick(cell, T, B, H, h.dtype, products, True, True, h.device, marks is not None, M, M > D)
+        given, d_starts = None, None
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
-            options["marks"] = for_kernels(marks, lengths, (start_h, reset_h), starts_c, y, choice.plan.BLOCK_B)
-            if need_starts:
-                options["d_starts"] = empty_start_grads(options["marks"])
+            given = for_kernels(marks, lengths, (start_h, reset_h), starts_c, by_member(h, D)[:, 0], choice.plan.BLOCK_B)
+            d_starts = empty_start_grads(given) if need_starts else None
         recompute = x is not None and spec.saved > 0
-        n = max(1, CHUNK_ROWS // B) if recompute else T
-        before = entered(y, h0, reset_h, marks, reverse) if recompute and marks is not None else None
-        for begin in range(0, T, n) if reverse else reversed(range(0, T, n)):
-            steps = min(n, T - begin)
+        for part in reversed(parts(M, choice.members)):
+            group = _group(part, M, D, flips, min(T, choice.chunk))
+            N = group.lag or min(T, choice.plan.steps or T)
+            if recompute and not group.layers:
+                N = min(N, max(1, CHUNK_ROWS // (B * group.members)))
+            own_h, own_dy, upstream = h, dy, None
+            if M > D:
+                own_h = h[part] if group.layers else h[part.start]
+                upstream = upstream_of_layers(part, dy, d_gates, w_up, spec, seeds, dropout)
+            elif group.members < M:  # a direction without the other
+                own_h, own_dy = (
+                    None if each is None else each[..., part.start * H : part.stop * H].contiguous() for each in (h, dy)
+                )
+            own_w, own_h0, own_c0, *biases = of_members(part, w, start_h, start_c, bias_x, bias_h)
+            marked = own_marks(given, part)
+            again = None
             if recompute:
-                assert x is not None and w_ih is not None
-                h_before = _entering(begin, steps, y, h0, reverse) if before is None else before[begin : begin + steps]
-                saved = y.new_empty(steps, B, spec.saved * H)
-                sides = project(x[begin : begin + steps], w_ih), project(h_before, w)
-                compute(spec, *sides, bias_x, bias_h, saved)
+                sides = Sides(x, w_ih[part]) if M == D else sides_of_layers(part, x, w_ih, h, w_up, seeds, dropout)
+                outputs = by_member(own_h, group.directions)
+                again = Recomputed(spec, sides, outputs, own_h0, own_w, *biases, group.flips, marked)
+
+            options: dict[str, Any] = {} if marked is None else {"marks": marked}
+            if d_starts is not None:
+                options["d_starts"] = type(d_starts)(*of_members(part, *d_starts))
+            own_c, own_d_gates, own_d_h, own_d_c, own_dcs = of_members(
+                part, c if spec.carries_c else None, d_gates, d_h, d_c if spec.carries_c else None, dcs
+            )
             choice = kernel_plan.run(
                 "backward",
                 choice,
-                y.device,
+                h.device,
                 spec,
-                dy,
-                saved,
-                y,
-                start_h,
-                c if spec.carries_c else None,
-                start_c,
-                w,
-                d_gates,
-                d_h,
-                d_c if spec.carries_c else None,
-                reverse=reverse,
+                partial(_gradients, group, T, N, own_dy, upstream, of_members(part, saved)[0], again),
+                own_h,
+                own_h0,
+                own_c,
+                own_c0,
+                own_w,
+                own_d_gates,
+                own_d_h,
+                own_d_c,
+                group=group,
                 precision=products,
-                begin=begin,
-                steps=steps,
-                dcs=dcs,
+                dcs=own_dcs,
                 **options,
             )
-        first = d_gates[-1 if reverse else 0, :, (spec.grads - spec.gates) * H :] if need_starts else None
+        first = first_steps(d_gates, flips)[..., (spec.grads - spec.gates) * H :] if need_starts else None
         direct = d_h if spec.direct else None
         if marks is not None:
-            grads = start_grads(first, w, direct, d_h, d_c, marks[-1 if reverse else 0], lengths, options.get("d_starts"))
+            at_first = first_steps(marks, flips)
+            grads = start_grads(first, w, direct, d_h, d_c, at_first, lengths, d_starts)
         else:
-            grads = [None if first is None else first @ w, d_c if spec.carries_c else None, None, None]
+            grads = [None if first is None else product(first, w), d_c if spec.carries_c else None, None, None]
             if grads[0] is not None and direct is not None:
                 grads[0] = grads[0] + direct
-    d_h0, d_c0, d_reset_h, d_reset_c = (y.new_empty(0) if grad is None else grad.to(y.dtype, copy=True) for grad in grads)
+    d_h0, d_c0, d_reset_h, d_reset_c = (h.new_empty(0) if grad is None else grad.to(h.dtype, copy=True) for grad in grads)
     return d_gates, d_h0, d_c0, d_reset_h, d_reset_c
-
-
-def _entering(begin: int, steps: int, y: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
-    """The h that entered the steps begin, ..., begin + steps - 1, (steps, B, H), of a call without marks."""
-    start = torch.zeros_like(y[:1]) if h0 is None else h0[None]
-    if reverse:
-        at_edge = begin + steps == y.shape[0]
-        return torch.cat([y[begin + 1 : begin + steps], start]) if at_edge else y[begin + 1 : begin + steps + 1]
-    return torch.cat([start, y[: steps - 1]]) if begin == 0 else y[begin - 1 : begin + steps - 1]

@@ -21,7 +21,8 @@ class Described:
     """One tensor of a recurrent call.
 
     Attributes:
-        shape: T steps, B batch, I input, H hidden; G, S and D are `Cell.gates`, `Cell.saved` and `Cell.grads`.
+        shape: T steps, B batch, I input, H hidden; M members: D directions of one layer, or U + 1 layers of one direction; G, S
+            and K are `Cell.gates`, `Cell.saved` and `Cell.grads`.
         differentiable: whether `rnnfast::forward` has a gradient with respect to it.
         state: whether it is a state that enters the recurrence. Then `rnnfast::backward` itself returns the gradient.
     """
@@ -40,29 +41,32 @@ class Described:
 TENSORS = {
     # what `rnnfast::forward` takes
     "x": Described("T B I", differentiable=True),
-    "h0": Described("B H", differentiable=True, state=True),
-    "c0": Described("B H", differentiable=True, state=True),
-    "w_ih": Described("G*H I", differentiable=True),
-    "w_hh": Described("G*H H", differentiable=True),
-    "b_ih": Described("G*H", differentiable=True),
-    "b_hh": Described("G*H", differentiable=True),
-    "marks": Described("T B"),
+    "h0": Described("M B H", differentiable=True, state=True),
+    "c0": Described("M B H", differentiable=True, state=True),
+    "w_ih": Described("D G*H I", differentiable=True),
+    "w_hh": Described("M G*H H", differentiable=True),
+    "b_ih": Described("M G*H", differentiable=True),
+    "b_hh": Described("M G*H", differentiable=True),
+    "w_up": Described("U G*H H", differentiable=True),
+    "marks": Described("D T B"),
     "lengths": Described("B"),
-    "reset_h": Described("B H", differentiable=True, state=True),
-    "reset_c": Described("B H", differentiable=True, state=True),
+    "reset_h": Described("M B H", differentiable=True, state=True),
+    "reset_c": Described("M B H", differentiable=True, state=True),
+    "seeds": Described("U"),
     # what it returns
-    "y": Described("T B H"),
-    "h_n": Described("B H"),
-    "c_n": Described("B H"),
-    "saved": Described("T B S*H"),
-    "c": Described("T B H"),
+    "y": Described("T B D*H"),
+    "h_n": Described("M B H"),
+    "c_n": Described("M B H"),
+    "h": Described("M T B H"),
+    "saved": Described("M T B S*H"),
+    "c": Described("M T B H"),
     # gradients of what it returns, which `rnnfast::backward` takes
-    "dy": Described("T B H"),
-    "dh_n": Described("B H"),
-    "dc_n": Described("B H"),
-    "dcs": Described("T B H"),
+    "dy": Described("T B D*H"),
+    "dh_n": Described("M B H"),
+    "dc_n": Described("M B H"),
+    "dcs": Described("M T B H"),
     # what `rnnfast::backward` returns, besides the gradients of the states
-    "d_gates": Described("T B D*H"),
+    "d_gates": Described("M T B K*H"),
 }
 STATE_TENSORS = tuple(name for name, tensor in TENSORS.items() if tensor.state)
 TENSORS |= {f"d_{name}": Described(TENSORS[name].shape) for name in STATE_TENSORS}

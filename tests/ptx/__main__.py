@@ -21,7 +21,8 @@ from rnnfast.numerics import words, worst
 from tests.ptx import mistakes
 from tests.ptx.cases import LAYERS
 from tests.ptx.gpu import Ran, simulated_gpu
-from tests.ptx.layer import Layer, run
+from tests.ptx.group import GroupOfLayers
+from tests.ptx.layer import Layer
 from tests.ptx.memory import Fault
 
 KERNELS = (  # whose barriers are left out, one at a time
@@ -34,11 +35,11 @@ KERNELS = (  # whose barriers are left out, one at a time
 )
 
 
-def checked(layer: Layer, seed: int) -> tuple[list[Ran], str, str]:
+def checked(layer: Layer | GroupOfLayers, seed: int) -> tuple[list[Ran], str, str]:
     """The kernels that ran, the result nearest to its limit in words, and what is wrong, or ""."""
     with simulated_gpu(seed) as simulation:
         try:
-            nearest = worst(run(layer))
+            nearest = worst(layer.run())
         except Fault as fault:
             return list(simulation.ran.values()), "", f"{type(fault).__name__}: {fault}"
     shown = f"{nearest.tensor}, {nearest.figure}: {nearest.ours:.1e} of {nearest.allowed:.1e}"

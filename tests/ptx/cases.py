@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+from tests.ptx.group import GroupOfLayers
 from tests.ptx.layer import Layer
 
 FAMILIES = ("step", "persistent", "one_program")
@@ -14,6 +15,7 @@ QUICK = (
     Layer("persistent", "rnn_tanh", "float16", B=9, marked=True, inference=False),
     *(Layer("one_program", "lstm", "float16", B=9, rows=rows, marked=rows == 4, inference=False) for rows in (4, 8)),
     Layer("one_program", "gru", "float32", H=29, marked=True, inference=False),
+    *(GroupOfLayers("one_program", kind) for kind in ("directions", "layers")),
 )
 SWEEP = (
     *(Layer(*choice) for choice in product(FAMILIES, (*CELLS, "rnn_relu"), ("bfloat16", "tf32", "float32"))),

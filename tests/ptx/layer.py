@@ -38,6 +38,10 @@ class Layer(NamedTuple):
         options = " marked" * self.marked + " reversed" * self.reverse + f" rows={self.rows}" * bool(self.rows)
         return f"{self.family} {self.cell} {self.dtype} H={self.H} B={self.B} T={self.T}{options}"
 
+    def run(self, backward: bool = True) -> list[Verdict]:
+        """Forward, `backward` and in inference, each tensor against the reference in float64."""
+        return _run(self, backward)
+
 
 @contextmanager
 def _rows(rows: int) -> Iterator[None]:
@@ -74,8 +78,7 @@ class _Tf32Products(TorchFunctionMode):
         return _Tf32Linear.apply(*args) if function is linear else function(*args, **(kwargs or {}))
 
 
-def run(layer: Layer, backward: bool = True) -> list[Verdict]:
-    """A layer forward, `backward` and in inference, each tensor against the reference in float64."""
+def _run(layer: Layer, backward: bool) -> list[Verdict]:
     dtype, tf32 = DTYPES[layer.dtype]
     generator = torch.Generator().manual_seed(0)
     states = 2 if layer.cell == "lstm" else 1

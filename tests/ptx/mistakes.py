@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from rnnfast.numerics import words, worst
 from tests.ptx.gpu import simulated_gpu
-from tests.ptx.layer import Layer, run
+from tests.ptx.group import GroupOfLayers
+from tests.ptx.layer import Layer
 from tests.ptx.memory import Fault
 
 EARLY = ("Race", "Unwritten")  # what is read too early may be what nobody has written yet
@@ -27,7 +28,7 @@ class Mistake(NamedTuple):
     """A change of `kernel`, seen on `layer`; noticed by one of `by`."""
 
     name: str
-    layer: Layer
+    layer: Layer | GroupOfLayers
     kernel: str
     change: Callable[[str], str]
     by: tuple[str, ...]
@@ -136,11 +137,11 @@ MISTAKES = (
 )
 
 
-def outcome(layer: Layer, kernel: str, change: Callable[[str], str], seed: int) -> str:
+def outcome(layer: Layer | GroupOfLayers, kernel: str, change: Callable[[str], str], seed: int) -> str:
     """What notices a changed kernel, and in which words; empty if nothing does."""
     with simulated_gpu(seed, {kernel: change}) as simulation:
         try:
-            results = run(layer, backward="backward" in kernel)
+            results = layer.run(backward="backward" in kernel)
         except Fault as fault:
             return f"{type(fault).__name__}: {fault}"
     assert kernel in simulation.ran, f"{kernel} did not run"
