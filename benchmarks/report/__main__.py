@@ -25,8 +25,8 @@ def all_tables(facts: Facts, before: Facts | None) -> dict:
         tables.failure_table(facts),
         tables.comparison_table(facts, "The other providers", THE_OTHERS, others, shown=0),
     ]
-    floors = filter(None, [tables.floor_table(facts)])
-    last = [tables.memory_table(facts), *floors, tables.row_table(facts), tables.environment_table(facts)]
+    known = filter(None, [tables.published_table(facts), tables.floor_table(facts)])
+    last = [tables.memory_table(facts), *known, tables.row_table(facts), tables.environment_table(facts)]
     return {"first": first, "last": last}
 
 

@@ -109,7 +109,7 @@ def describe(case: Case, free: tuple[str, ...] = ()) -> str:
     words = [f"{case.cell} {'TF32' if case.tf32 else case.dtype} {case.mode}"]
     if case.layers > 1 and "layers" not in free:
         words.append(f"{case.layers} layers")
-    words += ["two directions"] * (case.directions == 2) + ["packed"] * case.packed
+    words += ["two directions"] * (case.directions == 2) + ["packed"] * case.packed + [case.around.words] * bool(case.model)
     words += [f"{name} = {getattr(case, name):,}" for name in "TBH" if name not in free]
     if case.I == case.H:
         words += ["I = H"]

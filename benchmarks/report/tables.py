@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
+from benchmarks.floor.published import PUBLISHED
 from benchmarks.report.facts import BASE, Entry, Facts, Spread, changes, describe, figure, ratio
 
 
@@ -113,6 +115,35 @@ def floor_table(facts: Facts) -> Table | None:
     columns = ("case", "floor", "FLOPs", "HBM", "L2", "exchange", "fastest", "by", "times the floor")
     intro = f"Microseconds a step. The floor is the largest of its four terms. Ceilings: {facts.ceilings.source}."
     return Table("Floor of each case", intro, columns, rows, [], {1, 2, 3, 4, 5, 6, 8}, shown=0)
+
+
+def published_table(facts: Facts) -> Table | None:
+    """What others have published of the cases of the file, beside the times in the file. None if they have published nothing.
+
+    No column divides a time of one machine by that of another.
+    """
+    rows = []
+    for one in (published for case in facts.cases for published in PUBLISHED if published.case == case):
+        padded = replace(one.case, model="")
+
+        def here(provider: str, case=one.case, padded=padded, times_padded=one.times_padded) -> str:
+            entry, base = facts.of.get((case, provider)), facts.of.get((padded, provider))
+            if entry is None or entry.time is None:
+                return ""
+            if times_padded is None:
+                return figure(entry.time.p50 / case.T)
+            return f"{figure(entry.time.p50 / base.time.p50)} x padded" if base and base.time else ""
+
+        value = f"{figure(one.times_padded)} x padded" if one.us_per_step is None else figure(one.us_per_step)
+        ours = [f"{name.removeprefix('rnnfast-')} {text}" for name in facts.providers if name != BASE and (text := here(name))]
+        rows.append((describe(one.case), one.provider, one.gpu, value, here(BASE), ", ".join(ours), one.source))
+    if not rows:
+        return None
+    columns = ("case", "published: who", "where", "published: µs a step", "here: torch.nn", "here: the others", "source")
+    intro = f"Others have published these times, and nobody measured them here. The columns \"here\" are this file's: {facts.title}. "
+    intro += "The machines, the versions and the way of timing differ, so a quotient of a published time and one from here is no "
+    intro += "speed-up. x padded: a call with lengths over the same layer on padded input, each quotient from one machine."
+    return Table("Published by others, not measured here", intro, columns, rows, [], {3, 4})
 
 
 def row_table(facts: Facts) -> Table:

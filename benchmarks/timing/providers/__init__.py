@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rnnfast
 from benchmarks.timing.cases import Case, Unknown
-from benchmarks.timing.problem import Problem, Ready, of_module
+from benchmarks.timing.problem import ModelAround, Problem, Ready, of_module
 from rnnfast import reference
 from rnnfast.choice.decide import tensor_obstacles
 from rnnfast.settings import KERNELS
@@ -80,8 +80,11 @@ class RnnFast(Provider):
         return "; ".join(tensor_obstacles(torch.empty(0, device=device, dtype=case.torch_dtype))) or None
 
     def ready(self, problem: Problem) -> Ready:
-        layer = problem.module(getattr(rnnfast, problem.case.cell), backend=self.backend)
-        ready, told = of_module(layer), rnnfast.explain(layer, problem.x)
+        module = problem.module(getattr(rnnfast, problem.case.cell), backend=self.backend)
+        layer, args, options = module, (problem.x,), {}
+        if isinstance(module, ModelAround):
+            layer, (args, options) = module.layer, module.arguments(problem.x)
+        ready, told = of_module(module), rnnfast.explain(layer, *args, **options)
         if self.backend is None:
             ready.note = f"chose {told.backend}: {told.details.partition(';')[0].partition(',')[0]}"
         elif self.backend == "triton":
@@ -109,8 +112,8 @@ class Loop(Provider):
         self.compiles = compiled
 
     def obstacle(self, case: Case, device: str) -> str | None:
-        if case.packed:
-            return "this loop takes no packed input"
+        if case.packed or case.model:
+            return "this loop takes no packed input, and runs no model"
         if case.T * case.layers * case.directions > 20000:
             return "more than 20000 time steps one by one"
         return None
@@ -147,8 +150,8 @@ class CompiledNN(Provider):
     compiles = True
 
     def obstacle(self, case: Case, device: str) -> str | None:
-        if case.packed:
-            return "Dynamo does not take packed input"
+        if case.packed or case.model:
+            return "compiled as a layer alone, without packed input, which Dynamo does not take"
         steps = case.T * case.layers * case.directions
         if steps > UNROLLED_STEPS:
             return f"it would unroll {steps} time steps, and more than {UNROLLED_STEPS} compile for minutes"
