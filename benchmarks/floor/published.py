@@ -1,8 +1,8 @@
 """Times that others have published for a known layer, and where (published.csv). This project has measured none of them.
 
-The columns `value` and `unit` are as published: "us/step", "ms" for a call, "TFLOP/s" of a forward pass, or "times padded", which
-is a call with lengths over the same layer on padded input. If a source timed the recurrence without W_ih x, the case has I = 1,
-where W_ih x is next to nothing.
+The columns `value` and `unit` are as published: "us/step", "ms" for a call, "TFLOP/s" of a forward pass, or "times padded", the
+time of a call with lengths over that of the same layer on padded input. If a source timed the recurrence without W_ih x, the
+case has I = 1, where W_ih x is next to nothing.
 """
 
 import csv
@@ -24,10 +24,10 @@ SOURCES = {
     "Persistent RNNs": "Diamos et al. 2016, Persistent RNNs, 2.8 TFLOP/s at a batch of 4 (proceedings.mlr.press/v48/diamos16)",
     "KernelBench": _KERNELBENCH.format("7dd9cfa") + " and does not name the B200",
     "KernelBench 2025-07": _KERNELBENCH.format("3396fc0"),
-    "xwang233": "cudnn-rnn-bench-62143 (github.com/xwang233/code-snippet, commit 2c053c8): torch.nn of torch 1.11.0a0 before and"
+    "xwang233": "cudnn-rnn-bench-62143 (github.com/xwang233/code-snippet, commit 2c053c8): torch 1.11.0a0, torch.nn before and"
     " after PyTorch pull request 62143 of 2021, forward with gradients to come, and backward; the GPU is not named",
-    "pytorch#149194": "github.com/pytorch/pytorch/issues/149194 of 2025: two-layer torch.nn.LSTM, lengths from 1 to T, packed over"
-    " padded; its B, I and H are not those of the case",
+    "pytorch#149194": "github.com/pytorch/pytorch/issues/149194 of 2025: two layers of torch.nn.LSTM, lengths from 1 to T,"
+    " packed over padded; its B, I and H are not those of the case",
     "TorchRL 4160": _TORCHRL.format("mean of 30 calls", 4160),
     "TorchRL 4174": _TORCHRL.format("mean of 50 calls", 4174),
 }

@@ -15,8 +15,8 @@ class Work(NamedTuple):
     flops: float  # FLOPs of the products, input side and recurrence; backward has twice as many
     loop_flops: float  # the part that runs step by step: W_hh h, and in backward W_hh^T times the gate gradients
     # moved between the program and the memory outside: x, y and all parameters once, in backward dy, dx and the gradients of
-    # the parameters too; y and dy only if the case returns y. Activations kept for backward do not count: they could be computed
-    # again
+    # the parameters too. y and dy count only if the case returns y. Activations kept for backward do not count: they could be
+    # computed again
     bytes: float
     saved: float  # bytes that rnnfast keeps for backward, no part of any floor
     weight_bytes: int  # W_hh of one layer and direction

@@ -131,18 +131,18 @@ def published_table(facts: Facts) -> Table | None:
             if entry is None or entry.time is None:
                 return ""
             if times_padded is None:
-                return figure(entry.time.p50 / case.T)
-            return f"{figure(entry.time.p50 / base.time.p50)} x padded" if base and base.time else ""
+                return figure(entry.time.p50 / 1000)
+            return f"{figure(entry.time.p50 / base.time.p50)} times padded" if base and base.time else ""
 
-        value = f"{figure(one.times_padded)} x padded" if one.us_per_step is None else figure(one.us_per_step)
+        value = f"{figure(one.times_padded)} times padded" if one.us_per_step is None else figure(one.us_per_step * one.case.T / 1000)
         ours = [f"{name.removeprefix('rnnfast-')} {text}" for name in facts.providers if name != BASE and (text := here(name))]
         rows.append((describe(one.case), one.provider, one.gpu, value, here(BASE), ", ".join(ours), one.source))
     if not rows:
         return None
-    columns = ("case", "published: who", "where", "published: µs a step", "here: torch.nn", "here: the others", "source")
-    intro = f"Others have published these times, and nobody measured them here. The columns \"here\" are this file's: {facts.title}. "
-    intro += "The machines, the versions and the way of timing differ, so a quotient of a published time and one from here is no "
-    intro += "speed-up. x padded: a call with lengths over the same layer on padded input, each quotient from one machine."
+    columns = ("case", "published: who", "where", "published: ms a call", "here: torch.nn", "here: the others", "source")
+    intro = "Others have published these times, and nobody measured them here. Only the columns that begin with here are from "
+    intro += f"{facts.title}, in ms a call. Machines, versions and ways of timing differ, so a published time over one from "
+    intro += "here is no speed-up. Times padded: a call with lengths over the same layer on padded input, both on one machine."
     return Table("Published by others, not measured here", intro, columns, rows, [], {3, 4})
 
 

@@ -24,9 +24,9 @@ MODES = ("inference", "forward", "backward", "training")
 
 
 class Model(NamedTuple):
-    """What stands around the stack of a case. Its results are what `returns` says:
+    """What stands around the stack of a case. Its results are what `returns` says.
 
-    "all" (y and the last states), "output" (y), "h_n", "c_n", or "last" (a linear layer with ten outputs on y of the last step).
+    This is "all" (y and the last states), "output" (y), "h_n", "c_n", or "last" (ten outputs of a linear layer on the last y).
     """
 
     words: str = ""

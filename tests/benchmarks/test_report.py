@@ -118,6 +118,27 @@ def test_every_row_is_told(gpu, tmp_path):
     assert "31.0 times the error that is allowed" in read.text
 
 
+def test_published(tmp_path):
+    """What others have published stands apart from what was measured, with its source. No quotient is of two machines."""
+    read, _, markdown = report(tmp_path, made_up_results.gpu(sets=("kernelbench", "lengths")))
+    heading = "Published by others, not measured here"
+    columns, *rows = read.tables[heading]
+    assert columns[1:6] == ["published: who", "where", "published: ms a call", "here: torch.nn", "here: the others"]
+    b200 = next(row for row in rows if "KernelBench 41" in row[0] and row[2].startswith("B200"))
+    loaded = Facts(made_up_results.gpu(sets=("kernelbench", "lengths")))
+    (case,) = (case for case in loaded.cases if case.model == "kb41" and case.mode == "inference")
+    here = facts.figure(loaded.of[case, "torch.nn"].time.p50 / 1000)
+    assert b200[1] == "cuDNN" and b200[3:5] == ["122", here] and "persistent" in b200[5]
+    assert "github.com/ScalingIntelligence/KernelBench, commit 7dd9cfa" in b200[6] and "torch 2.5.0" in b200[6]
+    (packed,) = (row for row in rows if "lengths" in row[0] and "1,000" in row[0] and "forward" in row[0])
+    (case,) = (case for case in loaded.cases if case.model == "lengths" and case.T == 1000 and case.mode == "forward")
+    times = [loaded.of[one, "torch.nn"].time.p50 for one in (case, dataclasses.replace(case, model=""))]
+    assert packed[3:5] == ["95.8 times padded", f"{facts.figure(times[0] / times[1])} times padded"]
+    assert "nobody measured them here" in read.text and "is no speed-up" in markdown
+    assert "speed-up" not in " ".join(columns) and not any("▲" in text or "faster" in text for row in rows for text in row)
+    assert heading not in report(tmp_path, made_up_results.cpu())[0].tables
+
+
 def test_heat_map(gpu, tmp_path):
     read, _, _ = report(tmp_path, gpu)
     case = Case("LSTM", 1024, 32, 768, 768)
