@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from benchmarks.floor.published import PUBLISHED
+from benchmarks.floor.published import PUBLISHED, Published
 from benchmarks.report.facts import BASE, Entry, Facts, Spread, changes, describe, figure, ratio
 
 
@@ -117,6 +117,17 @@ def floor_table(facts: Facts) -> Table | None:
     return Table("Floor of each case", intro, columns, rows, [], {1, 2, 3, 4, 5, 6, 8}, shown=0)
 
 
+def _beside(facts: Facts, published: Published, provider: str) -> str:
+    """What the file has of `provider` beside a published figure: ms a call, or times padded."""
+    entry = facts.of.get((published.case, provider))
+    if entry is None or entry.time is None:
+        return ""
+    if published.times_padded is None:
+        return figure(entry.time.p50 / 1000)
+    padded = facts.of.get((replace(published.case, model=""), provider))
+    return f"{figure(entry.time.p50 / padded.time.p50)} times padded" if padded and padded.time else ""
+
+
 def published_table(facts: Facts) -> Table | None:
     """What others have published of the cases of the file, beside the times in the file. None if they have published nothing.
 
@@ -124,19 +135,11 @@ def published_table(facts: Facts) -> Table | None:
     """
     rows = []
     for one in (published for case in facts.cases for published in PUBLISHED if published.case == case):
-        padded = replace(one.case, model="")
-
-        def here(provider: str, case=one.case, padded=padded, times_padded=one.times_padded) -> str:
-            entry, base = facts.of.get((case, provider)), facts.of.get((padded, provider))
-            if entry is None or entry.time is None:
-                return ""
-            if times_padded is None:
-                return figure(entry.time.p50 / 1000)
-            return f"{figure(entry.time.p50 / base.time.p50)} times padded" if base and base.time else ""
-
-        value = f"{figure(one.times_padded)} times padded" if one.us_per_step is None else figure(one.us_per_step * one.case.T / 1000)
-        ours = [f"{name.removeprefix('rnnfast-')} {text}" for name in facts.providers if name != BASE and (text := here(name))]
-        rows.append((describe(one.case), one.provider, one.gpu, value, here(BASE), ", ".join(ours), one.source))
+        times_padded = f"{figure(one.times_padded)} times padded" if one.times_padded else ""
+        value = times_padded or figure(one.us_per_step * one.case.T / 1000)
+        found = {name: _beside(facts, one, name) for name in facts.providers}
+        others = ", ".join(f"{name} {text}" for name, text in found.items() if text and name != BASE)
+        rows.append((describe(one.case), one.provider, one.gpu, value, found.get(BASE, ""), others, one.source))
     if not rows:
         return None
     columns = ("case", "published: who", "where", "published: ms a call", "here: torch.nn", "here: the others", "source")
