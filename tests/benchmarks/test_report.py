@@ -14,8 +14,9 @@ from support import made_up_results
 from benchmarks.report import charts, facts, page
 from benchmarks.report.__main__ import main
 from benchmarks.report.facts import Facts, Spread
-from benchmarks.timing import results
+from benchmarks.timing import results, run
 from benchmarks.timing.cases import Case
+from benchmarks.timing.providers import named_provider
 from benchmarks.timing.results import new_row
 
 pytestmark = pytest.mark.same_everywhere
@@ -150,6 +151,40 @@ def test_heat_map(gpu, tmp_path):
     assert line[column] == f"{facts.ratio(1 / row['ratio']['p50'])}\u202f▼"
 
 
+def test_no_verdict(gpu, tmp_path):
+    """None where the times vary too much, nor for torch.nn's own code. Neither counts as faster or slower."""
+    content = copy.deepcopy(gpu)
+    noisy, same = [row for row in content["rows"] if row["provider"] == "rnnfast-step" and row["status"] == "ok"][:2]
+    noisy["ratio"] |= {"p20": 1 / 84.9, "p50": 1 / 15.8, "p80": 1 / 1.07}
+    noisy["timings"] = noisy["timings"][:1]
+    same["note"] = "chose torch: PyTorch's own layer"
+    read, _, _ = report(tmp_path, content)
+    found = {row[0].replace("\xa0", " "): row[2:4] for row in read.tables["Without a verdict"][1:]}
+    assert found[facts.describe(results.key(noisy)[0])] == ["no verdict", "15.8 (1.07 to 84.9)"]
+    assert found[facts.describe(results.key(same)[0])][0] == "torch.nn's code" and len(found) == 2
+    before, _, _ = report(tmp_path, gpu)
+    columns, *_ = read.tables["Summary"]
+    old, new = (next(row for row in one.tables["Summary"] if row[0] == "rnnfast-step") for one in (before, read))
+    counts = [[int(row[columns.index(kind)]) for kind in ("faster", "within spread", "slower")] for row in (old, new)]
+    assert (
+        sum(counts[0]) == sum(counts[1]) + 2
+        and [new[columns.index(kind)] for kind in ("no verdict", "torch.nn's code")] == ["1"] * 2
+    )
+    assert new[columns.index("best")] != "15.8" and "1 without a verdict, 1 on torch.nn's own code" in read.text
+
+
+def test_on_a_cpu_rnnfast_is_torch_nn(tmp_path):
+    """The row says so, and the report in place of a verdict."""
+    case = Case("LSTM", 2, 1, 4, 4, dtype="float32", mode="inference")
+    settings = {"device": "cpu", "seconds": 0.001, "threads": 1, "interpret": False}
+    rows = [run.row_of(case, "quick", named_provider(name), settings) for name in ("torch.nn", "rnnfast-torch")]
+    found = Facts({"environment": {}, "settings": {}, "ceilings": None, "rows": rows}).compared
+    assert [entry.verdict(entry.main) for entry in found] == ["same"]
+    read, _, _ = report(tmp_path, made_up_results.cpu())
+    assert not read.tables.get("Where it wins") and not read.tables.get("Where it loses")
+    assert {row[2] for row in read.tables["Without a verdict"][1:]} == {"torch.nn's code"}
+
+
 def test_cpu_file_has_no_floor(tmp_path):
     read, source, _ = report(tmp_path, made_up_results.cpu())
     assert "No floor" in source and 'class="below"' not in source
@@ -230,6 +265,7 @@ def test_nothing_measured(tmp_path, rows):
 def test_spreads():
     assert Spread(1.1, 1.2, 1.3).verdict == "win" and Spread(0.7, 0.8, 0.9).verdict == "loss"
     assert Spread(0.9, 1.2, 1.3).verdict == "even"
+    assert Spread(2, 3, 4).verdict == "win" and Spread(2, 3, 4.1).verdict == "unclear" == Spread(0.1, 0.3, 1.2).verdict
     assert Spread(1, 2, 4).inverse == Spread(0.25, 0.5, 1)
     assert Spread(1, 2, 4).over(Spread(2, 2, 2)) == Spread(0.5, 1, 2)
     numbers = (0.0123, 0.999, 9.994, 9.996, 123.4)

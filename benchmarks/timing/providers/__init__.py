@@ -20,6 +20,7 @@ from rnnfast.choice.decide import tensor_obstacles
 from rnnfast.settings import KERNELS
 
 BASE = "torch.nn"  # every other provider is compared with it
+OWN_LAYER = "PyTorch's own layer"  # begins what `explain` says of a call of ours on torch.nn's code
 UNROLLED_STEPS = 8  # Inductor takes minutes for 32 steps of a small LSTM in training
 
 
@@ -85,9 +86,10 @@ class RnnFast(Provider):
         if isinstance(module, ModelAround):
             layer, (args, options) = module.layer, module.arguments(problem.x)
         ready, told = of_module(module), rnnfast.explain(layer, *args, **options)
-        if self.backend is None:
-            ready.note = f"chose {told.backend}: {told.details.partition(';')[0].partition(',')[0]}"
-        elif self.backend == "triton":
+        if self.backend != "triton":
+            chose = f"chose {told.backend}: " if self.backend is None else ""
+            ready.note = chose + told.details.partition(";")[0].partition(",")[0]
+        else:
             if told.backend != "triton":
                 raise Unavailable("; ".join(told.obstacles))
             which = told.details
