@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -77,10 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         defaults = ("lstm",), ("float16",), HIDDEN, BATCH
         table = [(args.family or "persistent", *(axis or default for axis, default in zip(chosen, defaults, strict=True)))]
     print(f"triton {triton.__version__}, torch {torch.__version__}. Counted and predicted: no GPU has measured any of this.\n")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.fresh:
-            os.environ["TRITON_CACHE_DIR"] = folder
-        rows = build(jobs_of(table, args.arch, args.marked), args.jobs)
+    rows = build(jobs_of(table, args.arch, args.marked), args.jobs, args.fresh)
     print("\n".join(text.show_terms(rows) if args.show_terms else text.show(rows)))
     if args.json:
         report = {"schema": SCHEMA, "triton": triton.__version__, "torch": torch.__version__, "rows": rows}
