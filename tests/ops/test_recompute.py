@@ -13,6 +13,7 @@ import rnnfast
 from rnnfast import numerics, ops, reference
 from rnnfast.choice import kernel_plan
 from rnnfast.kernels import persistent, runtime, step
+from rnnfast.kernels.groups import Group
 from rnnfast.kernels.persistent.plan import GPUS
 from rnnfast.ops import recurrence
 
@@ -55,14 +56,14 @@ def test_gradients(cell, dtype, reverse, marked, device):
 def test_opcheck(cell, device):
     """Both operators, as PyTorch checks them, with the gates computed again."""
     tensors = make(cell, device, T=T, B=B, I=I, H=H)
-    arguments = (*op_args(cell, tensors, False, True), None, None, None, None, True)
+    arguments = (*op_args(cell, tensors, False, True), None, None, None, None, None, 0.0, True)
     torch.library.opcheck(ops.forward, arguments)
     with torch.no_grad():
-        y, _, _, saved, c = ops.forward(*arguments)
+        y, _, _, _, saved, c = ops.forward(*arguments)
         assert saved.numel() == 0
         _, x, h0, c0, w_ih, w_hh, b_ih, b_hh, *_ = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
-        given = (cell, torch.randn_like(y), None, None, y, saved, c, h0, c0, w_hh, False, True)
-        torch.library.opcheck(ops.backward, (*given, None, None, None, None, None, x, w_ih, b_ih, b_hh))
+        given = (cell, torch.randn_like(y), None, None, y, saved, c, h0, c0, w_hh, None, 0, True)
+        torch.library.opcheck(ops.backward, (*given, None, None, None, None, None, None, 0.0, x, w_ih, b_ih, b_hh))
 
 
 @pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
@@ -70,21 +71,27 @@ def test_opcheck(cell, device):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_backward_by_chunks(cell, reverse, family):
-    """A backward in several calls, against the order of forward, gives the bits of one call."""
-    layer = Layer(cell, torch.float32, T, B, 32, reverse=reverse)
-    plans = steps_of(32, torch.float32) if family is step else tiles(32, block_h=16, steps=2)
+    """A backward that is given the activations of a chunk at a time gives the bits of one that is given all."""
+    layer, group, N = Layer(cell, torch.float32, T, B, 32, reverse=reverse), Group(flips=int(reverse)), 2
+    plans = steps_of(32, torch.float32) if family is step else tiles(32, block_h=16, steps=N)
     h, c, saved = layer.forward(step, steps_of(32, torch.float32))
+
+    def rounds():
+        for begin in group.begins(T, N, True):
+            n = min(N, T - begin)
+            first = begin if reverse else T - begin - n
+            yield begin, n, layer.dy, saved[None, first : first + n]
+
     with together(1):
-        whole = layer.backward(family, plans, h, c, saved)
-        d_gates = torch.full_like(whole[0], float("nan"))
-        d_h, d_c = layer.d_h.clone(), None if layer.d_c is None else layer.d_c.clone()
-        for begin in range(0, T, 3) if reverse else reversed(range(0, T, 3)):
-            family.backward(
-                layer.cell, layer.dy, saved[begin : begin + 3], h, layer.h0, c, layer.c0, layer.w, d_gates, d_h, d_c,
-                reverse=reverse, precision="ieee", plan=plans, begin=begin, steps=min(3, T - begin),
-            )  # fmt: skip
+        whole = layer.backward(family, plans, h, c, saved, chunk=N)
+        d_gates = torch.full_like(whole[0], float("nan"))[None]
+        d_h, d_c = (None if grad is None else grad[None].clone() for grad in (layer.d_h, layer.d_c))
+        h0, c, c0 = (None if each is None else each[None] for each in (layer.h0, c, layer.c0))
+        family.backward(
+            layer.cell, rounds, h, h0, c, c0, layer.w[None], d_gates, d_h, d_c, group=group, precision="ieee", plan=plans
+        )
     parts = (d_gates, d_h if layer.cell.direct else None, d_c)
-    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True) if b is not None)
+    assert all(torch.equal(a[0], b) for a, b in zip(parts, whole, strict=True) if b is not None)
 
 
 @pytest.mark.parametrize("name, kept", [("LSTM", 4), ("GRU", 0), ("RNN", 0)])
