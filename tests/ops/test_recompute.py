@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from support.layers import NAMES, close, equal, flat, packed, pair, run, states
-from support.recurrence import Layer, steps_of, tiles
+from support.recurrence import Layer, Members, steps_of, tiles
 from support.side_by_side import together
 from test_ops import CELLS, make, op_args
 
@@ -13,7 +13,6 @@ import rnnfast
 from rnnfast import numerics, ops, reference
 from rnnfast.choice import kernel_plan
 from rnnfast.kernels import persistent, runtime, step
-from rnnfast.kernels.groups import Group
 from rnnfast.kernels.persistent.plan import GPUS
 from rnnfast.ops import recurrence
 
@@ -71,27 +70,14 @@ def test_opcheck(cell, device):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_backward_by_chunks(cell, reverse, family):
-    """A backward that is given the activations of a chunk at a time gives the bits of one that is given all."""
-    layer, group, N = Layer(cell, torch.float32, T, B, 32, reverse=reverse), Group(flips=int(reverse)), 2
-    plans = steps_of(32, torch.float32) if family is step else tiles(32, block_h=16, steps=N)
-    h, c, saved = layer.forward(step, steps_of(32, torch.float32))
-
-    def rounds():
-        for begin in group.begins(T, N, True):
-            n = min(N, T - begin)
-            first = begin if reverse else T - begin - n
-            yield begin, n, layer.dy, saved[None, first : first + n]
-
+    """A backward that is given what is saved a chunk at a time gives the bits of one that is given it at once."""
+    layer = Layer(cell, torch.float32, T, B, 32, reverse=reverse)
+    plans = steps_of(32, torch.float32) if family is step else tiles(32, block_h=16, steps=3)
+    forward = layer.forward(step, steps_of(32, torch.float32))
     with together(1):
-        whole = layer.backward(family, plans, h, c, saved, chunk=N)
-        d_gates = torch.full_like(whole[0], float("nan"))[None]
-        d_h, d_c = (None if grad is None else grad[None].clone() for grad in (layer.d_h, layer.d_c))
-        h0, c, c0 = (None if each is None else each[None] for each in (layer.h0, c, layer.c0))
-        family.backward(
-            layer.cell, rounds, h, h0, c, c0, layer.w[None], d_gates, d_h, d_c, group=group, precision="ieee", plan=plans
-        )
-    parts = (d_gates, d_h if layer.cell.direct else None, d_c)
-    assert all(torch.equal(a[0], b) for a, b in zip(parts, whole, strict=True) if b is not None)
+        whole = layer.backward(family, plans, *forward, chunk=None if family is step else 3)
+        (parts,) = Members([layer], 3, by_chunk=True).backward(family, plans, [forward])
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True) if b is not None)
 
 
 @pytest.mark.parametrize("name, kept", [("LSTM", 4), ("GRU", 0), ("RNN", 0)])
