@@ -100,7 +100,8 @@ def forward_step_kernel(
             bias_h_ptr += member * (G * H)
         h_ptr += member * H if DIRECTIONS == 2 else states_size * T
         h0_ptr += states_size
-        saved_ptr += states_size * T * SAVED
+        if SAVED > 0:
+            saved_ptr += states_size * T * SAVED
         if CARRIES_C:
             c_ptr += states_size * c_steps
             c0_ptr += states_size
