@@ -100,7 +100,7 @@ def forward_step_kernel(
             bias_h_ptr += member * (G * H)
         h_ptr += member * H if DIRECTIONS == 2 else states_size * T
         h0_ptr += states_size
-        if SAVED > 0:
+        if SAVED:
             saved_ptr += states_size * T * SAVED
         if CARRIES_C:
             c_ptr += states_size * c_steps
@@ -238,7 +238,8 @@ def backward_step_kernel(
         states_size = member.to(tl.int64) * B * H  # from the first member to this one, of (M, B, H)
         if HAS_DY:
             dy_ptr += member * H if DIRECTIONS == 2 else states_size * N
-        saved_ptr += states_size * saved_steps * SAVED
+        if SAVED:
+            saved_ptr += states_size * saved_steps * SAVED
         h_ptr += member * H if DIRECTIONS == 2 else states_size * T
         h0_ptr += states_size
         w_ptr += member.to(tl.int64) * (G * H) * H
