@@ -97,23 +97,26 @@ def test_dispatch_mode_and_profiler(device):
         assert seen["rnnfast::forward"] == seen["rnnfast::backward"] == calls
 
 
+@pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_flop_counter(name, given, device):
+def test_flop_counter(name, given, directions, device):
     """With our formulas FlopCounterMode counts forward and backward of the kernels as it counts the products of the equations,
     less the first step's where that begins from zeros."""
     from torch.utils.flop_counter import FlopCounterMode
 
     G, found = {"LSTM": 4, "GRU": 3, "RNN": 1}[name], []
     for backend in ("triton", "reference"):
-        layer = getattr(rnnfast, name)(I, H, 2, bidirectional=True, device=device, backend=backend)
+        layer = getattr(rnnfast, name)(I, H, 2, bidirectional=directions == 2, device=device, backend=backend)
         x = torch.randn(T, B, I, device=device, requires_grad=True)
-        hx = tuple(torch.randn(4, B, H, device=device, requires_grad=True) for _ in range(2 if name == "LSTM" else 1))
+        hx = tuple(
+            torch.randn(2 * directions, B, H, device=device, requires_grad=True) for _ in range(2 if name == "LSTM" else 1)
+        )
         with FlopCounterMode(display=False, custom_mapping=rnnfast.FLOP_FORMULAS) as mode:
             outputs = flat(layer(x, (hx if name == "LSTM" else hx[0]) if given else None))
             sum(out.sum() for out in outputs).backward()
         found.append(mode.get_total_flops())
-    first = 0 if given else 2 * 4 * 2 * B * G * H * H  # forward, of W_hh; layers and directions
+    first = 0 if given else 2 * directions * 2 * B * G * H * H  # forward, of W_hh; layers and directions
     assert found[0] > 0 and found[0] == found[1] - first
 
 
