@@ -67,7 +67,7 @@ def run(
         one = partial(one, recompute=True) if runner == "kernels" else partial(checkpointed, one)
     given = {} if options is None else options.of_layer()
     members = [
-        Weights(*own[:2], *(own[2:4] if layer.bias else (None, None)), own[-1] if layer.proj_size else None)
+        Weights(own[0], own[1], *(own[2:4] if layer.bias else ()))._replace(w_hr=own[-1] if layer.proj_size else None)
         for own in (weights[n : n + count] for n in range(0, len(weights), count))
     ]
     p = layer.dropout if layer.training else 0.0
@@ -79,7 +79,7 @@ def run(
         start = tuple(state[own] for state in states) or None
         if given.get("reset_to") is not None:
             given = given | {"reset_to": tuple(state[own] for state in options.reset_to)}  # type: ignore[union-attr]
-        inner = {"dropout": p} if last - first > 1 and p else {}
+        inner: dict[str, Any] = {"dropout": p} if last - first > 1 and p else {}
         found.append(one(cell, x, start, members[own], flips=2 if directions == 2 else 0, **given, **inner))
         x = found[-1].y
         if p and last < layer.num_layers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ class Frame:
         above = ("w_up", *kinds[1:])
         return (*GIVEN, *(name for m in range(self.members) for name in (kinds if m < self.directions else above)))
 
-    def assembled(self, tensors: Sequence[Tensor | None]) -> Forward:
-        """The arguments of `rnnfast::forward`. Weights of a kind of which one is None are None."""
+    def assembled(self, tensors: Sequence[Tensor | None]) -> Any:
+        """The `Forward`, the arguments of `rnnfast::forward`. Weights of a kind of which one is None are None."""
         x, h0, c0, reset_h, reset_c, marks, lengths, seeds, *own = tensors
         count = 4 if self.biased else 2
         kinds = [own[n::count] for n in range(count)]

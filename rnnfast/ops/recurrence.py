@@ -287,16 +287,17 @@ def backward(
                 own_h = h[part] if group.layers else h[part.start]
                 upstream = upstream_of_layers(part, dy, d_gates, w_up, spec, seeds, dropout)
             elif group.members < M:  # a direction without the other
-                own_h, own_dy = (
-                    None if each is None else each[..., part.start * H : part.stop * H].contiguous() for each in (h, dy)
-                )
-            own_w, own_h0, own_c0, *biases = of_members(part, w, start_h, start_c, bias_x, bias_h)
+                columns = slice(part.start * H, part.stop * H)
+                own_h = h[..., columns].contiguous()
+                own_dy = None if dy is None else dy[..., columns].contiguous()
+            own_w, own_h0, own_c0, own_bias_x, own_bias_h = of_members(part, w, start_h, start_c, bias_x, bias_h)
             marked = own_marks(given, part)
             again = None
             if recompute:
+                assert x is not None and w_ih is not None and own_w is not None
                 sides = Sides(x, w_ih[part]) if M == D else sides_of_layers(part, x, w_ih, h, w_up, seeds, dropout)
                 outputs = by_member(own_h, group.directions)
-                again = Recomputed(spec, sides, outputs, own_h0, own_w, *biases, group.flips, marked)
+                again = Recomputed(spec, sides, outputs, own_h0, own_w, own_bias_x, own_bias_h, group.flips, marked)
 
             options: dict[str, Any] = {} if marked is None else {"marks": marked}
             if d_starts is not None:

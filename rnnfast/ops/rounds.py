@@ -278,4 +278,5 @@ class Recomputed:
         marks, reverse = self.marks, bool(self.flips >> m & 1)
         if marks is None:
             return entering(self.h[m], None if self.h0 is None else self.h0[m], None, None, reverse, first, last)
-        return entering(self.h[m], *marks.starts_h[m], marks.codes[m], reverse, first, last)
+        start, reset = marks.starts_h[m]
+        return entering(self.h[m], start, reset, marks.codes[m], reverse, first, last)
