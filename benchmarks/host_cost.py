@@ -74,7 +74,7 @@ def steps(rounds: int) -> dict[str, float]:
 
     def in_single_steps(T: int) -> Callable[[], object]:
         w, cell = layer.weight_hh_l0.detach()[None], cells.CELLS["lstm"]
-        chunks = [(t, torch.zeros(1, 1, 1, 64)) for t in range(T)]
+        chunks = [(t, 1, torch.zeros(1, 1, 64), 0) for t in range(T)]
         h, c, plan = torch.zeros(T, 1, 16), torch.zeros(1, 1, 1, 16), step.plan.step_plan(16, 4, "ieee")
         options = {"group": ALONE, "precision": "ieee", "plan": plan}
         return lambda: step.forward(cell, lambda: chunks, w, None, None, None, None, h, c, None, **options)

@@ -49,7 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         return power(args.draws)
     if args.round_input_side:
         chunk = Sides.chunk
-        Sides.chunk = lambda sides, *which: chunk(sides, *which).to(sides.x.dtype).float()
+
+        def rounded(sides: Sides, starts: list[int], N: int) -> tuple[torch.Tensor, int]:
+            x, first = chunk(sides, starts, N)
+            return x.to(sides.x.dtype).float(), first
+
+        Sides.chunk = rounded
     ratios()
     return 0
 

@@ -180,7 +180,7 @@ def forward(
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
             given = for_kernels(marks, lengths, (start_h, reset_h), starts_c, by_member(h, D)[:, 0], choice.plan.BLOCK_B)
-        members = w, bias_x, bias_h, start_h, start_c, c, saved
+        members, stack = (w, bias_x, bias_h, start_h, start_c, c, saved), (h, w_up, seeds, dropout, CHUNK_ROWS) if M > D else ()
         for part, group in _groups(M, D, flips, T, choice):
             N = group.lag or min(T, choice.plan.steps or max(1, CHUNK_ROWS // (B * group.members)))
             own = members if group.members == M else of_members(part, *members)
@@ -193,7 +193,7 @@ def forward(
                 choice,
                 x.device,
                 spec,
-                partial(input_sides, group, T, N, part, x, w_ih, h, w_up, seeds, dropout),
+                partial(input_sides, group, T, N, part, x, w_ih, *stack),
                 *own[:5],
                 out,
                 *own[5:],

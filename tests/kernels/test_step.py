@@ -51,7 +51,8 @@ def run(cell, T, B, H, dtype, device, *, reverse=False, states=True, bias=True, 
     rounds = []
     for begin in range(0, T, n):
         first = max(0, T - begin - n) if reverse else begin
-        rounds.append((begin, x[:, first : T - begin if reverse else begin + n].contiguous()))
+        steps = x[0, first : T - begin if reverse else begin + n].contiguous()
+        rounds.append((begin, len(steps), steps, 0))
     step.forward(spec, lambda: rounds, w, bias_x, bias_h, h0, c0, h, c, saved, **options)
     inputs = {"x": x, "w": w, "bias_x": bias_x, "bias_h": bias_h, "h0": h0, "c0": c0}
     outputs = {"h": h, "c": c, "saved": saved}

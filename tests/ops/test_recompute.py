@@ -13,7 +13,6 @@ import rnnfast
 from rnnfast import numerics, ops, reference
 from rnnfast.choice import kernel_plan
 from rnnfast.kernels import persistent, runtime, step
-from rnnfast.kernels.groups import Group
 from rnnfast.kernels.persistent.plan import GPUS
 from rnnfast.ops import recurrence
 
