@@ -12,7 +12,7 @@ from rnnfast.kernels.persistent.clear import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
 from rnnfast.kernels.persistent.give_up import for_launch, name_of
 from rnnfast.kernels.persistent.plan import PersistentPlan
-from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, as_a_gpu, emulates_bf16
+from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, alignment, as_a_gpu, emulates_bf16
 
 __all__ = ["backward", "forward", "packed"]
 
@@ -133,21 +133,20 @@ def forward(
     marks, give_up, name = packed(marks, plan), for_launch(h), name_of("forward", cell, H, h.dtype)
     has_first = int(marked or h0 is not None)
     h0, c0 = h if h0 is None else h0, c if c0 is None else c0
-    alignment, launches, plain = None, [], ()
-    for begin, x in rounds():
-        N, place = x.size(1), (T, group.flips, has_first)
-        new, aligned = exchange.cleared(begin, N), x.data_ptr() % 16  # Triton compiles other code for another
-        if new or aligned != alignment:
-            alignment = aligned
+    aligned, launches, plain = None, [], ()
+    for begin, N, x, first in rounds():
+        place = T, group.flips, has_first
+        if exchange.cleared(begin, N) or aligned != alignment(x):
+            aligned = alignment(x)
             tensors = w, bias_x, bias_h, h0, c0, marks, give_up, exchange.buffer, h, c, saved
             plain = addresses(*tensors)
             launches = [
-                (b_begin, launcher.bind(grid, x, *tensors, begin, -group.lag, N, *place, b_begin, B, name))
+                (b_begin, launcher.bind(grid, x, *tensors, first, begin, -group.lag, N, *place, b_begin, B, name))
                 for grid, b_begin in plan.launches(B, group.members)
             ]
         (x_at,) = addresses(x)
         for b_begin, launch in launches:
-            launch(x_at, *plain, begin, -group.lag, N, *place, b_begin, B, name)
+            launch(x_at, *plain, first, begin, -group.lag, N, *place, b_begin, B, name)
 
 
 @as_a_gpu
@@ -167,12 +166,11 @@ def backward(
     marks, give_up, name = packed(marks, plan), for_launch(d_h), name_of("backward", cell, H, h.dtype)
     has_first = int(h0 is not None)
     h0, c0 = h if h0 is None else h0, c if c0 is None else c0
-    alignment, launches, plain = None, [], ()
+    aligned, launches, plain = None, [], ()
     for begin, N, dy, saved in rounds():
         place = T, group.flips, int(saved.size(1) != T), has_first
-        new, aligned = exchange.cleared(begin, N), (dy is None or dy.data_ptr() % 16, saved.data_ptr() % 16)
-        if new or aligned != alignment:
-            alignment = aligned
+        if exchange.cleared(begin, N) or aligned != alignment(dy, saved):
+            aligned = alignment(dy, saved)
             tensors = (
                 h, h0, c, c0, w, dcs, marks, give_up, exchange.buffer, exchange.sums, d_gates, d_h, d_c, d_starts,
             )  # fmt: skip

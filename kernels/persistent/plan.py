@@ -144,6 +144,7 @@ UNSPLIT = 160  # `_Candidate.registers` where the warps do not share the sum: wi
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
 MOST_CHUNKS = 24  # chunks of a part: each is code of its own. Larger sizes are tried with more padding instead
 MARKS = 24  # registers that marks take of each of these limits, in backward on tensor cores; elsewhere there is room
+MEMBERS = 16  # registers that the addresses of a member take likewise, where there are several
 OPERAND_BYTES = 32 << 10  # shared memory that joined chunks may take
 
 
@@ -376,7 +377,9 @@ def _rank(
     tensor_cores = itemsize == 2 or precision == "tf32"
     fastest: dict[tuple[int, ...], tuple[float, PersistentPlan]] = {}
     nearest: dict[str, tuple[float, str]] = {}  # to each limit, of those that pass it
-    reserve = MARKS if marked and backward and tensor_cores else 0
+    reserve = 0
+    if backward and tensor_cores:
+        reserve = MARKS * marked + MEMBERS * (members > 1)
     for tile in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms, reserve, members):
         for candidate in tile.tuned(backward, tensor_cores):
             refusals = list(candidate.refusals(B, backward, tensor_cores, limits))
@@ -423,9 +426,12 @@ def persistent_plan(
     return plans[0] if plans else NoPlan(_rank(gates, B, H, itemsize, precision, backward, limits, marked, members)[1])
 
 
-def persistent_clocks(*sizes) -> float | None:
-    """Predicted SM clocks of a time step of `persistent_plan`, of all members at once; its arguments. None without a plan."""
-    ranked, _ = _rank(*sizes)
+def persistent_clocks(
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool = False,
+    members: int = 1,
+) -> float | None:  # fmt: skip
+    """Predicted SM clocks of a time step of all members by the plan that `persistent_plan` gives; None where it gives none."""
+    ranked, _ = _rank(gates, B, H, itemsize, precision, backward, limits, marked, members)
     return ranked[0][0] if ranked else None
 
 

@@ -41,10 +41,10 @@ def _before(states_ptr, row_size, start_ptr, t_before, is_first, offs_b, B, H, H
         return rows
 
 
-@triton.jit(do_not_specialize=["begin", "at", "lag", "N", "T", "flips", "has_first", "c_steps", "B"])
+@triton.jit(do_not_specialize=["x_first", "begin", "at", "lag", "N", "T", "flips", "has_first", "c_steps", "B"])
 def forward_step_kernel(
     # inputs
-    x_ptr,  # (M, N, B, G * H) float32, W_ih x_t of the chunk's steps, in time
+    x_ptr,  # (rows, B, G * H) float32, W_ih x_t of the N positions of each member, in time
     w_ptr,  # (M, G * H, H) W_hh
     bias_x_ptr,  # (M, G * H) b_ih
     bias_h_ptr,  # (M, G * H) b_hh
@@ -56,6 +56,7 @@ def forward_step_kernel(
     c_ptr,  # (M, c_steps, B, H) float32, c_t at index t, or the last one
     saved_ptr,  # (M, T, B, SAVED * H) activations for backward
     # sizes
+    x_first,  # the row of x where member 0 begins; the others come first, one after another
     begin,
     at,
     lag,
@@ -93,14 +94,15 @@ def forward_step_kernel(
         if steps <= 0:
             return
         states_size = member.to(tl.int64) * B * H  # from the first member to this one, of (M, B, H)
-        x_ptr += states_size * N * G
+        t_x += tl.where(member == 0, x_first, (member - 1) * N)
         w_ptr += member.to(tl.int64) * (G * H) * H
         if HAS_BIAS:
             bias_x_ptr += member * (G * H)
             bias_h_ptr += member * (G * H)
         h_ptr += member * H if DIRECTIONS == 2 else states_size * T
         h0_ptr += states_size
-        saved_ptr += states_size * T * SAVED
+        if SAVED:
+            saved_ptr += states_size * T * SAVED
         if CARRIES_C:
             c_ptr += states_size * c_steps
             c0_ptr += states_size
@@ -237,7 +239,8 @@ def backward_step_kernel(
         states_size = member.to(tl.int64) * B * H  # from the first member to this one, of (M, B, H)
         if HAS_DY:
             dy_ptr += member * H if DIRECTIONS == 2 else states_size * N
-        saved_ptr += states_size * saved_steps * SAVED
+        if SAVED:
+            saved_ptr += states_size * saved_steps * SAVED
         h_ptr += member * H if DIRECTIONS == 2 else states_size * T
         h0_ptr += states_size
         w_ptr += member.to(tl.int64) * (G * H) * H

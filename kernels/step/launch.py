@@ -63,9 +63,10 @@ def forward(
 
     Args:
         cell: the cell, from `rnnfast.kernels.cells.CELLS`.
-        rounds: ``rounds()`` gives pairs (begin, x), in the order of `Group.begins`. x (M, N, B, G * H) in float32 is the input
-            side W_ih x of the N positions of each member that a launch from `begin` runs, in time. N may change from pair to
-            pair, but for layers is `group.lag`. x may be overwritten when the next pair is asked for. Where a member has no
+        rounds: ``rounds()`` gives (begin, N, x, first), in the order of `Group.begins`. x (rows, B, G * H) in float32 holds the
+            input side W_ih x of the N positions of each member that a launch from `begin` runs, in time: of member 0 from row
+            `first` on, of the others in the first (M - 1) * N rows, one member after another. N may change from round to round,
+            but for layers is `group.lag`. x may be overwritten when the next round is asked for. Where a member has no
             position, x may hold anything.
         w: (M, G * H, H), W_hh.
         bias_x, bias_h: (M, G * H), b_ih and b_hh, or both None.
@@ -92,13 +93,12 @@ def forward(
     rest_at = addresses(*rest)
     sizes = T, group.flips, has_first, 1 if c is None else c.size(1), B, H
     kind = launch = None
-    for begin, x in rounds():
-        N = x.size(1)
+    for begin, N, x, first in rounds():
         if kind != (kind := alignment(x)):
-            launch = launcher.bind(grid, x, *rest, T, T, -group.lag, N, *sizes)
+            launch = launcher.bind(grid, x, *rest, T, T, T, -group.lag, N, *sizes)
         (x_at,) = addresses(x)
         for at in range(group.steps(begin, N, T, False)):
-            launch(x_at, *rest_at, begin, at, -group.lag, N, *sizes)
+            launch(x_at, *rest_at, first, begin, at, -group.lag, N, *sizes)
 
 
 @as_a_gpu

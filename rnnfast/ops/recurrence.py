@@ -114,10 +114,10 @@ def _group(part: slice, M: int, D: int, flips: int, N: int) -> Group:
     return Group(count, min(D, count), own, N if M > D and count > 1 else 0)
 
 
-def _input_sides(group: Group, T: int, N: int, sides: Sides) -> Iterator[tuple[int, Tensor]]:
+def _input_sides(group: Group, T: int, N: int, sides: Sides) -> Iterator[tuple[int, int, Tensor, int]]:
     """What the launches of forward are given."""
     for begin, steps, starts in rounds(group, T, N, False):
-        yield begin, sides.chunk(starts, steps)
+        yield begin, steps, *sides.chunk(starts, steps)
 
 
 def _gradients(
@@ -200,7 +200,7 @@ def forward(
             N = group.lag or min(T, choice.plan.steps or max(1, CHUNK_ROWS // (B * group.members)))
             if M > D:
                 out = h[part] if group.layers else h[part.start]
-                sides = sides_of_layers(part, x, w_ih, h, w_up, seeds, dropout)
+                sides = sides_of_layers(part, x, w_ih, h, w_up, seeds, dropout, CHUNK_ROWS)
             else:
                 out = h if group.members == M else new(T, B, H)
                 sides = Sides(x, w_ih[part])

@@ -14,6 +14,7 @@ from rnnfast.kernels.one_program.plan import (
     OneProgramPlan,
     exchanged_bytes,
     largest_hidden,
+    one_program_clocks,
     one_program_plan,
     one_program_plans,
     predicted,
@@ -32,20 +33,21 @@ H100 = GPUS["H100"]
     st.integers(1, 300),
     KINDS,
     st.booleans(),
+    st.sampled_from([1, 2, 6]),
 )
-def test_keeps_to_the_limits(gpu, gates, B, H, kind, backward):
+def test_keeps_to_the_limits(gpu, gates, B, H, kind, backward, members):
     itemsize, precision = kind
     limits = GPUS[gpu]
-    plan = one_program_plan(gates, B, H, itemsize, precision, backward, limits)
-    assert plan == one_program_plan(gates, B, H, itemsize, precision, backward, limits)
+    plan = one_program_plan(gates, B, H, itemsize, precision, backward, limits, members=members)
+    assert plan == one_program_plan(gates, B, H, itemsize, precision, backward, limits, members=members)
     if isinstance(plan, NoPlan):
         assert plan.reason
         return
     assert plan.units >= H and (plan.units < 2 * H or plan.units == 16)
     assert (plan.PARTS > 0) == (kind == (4, "ieee")) and (plan.PARTS or plan.units == 16 * plan.num_warps)
-    programs, *others = plan.grid(B)
-    assert others == [1, 1] and (programs - 1) * plan.BLOCK_B < B <= programs * plan.BLOCK_B
-    assert plan.steps >= 1 and (backward or plan.steps * B <= max(ROWS, B))
+    programs, *others = plan.grid(B, members)
+    assert others == [1, members] and (programs - 1) * plan.BLOCK_B < B <= programs * plan.BLOCK_B
+    assert plan.steps >= 1 and (backward or plan.steps == 1 or plan.steps * B * members <= ROWS)
     assert exchanged_bytes(H, plan.BLOCK_B, itemsize, backward) <= limits.shared_bytes
     # the weights, and as much again for all else
     assert gates * plan.units**2 * itemsize // 4 * 2 <= limits.registers
@@ -57,6 +59,18 @@ def test_fewer_rows_while_there_are_sms(backward):
     """Two rows a program up to 264 rows on 132 SMs, then more, as long as memory does not bound the step."""
     found = [one_program_plan(4, B, 64, 2, "half", backward, H100).BLOCK_B for B in (1, 8, 264, 500, 1056)]
     assert found == [2, 2, 2, 4, 8]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_members_share_the_sms(backward):
+    """The programs of all members count: 2 members of 264 rows are planned as one of 528. Nothing limits their number."""
+    sizes = 264, 64, 2, "half", backward, H100
+    plan, ranked = one_program_plan(4, *sizes, members=2), one_program_clocks(4, *sizes, False, 2)
+    assert plan.BLOCK_B == 4 > one_program_plan(4, *sizes).BLOCK_B
+    assert ranked == one_program_clocks(4, 528, *sizes[1:], False) > one_program_clocks(4, *sizes, False)
+    assert plan.steps == one_program_plan(4, 528, *sizes[1:]).steps and plan.grid(264, 2) == (66, 1, 2)
+    assert plan.words(264, 2).startswith("2 x 66 programs of up to 64 units and 4 rows")
+    assert isinstance(one_program_plan(4, *sizes, members=1000), OneProgramPlan)
 
 
 def test_marks_leave_less_room():

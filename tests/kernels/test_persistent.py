@@ -17,6 +17,7 @@ from support.side_by_side import together
 from rnnfast import reference
 from rnnfast.kernels import persistent, runtime, step
 from rnnfast.kernels.cells import CELLS, Cell
+from rnnfast.kernels.groups import ALONE
 from rnnfast.kernels.maths import sigmoid, tanh
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plan
 
@@ -36,7 +37,7 @@ def test_odd_sizes(cell, H, dtype):
     """A padded exchange, the summed axis split, chunks of two steps, in reverse."""
     layer = Layer(cell, dtype, 5, 3, H, reverse=True)
     with together(H):
-        ours = layer.both(persistent, tiles(H, split=2, steps=2, block_h=16), chunk=2)
+        ours = layer.both(persistent, tiles(H, split=2, block_h=16), chunk=2)
     assert_close(ours, layer.both(step, steps_of(H, dtype)), dtype)
 
 
@@ -91,7 +92,7 @@ def test_one_step_and_any_chunks(cell, reverse):
     runs = []
     for steps in (1, 2, 5):
         with together(steps):
-            runs.append(layer.both(persistent, tiles(32, block_h=16, steps=steps), chunk=steps))
+            runs.append(layer.both(persistent, tiles(32, block_h=16), chunk=steps))
     for run in runs:
         for a, b in zip(run, runs[0], strict=True):
             assert torch.equal(a, b)
@@ -103,8 +104,8 @@ def test_clears_its_own_rows_only():
     h = torch.full((5, 2, 32), 7.0)
     with together(12):
         persistent.forward(
-            layer.cell, lambda: [(2, layer.x[2:4])], layer.w, None, None, None, None, h, None, None,
-            reverse=False, precision="ieee", plan=tiles(32),
+            layer.cell, lambda: [(2, layer.x[None, 2:4])], layer.w[None], None, None, None, None, h, None, None,
+            group=ALONE, precision="ieee", plan=tiles(32),
         )  # fmt: skip
     assert (h[[0, 1, 4]] == 7.0).all() and (h[2:4] != 7.0).all()
 

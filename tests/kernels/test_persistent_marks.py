@@ -53,7 +53,7 @@ def test_marks(cell, dtype, H, reverse):
     found = []
     for seed, steps in enumerate((T, 3)):
         with together(seed):
-            found.append(layer.both(persistent, tiles(H, block_h=16, steps=steps), chunk=steps))
+            found.append(layer.both(persistent, tiles(H, block_h=16), chunk=steps))
     assert_close(found[0], layer.both(step, steps_of(H, dtype)), dtype)
     equal(*found)
 
@@ -73,7 +73,7 @@ OPTIONS = {
 def test_each_alone(options, cell, reverse):
     layer = Layer(cell, torch.float16, T, B, 32, reverse=reverse, **OPTIONS[options])
     with together(2):
-        ours = layer.both(persistent, tiles(32, block_h=16, steps=2), chunk=3)
+        ours = layer.both(persistent, tiles(32, block_h=16), chunk=3)
     assert_close(ours, layer.both(step, steps_of(32, torch.float16)), torch.float16)
 
 
@@ -95,7 +95,7 @@ def test_parts(cell, dtype, H, count, reverse):
     layer = Layer(cell, dtype, T, B, H, reverse=reverse, lengths=LENGTHS, resets=RESETS)
     forward = layer.forward(step, steps_of(H, dtype))
     with together(3):
-        ours = layer.backward(persistent, parts(H, count, steps=3, IN_REGISTERS=1), *forward)
+        ours = layer.backward(persistent, parts(H, count, IN_REGISTERS=1), *forward, chunk=3)
     theirs = layer.backward(step, steps_of(H, dtype), *forward)
     assert_close(*([tensor for tensor in found if tensor is not None] for found in (ours, theirs)), dtype)
 
@@ -159,12 +159,13 @@ def test_a_lost_store_is_caught(direction):
 @pytest.mark.parametrize("block_b", [8, 32])
 @pytest.mark.parametrize("order", [None, [3, 9, 0, 1, 8, 2, 7, 4, 6, 5]])
 def test_packed_marks(block_b, order):
-    """Two bits a row, in the order given; a word of ones where no row of the tile runs."""
+    """Two bits a row, in the order given, the steps of one member after those of another; a word of ones where no row of the
+    tile runs."""
     steps, codes = 40, torch.randint(0, 4, (40, B), dtype=torch.int8)
     codes[7] = marks.PADDED.value
     given = None if order is None else torch.tensor(order, dtype=torch.int32)
     plan = replace(tiles(32), BLOCK_B=block_b)
-    words = persistent.launch.packed(marks.Marks(codes, given), plan, 0, steps).codes.view(torch.int64)
+    words = persistent.launch.packed(marks.Marks(codes.view(2, 20, B), given), plan).codes.view(torch.int64)
     count = -(-B // block_b)
     assert words.shape == (steps, count) and (words[7] == marks.ALL_PADDED.value).all()
     taken = codes.long()[:, list(range(B)) if order is None else order]
@@ -183,7 +184,7 @@ def examples(draw):
     H, dtype = draw(st.integers(1, 40)), draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     layer = Layer(cell, dtype, steps, rows, H, lengths=lengths, resets=resets, **options)
     options = {"block_h": draw(st.sampled_from([8, 16])), "split": draw(st.sampled_from([1, 2]))}
-    return layer, tiles(H, steps=draw(st.integers(1, 4)), **options), draw(st.integers(1, 4)), draw(st.integers(0, 2**32))
+    return layer, tiles(H, **options), draw(st.integers(1, 4)), draw(st.integers(0, 2**32))
 
 
 def check_example(example):

@@ -48,7 +48,7 @@ def test_parts(cell, dtype, H, count, B, reverse):
     found = []
     for seed, in_registers in enumerate((0, 1)):
         with together(seed):
-            gradients = layer.backward(persistent, parts(H, count, steps=2, IN_REGISTERS=in_registers), *forward)
+            gradients = layer.backward(persistent, parts(H, count, IN_REGISTERS=in_registers), *forward, chunk=2)
         found.append([tensor for tensor in gradients if tensor is not None])
         assert_close(found[-1], theirs, dtype)
     for a, b in zip(*found, strict=True):

@@ -90,6 +90,7 @@ PERSISTENT = Layer("persistent", "lstm", "float16", inference=False)
 GRU = PERSISTENT._replace(cell="gru")
 STEP = Layer("step", "lstm", "float16", inference=False)
 ONE = Layer("one_program", "lstm", "float16", rows=8, inference=False)
+DIRECTIONS = GroupOfLayers("one_program", "directions")
 FORWARD, BACKWARD = "persistent_forward_kernel", "persistent_backward_kernel"
 STEP_FORWARD, STEP_BACKWARD = "forward_step_kernel", "backward_step_kernel"
 ONE_FORWARD, ONE_BACKWARD = "one_program_forward_kernel", "one_program_backward_kernel"
@@ -100,6 +101,8 @@ AFTER_COPY = leave_out_barrier(before="ldmatrix", after=r"cp\.async\.wait")
 BEFORE_STATE, AFTER_STATE = (leave_out(r"bar\.sync", which) for which in (slice(-2, -1), slice(-1, None)))
 # of A the first and the third, two halves of the summed axis; the second would be other rows, which may be copies
 OPERANDS = rewrite(r"(mma\.sync\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+), (%r\d+)", r"\1\4, \3, \2")
+
+FIRST_WEIGHTS = rewrite(rf", {4 * DIRECTIONS.H**2 * 2}\b", ", 0")  # a member's weights lie so many bytes from those before
 
 NEVER_STORED = leave_out(r"st\.(global\.cg|relaxed\.gpu\.global)\.b32 \[ ")
 
@@ -131,6 +134,10 @@ MISTAKES = (
     Mistake("no barrier before sums overwrite those before", ONE, ONE_BACKWARD, BEFORE_STATE, EARLY),
     Mistake("no barrier between sums and their reading, one program", ONE, ONE_BACKWARD, AFTER_STATE, EARLY),
     Mistake("two operand registers of mma swapped, one program", ONE, ONE_FORWARD, OPERANDS, ("numbers",)),
+    Mistake("weights of the first member for all, one program", DIRECTIONS, ONE_FORWARD, FIRST_WEIGHTS, ("numbers",)),
+    Mistake(
+        "weights of the first member for all, one program, backward", DIRECTIONS, ONE_BACKWARD, FIRST_WEIGHTS, ("numbers",)
+    ),
     Mistake("weights that are never stored to shared memory", PERSISTENT, FORWARD, leave_out(r"st\.shared", slice(1)), EARLY),
     Mistake("a step's h that is never stored", STEP, STEP_FORWARD, leave_out(r"st\.global", slice(1)), ("Unwritten",)),
     Mistake("stores without their masks", STEP, STEP_FORWARD, rewrite(r"@%p\d+ (st\.global)", r"\1"), ("OutOfBounds", "Race")),

@@ -1,6 +1,8 @@
-"""What the tests of the persistent kernels share: small plans, and a layer of raw buffers that either family runs."""
+"""What the tests of kernels share: small plans, and layers of raw buffers that any family runs, alone or as a group."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -11,8 +13,9 @@ from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.persistent.plan import PersistentPlan
 from rnnfast.kernels.step import plan
 
-# a rounding or two of the type: the products add in another order than the step kernels'
 UNWRITTEN = 77.0
+GUARD = 64  # elements before and after each buffer that must stay as they were
+# a rounding or two of the type: the products add in another order than the step kernels'
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -22,7 +25,7 @@ def tiles(H: int, block_h: int = 8, block_k: int = 32, split: int = 1, steps: in
 
 
 class Layer:
-    """Inputs of one layer, and a run of either family on them.
+    """Inputs of one layer, and a run of any family on them. `seed`: another one gives another layer of the same sizes.
 
     `lengths`, `resets`: of the marks, if any; then the initial and the reset states are given, or both zero without `h0`, the
     rows are taken in the opposite order, and `starts` says whether those states' gradients are wanted. `dcs`: whether there is
@@ -31,9 +34,9 @@ class Layer:
 
     def __init__(
         self, cell: str | Cell, dtype: torch.dtype, T: int, B: int, H: int, *, h0=True, bias=True, dy=True, reverse=False,
-        lengths=None, resets=None, starts=True, dcs=False,
+        lengths=None, resets=None, starts=True, dcs=False, seed=0,
     ):  # fmt: skip
-        generator = torch.Generator().manual_seed(T * 1000 + B * 100 + H)
+        generator = torch.Generator().manual_seed(T * 1000 + B * 100 + H + seed * 1_000_000)
 
         def normal(*shape, scale=1.0):
             return (torch.randn(*shape, generator=generator) * scale).to(dtype)
@@ -86,11 +89,17 @@ class Members:
         layers: one, or two of opposite directions, or any number of one direction, which run as a pipeline.
         chunk: steps of a chunk; without, all.
         gradient_chunk: likewise in backward, if another.
+        by_chunk: whether backward is given what is saved a chunk at a time, as `rnnfast.kernels.recompute` makes it.
+
+    Whatever holds no step of a member is NaN. Each buffer that is written stands between guards, which each run checks.
     """
 
-    def __init__(self, layers: list[Layer], chunk: int | None = None, gradient_chunk: int | None = None):
+    def __init__(
+        self, layers: list[Layer], chunk: int | None = None, gradient_chunk: int | None = None, *, by_chunk: bool = False
+    ):
         self.layers, self.cell, (self.T, B, H) = layers, layers[0].cell, layers[0].shape
-        self.N, self.gradient_N = chunk or self.T, gradient_chunk or chunk or self.T
+        self.N, self.gradient_N, self.by_chunk = chunk or self.T, gradient_chunk or chunk or self.T, by_chunk
+        self.guarded: list[torch.Tensor] = []
         flips = sum(int(layer.reverse) << m for m, layer in enumerate(layers))
         self.group = Group(len(layers), 2 if flips == 2 else 1, flips)
         self.sizes = B, H
@@ -98,19 +107,31 @@ class Members:
     def _group(self, N: int) -> Group:
         return self.group._replace(lag=N if self.group.layers else 0)
 
+    def _buffer(self, *shape: int, dtype: torch.dtype = torch.float32):
+        """An unwritten buffer between two guards."""
+        whole = torch.full((math.prod(shape) + 2 * GUARD,), UNWRITTEN, dtype=dtype)
+        self.guarded.append(whole)
+        return whole[GUARD : len(whole) - GUARD].view(shape)
+
+    def _check_guards(self):
+        whole = all(bool((each[:GUARD] == UNWRITTEN).all() and (each[-GUARD:] == UNWRITTEN).all()) for each in self.guarded)
+        self.guarded.clear()
+        assert whole, "a kernel wrote outside of its output"
+
     def _stacked(self, *tensors):
         """With the members in front; None of None."""
         return None if tensors[0] is None else torch.stack(tensors)
 
-    def _rows(self, tensor, m: int, p: int, N: int, backward: bool):
-        """The steps in time of `tensor` (T, ...) that member m runs at the positions p, ..., p + N - 1, (N, ...); NaN where
-        there are none."""
-        flipped = (self.group.flips >> m & 1) != backward
-        first = self.T - p - N if flipped else p
-        rows = torch.full((N, *tensor.shape[1:]), float("nan"), dtype=tensor.dtype)
-        low, high = max(0, first), max(0, min(self.T, first + N))
-        if low < high:
-            rows[low - first : high - first] = tensor[low:high]
+    def _of_chunk(self, tensors, begin: int, N: int, lag: int, backward: bool):
+        """(members, N, ...): of each member's tensor (T, ...) the steps that a launch of N positions from `begin` runs, in
+        time. NaN where there are none."""
+        rows = torch.full((len(tensors), N, *tensors[0].shape[1:]), float("nan"), dtype=tensors[0].dtype)
+        for m, tensor in enumerate(tensors):
+            flipped = (self.group.flips >> m & 1) != backward
+            first = self.T - N - begin - m * lag if flipped else begin + m * lag
+            low, high = max(0, first), max(0, min(self.T, first + N))
+            if low < high:
+                rows[m, low - first : high - first] = tensor[low:high]
         return rows
 
     def _together(self, tensors):
@@ -137,9 +158,9 @@ class Members:
     def forward(self, family, tiles, training=True):
         """h, c and what is saved of each member; whatever is not written stays UNWRITTEN."""
         (B, H), T, M, N, dtype = self.sizes, self.T, len(self.layers), self.N, self.layers[0].w.dtype
-        h = self._together([torch.full((T, B, H), UNWRITTEN, dtype=dtype)] * M).contiguous()
-        c = torch.full((M, T if training else 1, B, H), UNWRITTEN) if self.cell.carries_c else None
-        saved = torch.full((M, T, B, self.cell.saved * H), UNWRITTEN, dtype=dtype) if training else None
+        h = self._buffer(*self._together([torch.empty(T, B, H)] * M).shape, dtype=dtype)
+        c = self._buffer(M, T if training else 1, B, H) if self.cell.carries_c else None
+        saved = self._buffer(M, T, B, self.cell.saved * H, dtype=dtype) if training else None
         bias_x, bias_h = (self._stacked(*(getattr(layer, name) for layer in self.layers)) for name in ("bias_x", "bias_h"))
         w, h0, c0 = self._given()
         group = self._group(N)
@@ -147,13 +168,15 @@ class Members:
         def rounds():
             for begin in group.begins(T, N, False):
                 n = N if group.layers else min(N, T - begin)
-                places = ((m, begin - m * group.lag) for m in range(M))
-                yield begin, torch.stack([self._rows(self.layers[m].x, m, p, n, False) for m, p in places])
+                x = self._of_chunk([layer.x for layer in self.layers], begin, n, -group.lag, False)
+                gap = torch.full_like(x[0, :1], float("nan"))  # member 0 may begin anywhere behind the others
+                yield begin, n, torch.cat([x[1:].flatten(0, 1), gap, x[0]])[M == 1 :], (M - 1) * n + (M > 1)
 
         family.forward(
             self.cell, rounds, w, bias_x, bias_h, h0, c0, h, c, saved, group=group, precision="ieee", plan=tiles,
             marks=self._marks(),
         )  # fmt: skip
+        self._check_guards()
         cs = [None] * M if c is None else c
         return [(h, cs[m], None if saved is None else saved[m]) for m, h in enumerate(self._apart(h))]
 
@@ -162,29 +185,33 @@ class Members:
         (B, H), T, M, N, dtype = self.sizes, self.T, len(self.layers), self.gradient_N, self.layers[0].w.dtype
         hs, cs, saved = zip(*forwards, strict=True)
         h, c, saved = self._together(hs).contiguous(), self._stacked(*cs), torch.stack(saved)
-        d_gates = torch.full((M, T, B, self.cell.grads * H), UNWRITTEN, dtype=dtype)
+        d_gates = self._buffer(M, T, B, self.cell.grads * H, dtype=dtype)
         d_h, d_c, dcs = (self._stacked(*(getattr(layer, name) for layer in self.layers)) for name in ("d_h", "d_c", "dcs"))
+        d_h, d_c = (None if carried is None else self._buffer(M, B, H).copy_(carried) for carried in (d_h, d_c))
         w, h0, c0 = self._given()
         marks = self._marks()
         wanted = (marks.starts_h, marks.starts_c) if self.layers[0].starts else (None, None)
-        d_starts = StartGrads(*(None if states is None else torch.full(states.shape, 0.5) for states in wanted))
+        d_starts = StartGrads(*(None if states is None else self._buffer(*states.shape).fill_(0.5) for states in wanted))
         group = self._group(N)
         dys = [layer.dy for layer in self.layers]
         dy = None if dys[0] is None else self._together(dys).contiguous()
 
         def rounds():
             for begin in group.begins(T, N, True):
-                if not group.layers:
-                    yield begin, min(N, T - begin), dy, saved
-                    continue
-                places = [(m, begin + m * group.lag) for m in range(M)]
-                chunk = None if dy is None else torch.stack([self._rows(dys[m], m, p, N, True) for m, p in places])
-                yield begin, N, chunk, saved
+                n = N if group.layers else min(N, T - begin)
+                part = begin, n, group.lag, True
+                yield (
+                    begin,
+                    n,
+                    self._of_chunk(dys, *part) if group.layers and dy is not None else dy,
+                    self._of_chunk(saved, *part) if self.by_chunk else saved,
+                )
 
         family.backward(
             self.cell, rounds, h, h0, c, c0, w, d_gates, d_h, d_c, group=group, precision="ieee", plan=tiles, dcs=dcs,
             marks=marks, d_starts=d_starts,
         )  # fmt: skip
+        self._check_guards()
         return [self._results(m, d_gates[m], d_h[m], None if d_c is None else d_c[m], d_starts) for m in range(M)]
 
     def _results(self, m: int, d_gates, d_h, d_c, d_starts):
