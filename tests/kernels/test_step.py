@@ -138,11 +138,11 @@ def test_saved_bytes(device):
     T, B, H = 3, 2, 8
     for cell, G in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1)):
         for dtype, size in ((torch.float16, 2), (torch.float32, 4)):
-            x, w_ih, w_hh = (torch.randn(*s, device=device).to(dtype) for s in ((T, B, 4), (G * H, 4), (G * H, H)))
-            *_, saved, c = ops.forward(cell, x, None, None, w_ih, w_hh, None, None, False, True)
+            x, w_ih, w_hh = (torch.randn(*s, device=device).to(dtype) for s in ((T, B, 4), (1, G * H, 4), (1, G * H, H)))
+            *_, saved, c = ops.forward(cell, x, None, None, w_ih, w_hh, None, None, None, 0, True)
             kept = (saved.numel() * saved.element_size() + c.numel() * c.element_size()) / (T * B * H)
             assert kept == {"lstm": 4 * size + 4, "gru": 4 * size, "rnn_tanh": 0}[cell]
-            *_, saved, c = ops.forward(cell, x, None, None, w_ih, w_hh, None, None, False, False)
+            *_, saved, c = ops.forward(cell, x, None, None, w_ih, w_hh, None, None, None, 0, False)
             assert saved.numel() == c.numel() == 0
 
 

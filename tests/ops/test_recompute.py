@@ -55,14 +55,14 @@ def test_gradients(cell, dtype, reverse, marked, device):
 def test_opcheck(cell, device):
     """Both operators, as PyTorch checks them, with the gates computed again."""
     tensors = make(cell, device, T=T, B=B, I=I, H=H)
-    arguments = (*op_args(cell, tensors, False, True), None, None, None, None, True)
+    arguments = (*op_args(cell, tensors, False, True), None, None, None, None, None, 0.0, True)
     torch.library.opcheck(ops.forward, arguments)
     with torch.no_grad():
-        y, _, _, saved, c = ops.forward(*arguments)
+        y, _, _, _, saved, c = ops.forward(*arguments)
         assert saved.numel() == 0
         _, x, h0, c0, w_ih, w_hh, b_ih, b_hh, *_ = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
-        given = (cell, torch.randn_like(y), None, None, y, saved, c, h0, c0, w_hh, False, True)
-        torch.library.opcheck(ops.backward, (*given, None, None, None, None, None, x, w_ih, b_ih, b_hh))
+        given = (cell, torch.randn_like(y), None, None, y, saved, c, h0, c0, w_hh, None, 0, True)
+        torch.library.opcheck(ops.backward, (*given, None, None, None, None, None, None, 0.0, x, w_ih, b_ih, b_hh))
 
 
 @pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
