@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rnnfast
 from rnnfast.kernels import step
 from rnnfast.kernels.runtime import Launcher
-from rnnfast.ops import rounds
+from rnnfast.ops import recurrence, rounds
 
 
 class Launches:
@@ -127,12 +127,13 @@ class Work(TorchDispatchMode):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_work_of_a_round(dropout, device, launches, monkeypatch):
-    """Forward, a round of a pipeline: a product for the first layer and one for all above. Backward: one product, and a copy of
-    the last layer's gradient. With dropout one kernel more."""
+    """Forward, a round of a pipeline: one product for all layers but the first, which has one for several rounds. Backward: one
+    product, and a copy of the last layer's gradient. With dropout one kernel more."""
     dropped = []
     monkeypatch.setattr("rnnfast.kernels.dropout.apply", lambda *args, **options: dropped.append(args))
-    T, N, L = 8, 2, 3
+    T, N, L, ahead = 8, 2, 3, 2
     stack = Stack("lstm", L, T=T, dropout=dropout)
+    monkeypatch.setattr(recurrence, "CHUNK_ROWS", ahead * N * stack.B)
     tensors, count = stack.tensors(device), T // N + L - 1
 
     def taken(call, name):
@@ -147,7 +148,7 @@ def test_work_of_a_round(dropout, device, launches, monkeypatch):
 
     with running(N):
         (y, *_), forward = taken(lambda: stack.on_kernels(tensors), "Sides")
-        assert sorted(forward) == ["bmm"] * (count - 1) + ["mm"] * (T // N)
+        assert sorted(forward) == ["bmm"] * (count - 1) + ["mm"] * (T // N // ahead)
         assert len(dropped) == (count - 1) * bool(dropout)
         dropped.clear()
         call = lambda: torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y), allow_unused=True)  # noqa: E731
