@@ -209,7 +209,7 @@ def alone(
     cell: str,
     x: Tensor,
     states: States | None,
-    *weights: Tensor | None,
+    *weights: Any,
     reverse: bool = False,
     reset_to: States | None = None,
     **options: Any,

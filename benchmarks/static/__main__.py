@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -82,11 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         defaults = ("lstm",), ("float16",), HIDDEN, BATCH
         table = [(args.family or "persistent", *(axis or default for axis, default in zip(chosen, defaults, strict=True)))]
     print(f"triton {triton.__version__}, torch {torch.__version__}. Counted and predicted: no GPU has measured any of this.\n")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.fresh:
-            os.environ["TRITON_CACHE_DIR"] = folder
-        members, directions = (2, 2) if args.both_directions else (args.members, 1)
-        rows = build(jobs_of(table, args.arch, args.marked, members, directions), args.jobs)
+    members, directions = (2, 2) if args.both_directions else (args.members, 1)
+    rows = build(jobs_of(table, args.arch, args.marked, members, directions), args.jobs, args.fresh)
     print("\n".join(text.show_terms(rows) if args.show_terms else text.show(rows)))
     if args.json:
         report = {"schema": SCHEMA, "triton": triton.__version__, "torch": torch.__version__, "rows": rows}

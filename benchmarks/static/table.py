@@ -1,15 +1,21 @@
 """The rows of the static table: which kernels are compiled, for which shapes, and how each becomes a row."""
 
+import contextlib
 import itertools
 import math
 import multiprocessing
+import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+import triton
 
 from benchmarks.static import counts
 from benchmarks.static.offline import compiled, limits_of, pretend_gpu, run_group, run_layer, settings
@@ -141,15 +147,33 @@ def _counted(results: Iterable, total: int) -> Iterator:
         yield result
 
 
-def build(jobs: list[Job], workers: int) -> list[dict]:
-    """The rows of all jobs, each with the seconds that its kernel took to compile: None if Triton's cache had it."""
-    if workers == 1:
-        _begin()
-        results = list(_counted(map(rows_of, jobs), len(jobs)))
-    else:
-        # not forked: a fork of a process with threads may hang
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
-            results = list(_counted(pool.map(rows_of, jobs), len(jobs)))
+@contextlib.contextmanager
+def _cache(fresh: bool) -> Iterator[None]:
+    """A temporary folder as Triton's cache, within the block, if `fresh` or if its own cannot be written (a read-only home)."""
+    own = Path(triton.knobs.cache.dir)
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=own).close()
+    except OSError as error:
+        print(f"{own} cannot be written ({error.strerror}): the kernels are compiled into a temporary folder", file=sys.stderr)
+        fresh = True
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder} if fresh else {}):
+        yield
+
+
+def build(jobs: list[Job], workers: int, fresh: bool = False) -> list[dict]:
+    """The rows of all jobs, each with the seconds that its kernel took to compile: None if Triton's cache had it.
+
+    `fresh`: do not use that cache.
+    """
+    with _cache(fresh):
+        if workers == 1:
+            _begin()
+            results = list(_counted(map(rows_of, jobs), len(jobs)))
+        else:
+            # not forked: a fork of a process with threads may hang
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
+                results = list(_counted(pool.map(rows_of, jobs), len(jobs)))
     seconds: dict[str, float] = {}
     for _, took in results:
         for name, each in took.items():

@@ -45,10 +45,10 @@ from rnnfast.kernels.one_program.tiles import (
 from rnnfast.kernels.one_program.weights import forward_weights
 
 
-@triton.jit(do_not_specialize=["begin", "lag", "N", "T", "flips", "has_first", "B"])
+@triton.jit(do_not_specialize=["x_first", "begin", "lag", "N", "T", "flips", "has_first", "B"])
 def one_program_forward_kernel(
     # inputs
-    x_ptr,  # (M, N, B, G * H) float32, W_ih x_t of the positions of this launch, in time
+    x_ptr,  # (rows, B, G * H) float32, W_ih x_t of the N positions of each member, in time
     w_ptr,  # (M, G * H, H) W_hh
     bias_x_ptr,  # (M, G * H) b_ih
     bias_h_ptr,  # (M, G * H) b_hh
@@ -60,6 +60,7 @@ def one_program_forward_kernel(
     c_ptr,  # (M, T, B, H) float32, c_t, if KEEP_C, else (M, 1, B, H), the last
     saved_ptr,  # (M, T, B, SAVED * H) activations for backward
     # sizes
+    x_first,  # the row of x where member 0 begins; the others come first, one after another
     begin,  # these: see `rnnfast.kernels.groups`
     lag,
     N,
@@ -117,7 +118,7 @@ def one_program_forward_kernel(
         if DIRECTIONS == 2:  # side by side, not one after another as in what else has a row for each step
             h_ptr += (member - 2 * T * others) * H
         t += member * T
-        t_x += member * N
+        t_x += tl.where(member == 0, x_first, (member - 1) * N)
 
     w = ()
     for g in tl.static_range(G):

@@ -69,8 +69,8 @@ def forward(
     fixed = w, bias_x, bias_h, h0, c if c0 is None else c0, packed(marks, plan), h, c, saved
     fixed_at = addresses(*fixed)
     kind = launch = None
-    for begin, x in rounds():
-        sizes = begin, -group.lag, x.size(1), T, group.flips, has_first, B
+    for begin, N, x, first in rounds():
+        sizes = first, begin, -group.lag, N, T, group.flips, has_first, B
         if kind != (kind := alignment(x)):
             launch = launcher.bind(grid, x, *fixed, *sizes)
         launch(*addresses(x), *fixed_at, *sizes)

@@ -68,10 +68,10 @@ def _split_gates(rows, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.c
         return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["begin", "lag", "N", "T", "flips", "has_first", "b_begin", "B", "name"])
+@triton.jit(do_not_specialize=["x_first", "begin", "lag", "N", "T", "flips", "has_first", "b_begin", "B", "name"])
 def persistent_forward_kernel(
     # inputs
-    x_ptr,  # (M, N, B, G * H) float32, W_ih x_t of the chunk's steps
+    x_ptr,  # (rows, B, G * H) float32, W_ih x_t of the N positions of each member, in time
     w_ptr,  # (M, G * H, H) W_hh
     bias_x_ptr,  # (M, G * H) b_ih
     bias_h_ptr,  # (M, G * H) b_hh
@@ -86,6 +86,7 @@ def persistent_forward_kernel(
     c_ptr,  # (M, T, B, H) float32, c_t; without KEEP_C (M, 1, B, H), the last
     saved_ptr,  # (M, T, B, SAVED * H) activations for backward
     # sizes
+    x_first,  # the row of x where member 0 begins; the others come first, one after another
     begin,  # these five as `place` has them
     lag,
     N,
@@ -147,12 +148,14 @@ def persistent_forward_kernel(
         member = tl.program_id(2)
     p, t, dt, steps, t_x = place(begin, lag, N, T, flips, member, False)
     t, t_x = t.to(tl.int64), t_x.to(tl.int64)
+    x_row = t_x
     starts_h, starts_c = mark_ptrs.starts_h, mark_ptrs.starts_c
     if GROUPED:
         if steps <= 0:
             return
         member = member.to(tl.int64)
         t += member * T
+        x_row = t_x + tl.where(member == 0, x_first, (member - 1) * N)
         t_x += member * N
         w_ptr += member * (G * H * H)
         h0_ptr += member * batch * H
@@ -173,7 +176,7 @@ def persistent_forward_kernel(
             if not APART:
                 words_ptr += beside // PER_WORD
     # buffers of the chunk, so that t is an index in them too
-    x_ptr += (t_x - t) * batch * (G * H)
+    x_ptr += (x_row - t) * batch * (G * H)
     if APART:
         words_ptr += (t_x - t) * batch * WORDS
     has_prev = tl.where(p == 0, has_first, 1)

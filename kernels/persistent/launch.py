@@ -134,19 +134,19 @@ def forward(
     has_first = int(marked or h0 is not None)
     h0, c0 = h if h0 is None else h0, c if c0 is None else c0
     aligned, launches, plain = None, [], ()
-    for begin, x in rounds():
-        N, place = x.size(1), (T, group.flips, has_first)
+    for begin, N, x, first in rounds():
+        place = T, group.flips, has_first
         if exchange.cleared(begin, N) or aligned != alignment(x):
             aligned = alignment(x)
             tensors = w, bias_x, bias_h, h0, c0, marks, give_up, exchange.buffer, h, c, saved
             plain = addresses(*tensors)
             launches = [
-                (b_begin, launcher.bind(grid, x, *tensors, begin, -group.lag, N, *place, b_begin, B, name))
+                (b_begin, launcher.bind(grid, x, *tensors, first, begin, -group.lag, N, *place, b_begin, B, name))
                 for grid, b_begin in plan.launches(B, group.members)
             ]
         (x_at,) = addresses(x)
         for b_begin, launch in launches:
-            launch(x_at, *plain, begin, -group.lag, N, *place, b_begin, B, name)
+            launch(x_at, *plain, first, begin, -group.lag, N, *place, b_begin, B, name)
 
 
 @as_a_gpu

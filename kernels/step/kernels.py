@@ -31,20 +31,20 @@ __all__ = ["backward_step_kernel", "forward_step_kernel"]
 def _before(states_ptr, row_size, start_ptr, t_before, is_first, offs_b, B, H, HAS_MARKS: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointers to each batch row of the state before a step: step t_before of states (T, B, row_size), or start (B, H) before
     the first. With marks that choice is `entering`'s. ALIGNED: as there."""
-    rows_ptr = states_ptr + t_before.to(tl.int64) * B * row_size
     if HAS_MARKS:
-        return rows_ptr + offs_b.to(tl.int64) * row_size
+        return states_ptr + (t_before.to(tl.int64) * B + offs_b) * row_size
     else:
-        rows = tl.where(is_first, start_ptr, rows_ptr) + offs_b.to(tl.int64) * tl.where(is_first, H, row_size)
+        row = tl.where(is_first, 0, t_before).to(tl.int64) * B + offs_b
+        rows = tl.where(is_first, start_ptr, states_ptr) + row * tl.where(is_first, H, row_size)
         if ALIGNED:
             rows = tl.multiple_of(rows, 16)
         return rows
 
 
-@triton.jit(do_not_specialize=["begin", "at", "lag", "N", "T", "flips", "has_first", "c_steps", "B"])
+@triton.jit(do_not_specialize=["x_first", "begin", "at", "lag", "N", "T", "flips", "has_first", "c_steps", "B"])
 def forward_step_kernel(
     # inputs
-    x_ptr,  # (M, N, B, G * H) float32, W_ih x_t of the chunk's steps, in time
+    x_ptr,  # (rows, B, G * H) float32, W_ih x_t of the N positions of each member, in time
     w_ptr,  # (M, G * H, H) W_hh
     bias_x_ptr,  # (M, G * H) b_ih
     bias_h_ptr,  # (M, G * H) b_hh
@@ -56,6 +56,7 @@ def forward_step_kernel(
     c_ptr,  # (M, c_steps, B, H) float32, c_t at index t, or the last one
     saved_ptr,  # (M, T, B, SAVED * H) activations for backward
     # sizes
+    x_first,  # the row of x where member 0 begins; the others come first, one after another
     begin,
     at,
     lag,
@@ -93,7 +94,7 @@ def forward_step_kernel(
         if steps <= 0:
             return
         states_size = member.to(tl.int64) * B * H  # from the first member to this one, of (M, B, H)
-        x_ptr += states_size * N * G
+        t_x += tl.where(member == 0, x_first, (member - 1) * N)
         w_ptr += member.to(tl.int64) * (G * H) * H
         if HAS_BIAS:
             bias_x_ptr += member * (G * H)

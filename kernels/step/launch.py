@@ -11,7 +11,7 @@ from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, alignme
 from rnnfast.kernels.step.kernels import backward_step_kernel, forward_step_kernel
 from rnnfast.kernels.step.plan import StepPlan
 
-__all__ = ["after", "backward", "before", "forward"]
+__all__ = ["backward", "forward"]
 
 
 def _launcher(kernel, plan: StepPlan, grouped: bool, directions: int, aligned: bool, precision: str, dtype, **cell) -> Launcher:
@@ -40,20 +40,6 @@ def _kind(h, H: int, group: Group, precision: str, plan: StepPlan) -> tuple:
     return plan, group.members > 1, group.directions, H * h.element_size() % 16 == 0, precision, h.dtype
 
 
-def before(t: int, T: int, reverse: bool, h, h0, c, c0, codes=None):
-    """The step processed before t: its index, the tensors that hold its h and c, and whether there is any state. With marks
-    there always is: those of the first step point to where it is."""
-    if codes is not None or t != (T - 1 if reverse else 0):
-        return t + 1 if reverse else t - 1, h, c, 1
-    return 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
-
-
-def after(begin: int, end: int, T: int, reverse: bool) -> tuple[int, int]:
-    """The step that backward comes from to the steps begin, ..., end - 1: its index, and whether there is one."""
-    t = begin - 1 if reverse else end
-    return (t, 1) if 0 <= t < T else (0, 0)
-
-
 @as_a_gpu
 def forward(
     cell: Cell, rounds, w, bias_x, bias_h, h0, c0, h, c, saved, *, group: Group, precision: str, plan: StepPlan,
@@ -63,9 +49,10 @@ def forward(
 
     Args:
         cell: the cell, from `rnnfast.kernels.cells.CELLS`.
-        rounds: ``rounds()`` gives pairs (begin, x), in the order of `Group.begins`. x (M, N, B, G * H) in float32 is the input
-            side W_ih x of the N positions of each member that a launch from `begin` runs, in time. N may change from pair to
-            pair, but for layers is `group.lag`. x may be overwritten when the next pair is asked for. Where a member has no
+        rounds: ``rounds()`` gives (begin, N, x, first), in the order of `Group.begins`. x (rows, B, G * H) in float32 holds the
+            input side W_ih x of the N positions of each member that a launch from `begin` runs, in time: of member 0 from row
+            `first` on, of the others in the first (M - 1) * N rows, one member after another. N may change from round to round,
+            but for layers is `group.lag`. x may be overwritten when the next round is asked for. Where a member has no
             position, x may hold anything.
         w: (M, G * H, H), W_hh.
         bias_x, bias_h: (M, G * H), b_ih and b_hh, or both None.
@@ -92,13 +79,12 @@ def forward(
     rest_at = addresses(*rest)
     sizes = T, group.flips, has_first, 1 if c is None else c.size(1), B, H
     kind = launch = None
-    for begin, x in rounds():
-        N = x.size(1)
+    for begin, N, x, first in rounds():
         if kind != (kind := alignment(x)):
-            launch = launcher.bind(grid, x, *rest, T, T, -group.lag, N, *sizes)
+            launch = launcher.bind(grid, x, *rest, T, T, T, -group.lag, N, *sizes)
         (x_at,) = addresses(x)
         for at in range(group.steps(begin, N, T, False)):
-            launch(x_at, *rest_at, begin, at, -group.lag, N, *sizes)
+            launch(x_at, *rest_at, first, begin, at, -group.lag, N, *sizes)
 
 
 @as_a_gpu

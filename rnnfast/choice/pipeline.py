@@ -137,12 +137,13 @@ def run(family: str, sizes: Sizes, T: int, members: int, parts: int, layers: boo
         PROLOGUE,
         gigahertz,
     )
+    from rnnfast.kernels.persistent.plan import NoPlan
 
     us = step_us(family, sizes, members, gpu)
-    if us is None:
-        return None
     its = FAMILIES[family]
     plan = its.plan(*sizes[:6], gpu, sizes.marked, members)
+    if us is None or isinstance(plan, NoPlan):
+        return None
     clock = gigahertz(gpu.name) * 1000  # clocks a microsecond
     pipeline = layers and members > 1
     # forward the first layer's input side and those of the others; backward what goes down

@@ -133,7 +133,7 @@ def _found(ctx, needs: tuple[str, ...], grad_outputs, assembled: Callable) -> di
     return dict(zip(needs, batched(run, upstream), strict=True))
 
 
-def _saved_tensors(ctx, call: Call, assembled: Callable) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+def _saved_tensors(ctx, call: Call, assembled: Callable) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
     """What was saved, `INPUTS` and `KEPT`. After an edit in place: None for inputs that are not read, and `KEPT` anew if it was
     edited.
 
@@ -174,7 +174,7 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
     passed = dict(zip(_PASSED, _passed(tape), strict=True))
     if not call.recompute:
         passed |= RECOMPUTED_FROM
-    need_starts = "h0" in needs if tape.marks is None else not set(STATE_TENSORS).isdisjoint(needs)
+    need_starts = "h0" in needs if passed["marks"] is None else not set(STATE_TENSORS).isdisjoint(needs)
     arguments = Backward(cell=call.cell, flips=call.flips, dropout=call.dropout, need_starts=need_starts, **passed)
     run = recurrence.backward if not torch.is_grad_enabled() and recurrence.is_eager(*arguments) else operators.backward
     d_gates, *state_grads = run(*arguments)
@@ -224,14 +224,14 @@ def _of_each(tensors: list[Tensor]) -> Tensor:
 
 def _recurrent_gradient(call: Call, tape: Any, d_hidden: Tensor) -> Tensor:
     """The gradient of W_hh (M, G*H, H). Step t met h of step t - 1, or t + 1 in reverse; the first step met h0."""
-    h = by_member(tape.h, tape.w_ih.shape[0])
+    h = by_member(tape.h, 1 if tape.w_up is not None else len(d_hidden))
     _, T, B, H = h.shape
     if tape.marks is not None:
         found = []
         for m, member in enumerate(h):
-            starts = (None if state is None else state[m] for state in (tape.h0, tape.reset_h))
+            start, reset = (None if state is None else state[m] for state in (tape.h0, tape.reset_h))
             codes = tape.marks[min(m, len(tape.marks) - 1)]
-            met = entering(member, *starts, codes, bool(call.flips >> m & 1), 0, T)
+            met = entering(member, start, reset, codes, bool(call.flips >> m & 1), 0, T)
             found.append(product(d_hidden[m].t(), met.reshape(T * B, H)))
         return _of_each(found)
     found = []

@@ -95,7 +95,7 @@ def group(
         gates = results.saved.view(D, T, B, spec.saved, -1)[..., : spec.gates, :].permute(1, 2, 0, 3, 4)
     else:
         gates = results.y.detach().view(T, B, D, 1, width // D)
-    cells = (results.c.to(results.y.dtype).permute(1, 2, 0, 3).flatten(2),)[: spec.states - 1]
+    cells = (results.c.to(results.y.dtype).permute(1, 2, 0, 3).flatten(2),) if spec.states > 1 else ()
     return Traced(results.y, last, cells, gates)
 
 

@@ -1,7 +1,7 @@
 """What the launches of a group are given, chunk after chunk of time steps (see `rnnfast.kernels.groups`).
 
     Sides        the input side W_ih x: a product through PyTorch for each member that reads the input of the call, and one
-                 batched product for all layers above
+                 batched product for all layers above. For the first layer of a pipeline a product makes several chunks
     Upstream     backward, the gradients of the outputs of a pipeline's layers: one batched product for all but the last
     Recomputed   backward, the activations that forward did not save
 
@@ -26,22 +26,54 @@ if TYPE_CHECKING:
     from rnnfast.kernels.groups import Group
     from rnnfast.kernels.marks import Marks
 
-__all__ = ["Recomputed", "Sides", "Upstream", "drop_out", "parts", "rounds", "sides_of_layers", "upstream_of_layers"]
+__all__ = [
+    "Recomputed",
+    "Sides",
+    "Upstream",
+    "drop_out",
+    "input_sides",
+    "output_gradients",
+    "sides_of_layers",
+    "upstream_of_layers",
+]
 
 
-def parts(members: int, at_once: int) -> list[slice]:
-    """All members in as many at a time."""
-    return [slice(first, min(members, first + at_once)) for first in range(0, members, at_once)]
-
-
-def rounds(group: Group, T: int, N: int, backward: bool) -> Iterator[tuple[int, int, list[int]]]:
+def _rounds(group: Group, T: int, N: int, backward: bool) -> Iterator[tuple[int, int, list[int]]]:
     """For each launch: `begin`; the number of positions, which is N, but outside of a pipeline no more than are left; and for
     each member the first step, in time, of those that the launch covers. In a pipeline some may lie outside of 0..T."""
     lag = group.lag if backward else -group.lag
     for begin in group.begins(T, N, backward):
-        n = N if group.layers else min(N, T - begin)
+        n = N if lag else min(N, T - begin)
         positions = [begin + m * lag for m in range(group.members)]
         yield begin, n, [T - p - n if bool(group.flips >> m & 1) != backward else p for m, p in enumerate(positions)]
+
+
+def input_sides(
+    group: Group, T: int, N: int, part: slice, x: Tensor, w_ih: Tensor, *stack: Any
+) -> Iterator[tuple[int, int, Tensor, int]]:
+    """What the launches of forward are given.
+
+    Args:
+        part: the members that `group` has of the whole call.
+        x, w_ih: those of the whole call.
+        stack: the other arguments of `sides_of_layers`, if the call is of a stack.
+    """
+    sides = sides_of_layers(part, x, w_ih, *stack) if stack else Sides(x, w_ih[part])
+    for begin, steps, starts in _rounds(group, T, N, False):
+        yield begin, steps, *sides.chunk(starts, steps)
+
+
+def output_gradients(
+    group: Group, T: int, N: int, dy: Tensor | None, upstream: Upstream | None, saved: Any, again: Recomputed | None
+) -> Iterator[tuple[int, int, Tensor | None, Tensor]]:
+    """What the launches of backward are given."""
+    for begin, steps, starts in _rounds(group, T, N, True):
+        yield (
+            begin,
+            steps,
+            dy if upstream is None else upstream.chunk(starts, steps),
+            saved if again is None else again.chunk(starts, steps),
+        )
 
 
 def _active(starts: list[int], N: int, T: int, members: range) -> range:
@@ -87,6 +119,7 @@ class Sides:
         h: (M, T, B, H), the outputs of the layers of a pipeline; None for directions.
         w_up: (M - 1, G * H, H), the input weights of the layers above the first.
         seeds, p: of the dropout between the layers; no seeds without.
+        rows_ahead: time steps x batch rows of the first layer of a pipeline that one product may make.
     """
 
     def __init__(
@@ -97,34 +130,47 @@ class Sides:
         w_up: Tensor | None = None,
         seeds: Tensor | None = None,
         p: float = 0.0,
+        rows_ahead: int = 0,
     ):
         wide = x.is_cuda and x.dtype != torch.float32
-        self.x, self.h, self.seeds, self.p = x, h, seeds, p
+        self.x, self.h, self.seeds, self.p, self.rows_ahead = x, h, seeds, p, rows_ahead
         self.w_ih = w_ih if wide else w_ih.float()
         self.w_up = w_up if w_up is None or wide else w_up.float()
         self.buffer: Tensor | None = None
         self.dropped: Tensor | None = None
+        self.N, self.from_step = 0, None  # steps of a chunk; the first one whose input side of member 0 is in the buffer
 
-    def chunk(self, starts: list[int], N: int) -> Tensor:
-        """(M, N, B, G * H) float32 of the steps starts[m], ..., starts[m] + N - 1 of each member m, in a buffer that the next
-        call overwrites."""
-        x, (D, width, _), (T, B, _) = self.x, self.w_ih.shape, self.x.shape
+    def chunk(self, starts: list[int], N: int) -> tuple[Tensor, int]:
+        """The input side of the steps starts[m], ..., starts[m] + N - 1 of each member m, and the row where member 0 begins:
+        as the kernels take them (`rnnfast.kernels.step.forward`), in a buffer that the next call overwrites."""
+        x, (D, width, _), B = self.x, self.w_ih.shape, self.x.shape[1]
         if len(starts) == 1:
-            return wide_product(x[starts[0] : starts[0] + N].reshape(N * B, -1), self.w_ih[0].t()).view(1, N, B, width)
-        if self.buffer is None or self.buffer.shape[1] != N:
-            self.buffer = x.new_empty(len(starts), N, B, width, dtype=torch.float32)
-        for m in range(D):
-            first, last = max(0, starts[m]), min(T, starts[m] + N)
-            if first < last:
-                rows, at = x[first:last].reshape((last - first) * B, -1), first - starts[m]
-                wide_product(rows, self.w_ih[m].t(), self.buffer[m, at : at + last - first].view(-1, width))
-        above = _active(starts, N, T, range(D, len(starts)))
+            return wide_product(x[starts[0] : starts[0] + N].reshape(N * B, -1), self.w_ih[0].t()).view(N, B, width), 0
+        others = (len(starts) - 1) * N
+        ahead = max(1, self.rows_ahead // (N * B)) * N if self.w_up is not None else N
+        if self.buffer is None or self.N != N:
+            self.N, self.from_step = N, None
+            self.buffer = x.new_empty(others + ahead, B, width, dtype=torch.float32)
+        if self.from_step is None or not self.from_step <= starts[0] < self.from_step + ahead or D > 1:
+            self._read(0, starts[0], self.buffer[others:])
+            self.from_step = starts[0]
+        for m in range(1, D):
+            self._read(m, starts[m], self.buffer[(m - 1) * N : m * N])
+        above = _active(starts, N, len(x), range(D, len(starts)))
         if above:
             assert self.w_up is not None
             below = range(above.start - 1, above.stop - 1)
             rows = self._below(below, starts[above.start], N)
-            wide_product(rows, self.w_up[below.start : below.stop].mT, self.buffer[above.start : above.stop].flatten(1, 2))
-        return self.buffer
+            out = self.buffer[below.start * N : below.stop * N].view(len(below), N * B, width)
+            wide_product(rows, self.w_up[below.start : below.stop].mT, out)
+        return self.buffer, others + starts[0] - self.from_step
+
+    def _read(self, m: int, start: int, out: Tensor) -> None:
+        """Make the input side of a member that reads x, from the step `start` on, in time, as far as there are steps."""
+        first, last = max(0, start), min(len(self.x), start + len(out))
+        if first < last:
+            rows, out = self.x[first:last].flatten(0, 1), out[first - start : last - start].flatten(0, 1)
+            wide_product(rows, self.w_ih[m].t(), out)
 
     def _below(self, layers: range, start: int, N: int) -> Tensor:
         """The chunks of `layers`, whose first one starts at the step `start`, with dropout: (layers, N * B, H)."""
@@ -143,14 +189,16 @@ class Sides:
         return out
 
 
-def sides_of_layers(part: slice, x: Tensor, w_ih: Tensor, h: Tensor, w_up: Any, seeds: Tensor | None, p: float) -> Sides:
+def sides_of_layers(
+    part: slice, x: Tensor, w_ih: Tensor, h: Tensor, w_up: Any, seeds: Tensor | None, p: float, rows_ahead: int = 0
+) -> Sides:
     """The input sides of some layers of a stack. The arguments are those of the whole stack. The first of the layers reads `x`,
     or all that the layer below wrote before."""
     first, inner = part.start, slice(part.start, part.stop - 1)
     if first:
         x, w_ih = h[first - 1], w_up[first - 1 : first]
         x = x if seeds is None else drop_out(x[None], seeds[first - 1 : first], p)[0]
-    return Sides(x, w_ih, h[part], w_up[inner], None if seeds is None else seeds[inner], p)
+    return Sides(x, w_ih, h[part], w_up[inner], None if seeds is None else seeds[inner], p, rows_ahead)
 
 
 class Upstream:
@@ -245,11 +293,14 @@ class Recomputed:
                 before[m, first - start : last - start] = self._entering(m, first, last)
         saved = self.h.new_empty(M, N, B, self.cell.saved * H)
         h_side = wide_product(before.view(M, N * B, H), self.w.mT).view(M, N, B, -1)
-        compute(self.cell, self.sides.chunk(starts, N), h_side, *self.biases, saved)
+        x, first = self.sides.chunk(starts, N)
+        x = torch.cat([x[first : first + N], x[: (M - 1) * N]]).view(M, N, B, -1) if M > 1 else x[None]
+        compute(self.cell, x, h_side, *self.biases, saved)
         return saved
 
     def _entering(self, m: int, first: int, last: int) -> Tensor:
         marks, reverse = self.marks, bool(self.flips >> m & 1)
         if marks is None:
             return entering(self.h[m], None if self.h0 is None else self.h0[m], None, None, reverse, first, last)
-        return entering(self.h[m], *marks.starts_h[m], marks.codes[m], reverse, first, last)
+        start, reset = marks.starts_h[m]
+        return entering(self.h[m], start, reset, marks.codes[m], reverse, first, last)

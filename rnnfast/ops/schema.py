@@ -33,9 +33,9 @@ class Described:
 
     @property
     def batch(self) -> int | None:
-        """The axis of the batch. None for a weight, which all rows share."""
+        """The axis of the batch, counted from the last one. None for a weight, which all rows share."""
         sizes = self.shape.split()
-        return sizes.index("B") if "B" in sizes else None
+        return sizes.index("B") - len(sizes) if "B" in sizes else None
 
 
 TENSORS = {
@@ -75,7 +75,8 @@ UPSTREAM = {"dy": "y", "dh_n": "h_n", "dc_n": "c_n", "dcs": "c"}  # a gradient t
 
 
 def batch_axis(name: str) -> int | None:
-    """The axis of the batch of an argument or a result. None for a weight and for what is no tensor."""
+    """The axis of the batch of an argument or a result, counted from the last one, because ``h`` of `rnnfast::backward` may be
+    ``y``, which has an axis less. None for a weight and for what is no tensor."""
     return TENSORS[name].batch if name in TENSORS else None
 
 

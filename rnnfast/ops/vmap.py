@@ -33,7 +33,7 @@ def _rule(operator, arguments_type, results_type) -> Callable:
             for value, dim, axis in zip(arguments, in_dims, axes, strict=False)
         ]
         results = operator(*folded)
-        dims = tuple(axis if result.numel() else None for result, axis in zip(results, result_axes, strict=True))
+        dims = tuple(result.dim() + axis if result.numel() else None for result, axis in zip(results, result_axes, strict=True))
         return tuple(
             result if dim is None else result.unflatten(dim, (size, -1)) for result, dim in zip(results, dims, strict=True)
         ), dims
@@ -53,11 +53,11 @@ def each(operator, info, in_dims, *arguments):
 
 
 def _folded(tensor: Tensor, dim: int | None, axis: int, size: int) -> Tensor:
-    """`tensor`, mapped over along `dim`, with that dimension inside its batch `axis`."""
+    """`tensor`, mapped over along `dim`, with that dimension inside its batch `axis`, which counts from the last one."""
     if not tensor.numel():  # nothing was saved
         return tensor if dim is None else tensor.select(dim, 0)
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.movedim(0, axis).flatten(axis, axis + 1)
+    return tensor.movedim(0, axis - 1).flatten(axis - 1, axis)
 
 
 def batched(run: Callable[..., tuple[Tensor, ...]], upstream: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -1,6 +1,9 @@
 """The table of what runs where, which docs/choice.md shows."""
 
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from benchmarks import where
 
@@ -9,5 +12,22 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 def test_the_page_shows_what_the_models_say(capsys):
     """The page and the command do not drift apart."""
-    assert where.main([]) == 0
-    assert capsys.readouterr().out.strip() in (DOCS / "choice.md").read_text(encoding="utf-8")
+    page = (DOCS / "choice.md").read_text(encoding="utf-8")
+    for options in ([], ["--stacks"]):
+        assert where.main(options) == 0
+        assert capsys.readouterr().out.strip() in page
+
+
+@pytest.mark.parametrize("name", where.STACK_GPUS)
+@pytest.mark.parametrize("number", where.STACKS)
+def test_terms_of_stacks(number, name):
+    """Groups take less than one member after another, in each term but the products; training has what inference has."""
+    shape = where.STACKS[number]
+    for training in (False, True):
+        trained = replace(shape, training=training)
+        (alone, _), (grouped, runs) = (where.stack(trained, name, how) for how in (False, True))
+        assert sum(grouped.values()) < sum(alone.values()) * (0.5 if shape.directions == 1 else 0.65)
+        assert len(runs) == 1 + training and (grouped["gradients"] > 0) == training
+        assert grouped["steps"] < alone["steps"] and grouped["call"] == alone["call"]
+        inference, _ = where.stack(shape, name, True)
+        assert all(inference[term] <= grouped[term] for term in where.TERMS)

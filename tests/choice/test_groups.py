@@ -43,7 +43,7 @@ def pick(T=512, B=10, H=256, members=6, layers=True, backward=False, dtype=torch
     ],
 )
 def test_what_is_grouped(layers, directions, by_layer, group):
-    """A stack of one direction is a pipeline, unless its layers have to be calls of their own; else the directions are a group."""
+    """A stack of one direction is a pipeline, unless its layers are calls of their own. Else the directions are a group."""
     assert pipeline.grouping(layers, directions, by_layer) == Grouping(*group)
 
 

@@ -1,10 +1,12 @@
 """Groups: the schedule of a call's launches, and members of the step kernels bit by bit as alone."""
 
+import itertools
+
 import pytest
 import torch
 from support.recurrence import Layer, Members, steps_of
 
-from rnnfast.kernels import step
+from rnnfast.kernels import runtime, step
 from rnnfast.kernels.cells import CELLS
 from rnnfast.kernels.groups import Group
 from rnnfast.kernels.runtime import Launcher
@@ -19,8 +21,14 @@ KINDS = {  # whether each member runs from the last step to the first
     "6 layers": (False,) * 6,
     "3 layers in reverse": (True,) * 3,
 }
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 T, B, H = 5, 3, 9
-sweep = pytest.mark.sweep
+interpreted = pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+
+
+def some(*chosen):
+    """For `pytest.mark.parametrize`: each value of the rest is in the sweep alone, the chosen ones run by default."""
+    return lambda *rest: [*chosen, *(pytest.param(*each, marks=pytest.mark.sweep) for each in rest if each not in chosen)]
 
 
 def layers_of(kind: str, cell: str, dtype: torch.dtype, T: int = T, H: int = H, marked: bool = False, **options) -> list[Layer]:
@@ -35,21 +43,20 @@ def layers_of(kind: str, cell: str, dtype: torch.dtype, T: int = T, H: int = H, 
     return layers
 
 
+def results(run, plan) -> list[tuple]:
+    """What forward, backward and inference give."""
+    forward = run.forward(step, plan)
+    backward = run.backward(step, plan, *(forward if isinstance(run, Layer) else (forward,)))
+    return [forward, backward, run.forward(step, plan, training=False)]
+
+
 def assert_as_alone(layers: list[Layer], *chunks, **options) -> None:
-    """Forward and backward give each member the bits that it has alone, and nothing is NaN."""
+    """Forward, backward and inference give each member the bits that it has alone, and nothing is NaN."""
     plan = steps_of(layers[0].shape[2], layers[0].w.dtype)
-    members = Members(layers, *chunks, **options)
-    forward = members.forward(step, plan)
-    backward = members.backward(step, plan, forward)
-    inference = members.forward(step, plan, training=False)
+    together = results(Members(layers, *chunks, **options), plan)
     for m, layer in enumerate(layers):
-        alone = layer.forward(step, plan)
-        for found, right in (
-            (forward[m], alone),
-            (backward[m], layer.backward(step, plan, *alone)),
-            (inference[m], layer.forward(step, plan, training=False)),
-        ):
-            for a, b in zip(found, right, strict=True):
+        for found, right in zip(together, results(layer, plan), strict=True):
+            for a, b in zip(found[m], right, strict=True):
                 assert (a is None) == (b is None)
                 assert a is None or (torch.equal(a, b) and not a.isnan().any())
 
@@ -83,9 +90,9 @@ def test_schedule(members, directions, T, N):
         assert steps == (launches * T if chunks == 1 else T + (launches - chunks) * N)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("kind, T, N", [("two directions", 4, 3), ("3 layers", 4, 3), ("6 layers", 1, 2)])
-def test_one_launch_a_step(kind, T, N, cell, monkeypatch):
+@interpreted
+@pytest.mark.parametrize("kind, T, N, count", [("two directions", 4, 3, 4), ("3 layers", 4, 3, 10), ("6 layers", 1, 2, 6)])
+def test_one_launch_a_step(kind, T, N, count, monkeypatch):
     """One launch for a step of all members, none where no member has a step, all of them on one grid."""
     launches, bind = [], Launcher.bind
 
@@ -94,64 +101,86 @@ def test_one_launch_a_step(kind, T, N, cell, monkeypatch):
         return lambda *args: (launches.append((self.kernel.__name__, grid)), launch(*args))
 
     monkeypatch.setattr(Launcher, "bind", watched)
-    layers = layers_of(kind, cell, torch.float32, T)
+    layers = layers_of(kind, "gru", torch.float32, T)
     members = Members(layers, N)
     plan = steps_of(H, torch.float32)
     members.backward(step, plan, members.forward(step, plan))
-    count = {("two directions", 4): 4, ("3 layers", 4): 3 + 3 + 3 + 1, ("6 layers", 1): 6}[kind, T]
     grid = (1, 1, len(layers))
     assert launches == [("forward_step_kernel", grid)] * count + [("backward_step_kernel", grid)] * count
 
 
-@pytest.mark.parametrize("N", [1, 3, T, T + 2])
+@interpreted
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in ("two directions", "3 layers") else sweep) for kind in KINDS]
-)
-@pytest.mark.parametrize("marked", [False, True])
+    "kind, N, marked",
+    some(
+        ("two directions", 3, True), ("two directions, the reverse one first", T, False), ("2 layers", T + 2, False),
+        ("3 layers", 1, False), ("3 layers", 3, True), ("3 layers in reverse", 3, True), ("6 layers", 2, False),
+    )(*itertools.product(KINDS, (1, 2, 3, T, T + 2), (False, True))),
+)  # fmt: skip
 def test_kinds(kind, N, marked):
-    """Every kind of group, in chunks of one step to more than all; NaN fills what a chunk has beyond a member's steps."""
+    """Every kind of group, in chunks of one step to more than all. NaN fills what a chunk has beyond a member's steps."""
     assert_as_alone(layers_of(kind, "lstm", torch.float32, marked=marked), N)
 
 
-@pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("kind", ["two directions", "3 layers", pytest.param("6 layers", marks=sweep)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("cell", CELLS)
+@interpreted
+@pytest.mark.parametrize(
+    "cell, dtype, kind, marked",
+    some(
+        ("lstm", torch.float16, "two directions", False), ("gru", torch.float32, "3 layers", False),
+        ("gru", torch.bfloat16, "two directions", True), ("rnn_tanh", torch.float16, "3 layers", True),
+        ("rnn_relu", torch.float32, "two directions", False),
+    )(*itertools.product(CELLS, DTYPES, ("two directions", "3 layers"), (False, True))),
+)  # fmt: skip
 def test_cells(cell, dtype, kind, marked):
     """Every cell in every dtype."""
     assert_as_alone(layers_of(kind, cell, dtype, marked=marked), 2)
 
 
-@pytest.mark.parametrize("H", [1, pytest.param(16, marks=sweep), 33])
-@pytest.mark.parametrize("T", [1, 4])
-@pytest.mark.parametrize("kind", ["two directions", "2 layers"])
-@pytest.mark.parametrize("cell", ["lstm", pytest.param("gru", marks=sweep)])
+@interpreted
+@pytest.mark.parametrize(
+    "cell, kind, T, H",
+    some(
+        ("lstm", "two directions", 1, 1), ("gru", "2 layers", 1, 16), ("lstm", "two directions", 2, 17)
+    )(*itertools.product(("lstm", "gru"), ("two directions", "2 layers"), (1, 4), (1, 16, 17, 33))),
+)  # fmt: skip
 def test_sizes(cell, kind, T, H):
     """A single step; rows on 16 bytes and not, one unit, several tiles of units."""
     assert_as_alone(layers_of(kind, cell, torch.float16, T, H), 2)
 
 
+OPTIONS = {
+    "no states, no dy": {"h0": False, "dy": False},
+    "no biases": {"bias": False},
+    "gradients of all cell states": {"dcs": True},
+    "marked from zeros, gradients of all cell states": {"dcs": True, "marked": True, "h0": False},
+    "marked, no dy, no gradients of the states": {"marked": True, "starts": False, "dy": False},
+}
+
+
+@interpreted
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"h0": False, "dy": False},
-        {"bias": False},
-        {"dcs": True},
-        {"dcs": True, "marked": True, "h0": False},
-        {"marked": True, "starts": False, "dy": False},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", ["two directions", "3 layers"])
-@pytest.mark.parametrize("cell", ["lstm", pytest.param("gru", marks=sweep)])
-def test_options(cell, kind, options):
+    "options, cell, kind",
+    some(
+        ("no states, no dy", "lstm", "3 layers"), ("no biases", "gru", "two directions"),
+        ("gradients of all cell states", "lstm", "two directions"),
+        ("marked, no dy, no gradients of the states", "gru", "3 layers"),
+        ("marked from zeros, gradients of all cell states", "lstm", "3 layers"),
+    )(*itertools.product(OPTIONS, ("lstm", "gru"), ("two directions", "3 layers"))),
+)  # fmt: skip
+def test_options(options, cell, kind):
     """Without initial states, biases and gradients of the outputs; with a gradient of all cell states."""
-    assert_as_alone(layers_of(kind, cell, torch.float32, **options), 2)
+    assert_as_alone(layers_of(kind, cell, torch.float32, **OPTIONS[options]), 2)
 
 
-@pytest.mark.parametrize("N, gradient_N", [(2, 3), (3, 2), (2, T), pytest.param(T, 1, marks=sweep)])
-@pytest.mark.parametrize("marked", [False, pytest.param(True, marks=sweep)])
-@pytest.mark.parametrize("kind", ["two directions", "3 layers", pytest.param("3 layers in reverse", marks=sweep)])
+@interpreted
+@pytest.mark.parametrize(
+    "kind, marked, N, gradient_N",
+    some(
+        ("two directions", False, 2, 3), ("3 layers", False, 3, 2), ("3 layers in reverse", True, T, 1)
+    )(*((*each, *Ns) for *each, Ns in itertools.product(
+        ("two directions", "3 layers", "3 layers in reverse"), (False, True), ((2, 3), (3, 2), (2, T), (T, 1))
+    ))),
+)  # fmt: skip
 def test_saved_by_chunk(kind, marked, N, gradient_N):
     """Backward given what is saved a chunk at a time, in chunks of its own length."""
     assert_as_alone(layers_of(kind, "lstm", torch.float32, marked=marked), N, gradient_N, by_chunk=True)

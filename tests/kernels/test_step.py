@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rnnfast import ops, reference
 from rnnfast.kernels import cells, step
+from rnnfast.kernels.groups import Group
 from rnnfast.kernels.runtime import Launcher
 from rnnfast.kernels.step import plan
 
@@ -27,15 +28,16 @@ def poisoned(*shape, dtype=torch.float32, device="cpu"):
 
 
 def run(cell, T, B, H, dtype, device, *, reverse=False, states=True, bias=True, training=True, chunk=None):
-    """Forward and backward on poisoned outputs; everything that a check may want."""
+    """Forward and backward of one member on poisoned outputs; everything that a check may want."""
     spec = cells.CELLS[cell]
     G = spec.gates
     new = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
-    x, w = new(T, B, G * H), (new(G * H, H) / H**0.5).to(dtype)
-    bias_x, bias_h = (new(G * H).to(dtype), new(G * H).to(dtype)) if bias else (None, None)
-    h0 = new(B, H).to(dtype) if states else None
-    c0 = new(B, H) if states and spec.carries_c else None
+    x, w = new(1, T, B, G * H), (new(1, G * H, H) / H**0.5).to(dtype)
+    bias_x, bias_h = (new(1, G * H).to(dtype), new(1, G * H).to(dtype)) if bias else (None, None)
+    h0 = new(1, B, H).to(dtype) if states else None
+    c0 = new(1, B, H) if states and spec.carries_c else None
     tiles, guards = plan.step_plan(H, x.new_empty(0, dtype=dtype).element_size(), "ieee"), []
+    options = {"group": Group(flips=int(reverse)), "precision": "ieee", "plan": tiles}
 
     def out(*shape, dtype):
         tensor, whole = poisoned(*shape, dtype=dtype, device=device)
@@ -43,24 +45,23 @@ def run(cell, T, B, H, dtype, device, *, reverse=False, states=True, bias=True, 
         return tensor
 
     h = out(T, B, H, dtype=dtype)
-    c = out(T if training else 1, B, H, dtype=torch.float32) if spec.carries_c else None
-    saved = out(T, B, spec.saved * H, dtype=dtype) if training else None
+    c = out(1, T if training else 1, B, H, dtype=torch.float32) if spec.carries_c else None
+    saved = out(1, T, B, spec.saved * H, dtype=dtype) if training else None
     n = chunk or T
-    begins = range(0, T, n)
-    chunks = [(begin, x[begin : begin + n].contiguous()) for begin in (reversed(begins) if reverse else begins)]
-    step.forward(
-        spec, lambda: chunks, w, bias_x, bias_h, h0, c0, h, c, saved, reverse=reverse, precision="ieee", plan=tiles
-    )  # fmt: skip
+    rounds = []
+    for begin in range(0, T, n):
+        first = max(0, T - begin - n) if reverse else begin
+        steps = x[0, first : T - begin if reverse else begin + n].contiguous()
+        rounds.append((begin, len(steps), steps, 0))
+    step.forward(spec, lambda: rounds, w, bias_x, bias_h, h0, c0, h, c, saved, **options)
     inputs = {"x": x, "w": w, "bias_x": bias_x, "bias_h": bias_h, "h0": h0, "c0": c0}
     outputs = {"h": h, "c": c, "saved": saved}
     if training:
         dy = new(T, B, H).to(dtype)
-        d_h, d_c = new(B, H), new(B, H) if spec.carries_c else None
+        d_h, d_c = new(1, B, H), new(1, B, H) if spec.carries_c else None
         upstream = {"dy": dy, "d_h": d_h.clone(), "d_c": None if d_c is None else d_c.clone()}
-        d_gates = out(T, B, spec.grads * H, dtype=dtype)
-        step.backward(
-            spec, dy, saved, h, h0, c, c0, w, d_gates, d_h, d_c, reverse=reverse, precision="ieee", plan=tiles
-        )  # fmt: skip
+        d_gates = out(1, T, B, spec.grads * H, dtype=dtype)
+        step.backward(spec, lambda: [(0, T, dy, saved)], h, h0, c, c0, w, d_gates, d_h, d_c, **options)
         outputs |= {"d_gates": d_gates, "d_h": d_h, "d_c": d_c}
         inputs |= upstream
     assert all(whole() for whole in guards), "a kernel wrote outside of its output"
@@ -83,12 +84,13 @@ def test_odd_sizes_against_float64(cell, T, B, H, device):
     """Forward states against the reference in float64, at sizes that leave tiles mostly masked."""
     inputs, outputs = run(cell, T, B, H, torch.float32, device)
     doubles = {name: None if tensor is None else tensor.double() for name, tensor in inputs.items()}
+    doubles |= {name: tensor[0] for name, tensor in doubles.items() if tensor is not None and name != "dy"}
     eye = torch.eye(doubles["w"].shape[0], dtype=torch.float64, device=device)  # the input side is given, so W_ih is I
     states = (doubles["h0"], doubles["c0"]) if "lstm" in cell else (doubles["h0"],)
     y, last = reference.layer(cell, doubles["x"], states, eye, doubles["w"], doubles["bias_x"], doubles["bias_h"])
     assert (outputs["h"] - y).abs().max() < 1e-5
     if outputs["c"] is not None:
-        assert (outputs["c"][-1] - last[1]).abs().max() < 1e-5
+        assert (outputs["c"][0, -1] - last[1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -112,25 +114,19 @@ def test_inference_saves_nothing(cell, device):
     _, inference = run(cell, 4, 3, 5, torch.float32, device, training=False)
     assert torch.equal(training["h"], inference["h"]) and inference["saved"] is None
     if training["c"] is not None:
-        assert inference["c"].shape[0] == 1 and torch.equal(training["c"][-1:], inference["c"])
+        assert inference["c"].shape[1] == 1 and torch.equal(training["c"][:, -1:], inference["c"])
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_one_launch_a_step(cell, device, monkeypatch):
     """T launches forward and T backward, one of them at a time for each step, whatever T is."""
-    launches = []
-    call, bind = Launcher.__call__, Launcher.bind
+    launches, bind = [], Launcher.bind
 
-    def once(self, *args):
-        launches.append(self.kernel.__name__)
-        call(self, *args)
-
-    def many(self, *args):
+    def watched(self, *args):
         launch = bind(self, *args)
         return lambda *args: (launches.append(self.kernel.__name__), launch(*args))
 
-    monkeypatch.setattr(Launcher, "__call__", once)
-    monkeypatch.setattr(Launcher, "bind", many)
+    monkeypatch.setattr(Launcher, "bind", watched)
     for T in (1, 6):
         launches.clear()
         run(cell, T, 2, 3, torch.float32, device)
@@ -142,11 +138,11 @@ def test_saved_bytes(device):
     T, B, H = 3, 2, 8
     for cell, G in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1)):
         for dtype, size in ((torch.float16, 2), (torch.float32, 4)):
-            x, w_ih, w_hh = (torch.randn(*s, device=device).to(dtype) for s in ((T, B, 4), (G * H, 4), (G * H, H)))
-            *_, saved, c = ops.forward(cell, x, None, None, w_ih, w_hh, None, None, False, True)
+            x, w_ih, w_hh = (torch.randn(*s, device=device).to(dtype) for s in ((T, B, 4), (1, G * H, 4), (1, G * H, H)))
+            *_, saved, c = ops.forward(cell, x, None, None, w_ih, w_hh, None, None, None, 0, True)
             kept = (saved.numel() * saved.element_size() + c.numel() * c.element_size()) / (T * B * H)
             assert kept == {"lstm": 4 * size + 4, "gru": 4 * size, "rnn_tanh": 0}[cell]
-            *_, saved, c = ops.forward(cell, x, None, None, w_ih, w_hh, None, None, False, False)
+            *_, saved, c = ops.forward(cell, x, None, None, w_ih, w_hh, None, None, None, 0, False)
             assert saved.numel() == c.numel() == 0
 
 

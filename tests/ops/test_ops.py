@@ -39,8 +39,15 @@ def call(layer, cell, tensors, reverse=False):
     return (y, *last)
 
 
+def grouped(tensor):
+    """With a group of one member in front; what may require gradients is a leaf."""
+    return None if tensor is None else tensor.detach().unsqueeze(0).requires_grad_(tensor.requires_grad)
+
+
 def op_args(cell, tensors, reverse, save):
-    return (cell, *(tensors.get(name) for name in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")), reverse, save)
+    """The arguments of `rnnfast::forward` for a layer in one direction."""
+    own = (grouped(tensors.get(name)) for name in ("h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh"))
+    return (cell, tensors["x"], *own, None, int(reverse), save)
 
 
 def test_shapes_known_without_triton():
@@ -58,11 +65,10 @@ def test_opcheck(cell, bare, grad, device):
     tensors = make(cell, device, states=not bare, bias=not bare, grad=grad)
     torch.library.opcheck(ops.forward, op_args(cell, tensors, bare, grad))
     with torch.no_grad():
-        y, h_n, _, saved, c = ops.forward(*op_args(cell, tensors, bare, True))
+        y, h_n, _, _, saved, c = ops.forward(*op_args(cell, tensors, bare, True))
         upstream = (torch.randn_like(y), None, None) if bare else (None, torch.randn_like(h_n), None)
-        w_hh = tensors["w_hh"].detach()
-        states = (None, None) if bare else (tensors["h0"].detach(), tensors["c0"].detach() if cell == "lstm" else None)
-        torch.library.opcheck(ops.backward, (cell, *upstream, y, saved, c, *states, w_hh, bare, not bare))
+        h0, c0, w_hh = (tensors[name].detach()[None] if name in tensors else None for name in ("h0", "c0", "w_hh"))
+        torch.library.opcheck(ops.backward, (cell, *upstream, y, saved, c, h0, c0, w_hh, None, int(bare), not bare))
 
 
 @pytest.mark.parametrize("cell, reverse", [("lstm", False), ("gru", True)])
@@ -72,19 +78,19 @@ def test_opcheck_of_marked_calls(cell, reverse, device):
     lengths = torch.tensor([2, 0, T], device=device)
     resets = torch.zeros(T, B, dtype=torch.bool, device=device)
     resets[1] = True
-    marks = reference.marks(tensors["x"], lengths, resets, reverse)
-    states = [torch.randn(B, H, device=device, requires_grad=True) for _ in range(2 if cell == "lstm" else 1)]
+    marks = reference.marks(tensors["x"], lengths, resets, reverse)[None]
+    states = [torch.randn(1, B, H, device=device, requires_grad=True) for _ in range(2 if cell == "lstm" else 1)]
     marked = (marks, lengths, *states)
     torch.library.opcheck(ops.forward, (*op_args(cell, tensors, reverse, True), *marked))
     with torch.no_grad():
-        y, h_n, _, saved, c = ops.forward(*op_args(cell, tensors, reverse, True), *marked)
+        y, h_n, _, _, saved, c = ops.forward(*op_args(cell, tensors, reverse, True), *marked)
         padded = marks == reference.PADDED
-        assert all(not kept[padded].any() for kept in (y, saved, c) if kept.numel())
+        assert all(not kept[padded].any() for kept in (y[None], saved, c) if kept.numel())
         dcs = torch.randn_like(c) if cell == "lstm" else None
-        start = [tensors[name].detach() if name in tensors else None for name in ("h0", "c0", "w_hh")]
+        start = [tensors[name].detach()[None] if name in tensors else None for name in ("h0", "c0", "w_hh")]
         detached = [tensor.detach() for tensor in marked]
-        args = (cell, torch.randn_like(y), torch.randn_like(h_n), None, y, saved, c, *start, reverse, True, dcs, *detached)
-        torch.library.opcheck(ops.backward, args)
+        given = (cell, torch.randn_like(y), torch.randn_like(h_n), None, y, saved, c, *start, None, int(reverse), True)
+        torch.library.opcheck(ops.backward, (*given, dcs, *detached))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -222,12 +228,12 @@ def test_steps_of_a_chunk(T, B, steps, monkeypatch):
     taken = []
 
     def run(direction, choice, device, spec, chunks, *args, **options):
-        taken.extend((begin, x.shape[0]) for begin, x in chunks())
+        taken.extend((begin, N) for begin, N, _, _ in chunks())
         return choice
 
     monkeypatch.setattr(kernel_plan, "run", run)
-    x, w = torch.zeros(T, B, 1), torch.zeros(1, 1)
-    recurrence.forward("rnn_tanh", x, None, None, w, w, None, None, False, False)
+    x, w = torch.zeros(T, B, 1), torch.zeros(1, 1, 1)
+    recurrence.forward("rnn_tanh", x, None, None, w, w, None, None, None, 0, False)
     assert taken[0] == (0, steps) and taken[-1][0] + taken[-1][1] == T
     assert [begin for begin, _ in taken] == list(range(0, T, steps))
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from support.layers import NAMES, close, equal, flat, packed, pair, run, states
-from support.recurrence import Layer, steps_of, tiles
+from support.recurrence import Layer, Members, steps_of, tiles
 from support.side_by_side import together
 from test_ops import CELLS, make, op_args
 
@@ -55,14 +55,14 @@ def test_gradients(cell, dtype, reverse, marked, device):
 def test_opcheck(cell, device):
     """Both operators, as PyTorch checks them, with the gates computed again."""
     tensors = make(cell, device, T=T, B=B, I=I, H=H)
-    arguments = (*op_args(cell, tensors, False, True), None, None, None, None, True)
+    arguments = (*op_args(cell, tensors, False, True), None, None, None, None, None, 0.0, True)
     torch.library.opcheck(ops.forward, arguments)
     with torch.no_grad():
-        y, _, _, saved, c = ops.forward(*arguments)
+        y, _, _, _, saved, c = ops.forward(*arguments)
         assert saved.numel() == 0
         _, x, h0, c0, w_ih, w_hh, b_ih, b_hh, *_ = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
-        given = (cell, torch.randn_like(y), None, None, y, saved, c, h0, c0, w_hh, False, True)
-        torch.library.opcheck(ops.backward, (*given, None, None, None, None, None, x, w_ih, b_ih, b_hh))
+        given = (cell, torch.randn_like(y), None, None, y, saved, c, h0, c0, w_hh, None, 0, True)
+        torch.library.opcheck(ops.backward, (*given, None, None, None, None, None, None, 0.0, x, w_ih, b_ih, b_hh))
 
 
 @pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
@@ -70,20 +70,13 @@ def test_opcheck(cell, device):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_backward_by_chunks(cell, reverse, family):
-    """A backward in several calls, against the order of forward, gives the bits of one call."""
+    """A backward that is given what is saved a chunk at a time gives the bits of one that is given it at once."""
     layer = Layer(cell, torch.float32, T, B, 32, reverse=reverse)
-    plans = steps_of(32, torch.float32) if family is step else tiles(32, block_h=16, steps=2)
-    h, c, saved = layer.forward(step, steps_of(32, torch.float32))
+    plans = steps_of(32, torch.float32) if family is step else tiles(32, block_h=16, steps=3)
+    forward = layer.forward(step, steps_of(32, torch.float32))
     with together(1):
-        whole = layer.backward(family, plans, h, c, saved)
-        d_gates = torch.full_like(whole[0], float("nan"))
-        d_h, d_c = layer.d_h.clone(), None if layer.d_c is None else layer.d_c.clone()
-        for begin in range(0, T, 3) if reverse else reversed(range(0, T, 3)):
-            family.backward(
-                layer.cell, layer.dy, saved[begin : begin + 3], h, layer.h0, c, layer.c0, layer.w, d_gates, d_h, d_c,
-                reverse=reverse, precision="ieee", plan=plans, begin=begin, steps=min(3, T - begin),
-            )  # fmt: skip
-    parts = (d_gates, d_h if layer.cell.direct else None, d_c)
+        whole = layer.backward(family, plans, *forward, chunk=None if family is step else 3)
+        (parts,) = Members([layer], 3, by_chunk=True).backward(family, plans, [forward])
     assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True) if b is not None)
 
 

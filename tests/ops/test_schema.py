@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from support.groups import KINDS, Stack
 from support.layers import equal
 from test_ops import CELLS, B, H, I, T, make
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,15 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rnnfast import ops, reference
 from rnnfast.ops import operators, recurrence
 from rnnfast.ops.gradients import Tape
+from rnnfast.ops.members import Frame
 from rnnfast.ops.schema import DIFFERENTIABLE, TENSORS, UPSTREAM, batch_axis
 
 EXPORTED = [  # programs that were exported hold these: arguments are added at the end, with a default
     "rnnfast::forward(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-    "bool reverse, bool save, Tensor? marks=None, Tensor? lengths=None, Tensor? reset_h=None, Tensor? reset_c=None, "
-    "bool recompute=False",
-    "rnnfast::backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor saved, Tensor c, Tensor? h0, "
-    "Tensor? c0, Tensor w_hh, bool reverse, bool need_starts, Tensor? dcs=None, Tensor? marks=None, Tensor? lengths=None, "
-    "Tensor? reset_h=None, Tensor? reset_c=None, Tensor? x=None, Tensor? w_ih=None, Tensor? b_ih=None, Tensor? b_hh=None",
+    "Tensor? w_up, SymInt flips, bool save, Tensor? marks=None, Tensor? lengths=None, Tensor? reset_h=None, "
+    "Tensor? reset_c=None, Tensor? seeds=None, float dropout=0., bool recompute=False",
+    "rnnfast::backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor h, Tensor saved, Tensor c, Tensor? h0, "
+    "Tensor? c0, Tensor w_hh, Tensor? w_up, SymInt flips, bool need_starts, Tensor? dcs=None, Tensor? marks=None, "
+    "Tensor? lengths=None, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? seeds=None, float dropout=0., "
+    "Tensor? x=None, Tensor? w_ih=None, Tensor? b_ih=None, Tensor? b_hh=None",
 ]
 RUNS = {"forward": recurrence.forward, "backward": recurrence.backward}
 RETURNS = {"forward": operators.Results, "backward": operators.Grads}
@@ -39,44 +42,45 @@ def test_table():
     """A gradient from outside has the shape of what it is of. Gradients go to arguments of `forward`, in its order."""
     assert all(TENSORS[name] == TENSORS[of] for name, of in UPSTREAM.items())
     assert [name for name in operators.Forward._fields if name in DIFFERENTIABLE] == list(DIFFERENTIABLE)
-    assert [batch_axis(name) for name in ("x", "h0", "w_ih", "b_hh", "marks", "lengths", "cell")] == [
-        1,
-        0,
-        None,
-        None,
-        1,
-        0,
-        None,
-    ]
+    axes = {"x": -2, "h0": -2, "w_ih": None, "w_up": None, "marks": -1, "lengths": -1, "h": -2, "y": -2, "seeds": None}
+    assert {name: batch_axis(name) for name in axes} == axes and batch_axis("cell") is None
     assert set(Tape._fields) <= set(TENSORS)
 
 
-def everything(cell, device):
-    """All arguments of `rnnfast::forward`, by name."""
-    tensors = make(cell, device, grad=False)
-    lengths, resets = torch.tensor([2, 0, T], device=device), torch.zeros(T, B, dtype=torch.bool, device=device)
-    given = {"marks": reference.marks(tensors["x"], lengths, resets, False), "lengths": lengths}
-    for name in ("h", "c")[: reference.CELLS[cell].states]:
-        given[f"reset_{name}"] = torch.randn(B, H, device=device)
-    return operators.Forward(**{"cell": cell, "c0": None, "reverse": False, "save": True, **tensors, **given})
+def everything(cell, layers, directions, device, **changed):
+    """All arguments of `rnnfast::forward` for a stack of layers or for directions, by name."""
+    made = Stack(cell, layers, directions, T, B, I, H, marked=True, dropout=0.5 if layers > 1 else 0.0, **changed)
+    frame = Frame(made.members, directions, True, cell, made.flips, True, made.dropout, made.recompute)
+    tensors = {name: tensor.detach() for name, tensor in made.tensors(device).items()}
+    x, lengths, resets = tensors["x"], *(option.to(device) for option in made.options.values())
+    marks = torch.stack([reference.marks(x, lengths, resets, bool(m)) for m in range(directions)])
+    seeds = ops.dropout.seeds(x, made.dropout, layers - 1) if layers > 1 else None
+    weights = [tensors[f"{kind}{m}"] for m in range(made.members) for kind in KINDS]
+    (h0, c0), (reset_h, reset_c) = ([tensors.get(f"{name}{n}") for n in range(2)] for name in ("start", "reset"))
+    return frame.assembled([x, h0, c0, reset_h, reset_c, marks, lengths, seeds, *weights])
 
 
+@pytest.mark.parametrize("layers, directions, recompute", [(1, 1, False), (1, 2, False), (3, 1, False), (3, 1, True)])
 @pytest.mark.parametrize("cell", CELLS)
-def test_shapes(cell, device):
+def test_shapes(cell, layers, directions, recompute, device):
     """Shapes are those of the table, in the kernels and in the fake kernels; and dtypes are the same in both."""
     spec = reference.CELLS[cell]
-    sizes = {"T": T, "B": B, "I": I, "H": H, "G": spec.gates, "S": spec.saved, "D": spec.grads}
+    sizes = {"T": T, "B": B, "I": I, "H": H, "G": spec.gates, "S": spec.saved, "K": spec.grads}
+    sizes |= {"M": layers * directions, "D": directions, "U": layers - 1}
 
     def check(names, tensors):
         for name, tensor in zip(names, tensors, strict=True):
             if tensor is not None and tensor.numel():
                 assert tuple(tensor.shape) == tuple(eval(size, {}, sizes) for size in TENSORS[name].shape.split()), name
 
-    call = everything(cell, device)
+    call = everything(cell, layers, directions, device, recompute=recompute)
     check(operators.INPUTS, [getattr(call, name) for name in operators.INPUTS])
     results = operators.Results(*ops.forward(*call))
     check(results._fields, results)
+    assert results.h.numel() == (layers > 1) * layers * T * B * H
     given = {"dy": results.y, "dh_n": results.h_n, "dc_n": None, "need_starts": True}
+    given |= {} if layers > 1 else {"h": results.y}
+    given |= {} if recompute else dict.fromkeys(("x", "w_ih", "b_ih", "b_hh"))
     named = {**call._asdict(), **results._asdict(), **given}
     arguments = operators.Backward(**{name: named[name] for name in operators.Backward._fields if name in named})
     grads = ops.backward(*arguments)
@@ -104,7 +108,7 @@ def test_default_device(cell, device):
             runs = []
             for run in (ops.layer, lambda *args, recompute, **given: reference.layer(*args, **given)):
                 y, last = run(cell, x, start, *weights, w_hr, **options)
-                y = ops.dropout.dropout([y, y], 0.5).detach() + torch.cat([y, y], 2)
+                y = ops.dropout.dropout(torch.cat([y, y], 2), 0.5).detach() + torch.cat([y, y], 2)
                 (dx,) = torch.autograd.grad(y.square().sum() + last[0].sum(), x, create_graph=True)
                 runs += [y, *last, dx, *torch.autograd.grad(dx.square().sum(), [x, *weights])]
             found.append(runs)

@@ -112,7 +112,7 @@ def test_gradient_penalty_with_dropout(bidirectional, device):
     torch.manual_seed(1)
     found = penalty(lambda x: ours(x)[0], x.clone(), ours.parameters())
     torch.manual_seed(1)
-    mask = ops.dropout.dropout([torch.ones(T, B, H, device=device)] * D, 0.5).double().transpose(0, 1)
+    mask = ops.dropout.dropout(torch.ones(T, B, D * H, device=device), 0.5).double().transpose(0, 1)
     options = {"batch_first": True, "bidirectional": bidirectional, "backend": "reference", "device": device}
     parts = [rnnfast.LSTM(size, H, **options, dtype=torch.float64) for size in (I, D * H)]
     values = [weight.detach().double() for weight in ours.parameters()]
@@ -169,8 +169,8 @@ def test_under_autocast(device):
 def test_the_operator_of_backward(device):
     """rnnfast::backward, called by itself, has no derivative and says so."""
     y = torch.randn(T, B, H, device=device)
-    upstream, w_hh = torch.ones_like(y, requires_grad=True), torch.randn(H, H, device=device)
-    arguments = ("rnn_tanh", upstream, None, None, y, y.new_empty(0), y.new_empty(0), None, None, w_hh, False, False)
+    upstream, w_hh = torch.ones_like(y, requires_grad=True), torch.randn(1, H, H, device=device)
+    arguments = ("rnn_tanh", upstream, None, None, y, y.new_empty(0), y.new_empty(0), None, None, w_hh, None, 0, False)
     with pytest.raises(RuntimeError, match="has no derivative of its own"):
         ops.backward(*arguments)[0].sum().backward()
 

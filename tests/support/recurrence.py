@@ -168,7 +168,9 @@ class Members:
         def rounds():
             for begin in group.begins(T, N, False):
                 n = N if group.layers else min(N, T - begin)
-                yield begin, self._of_chunk([layer.x for layer in self.layers], begin, n, -group.lag, False)
+                x = self._of_chunk([layer.x for layer in self.layers], begin, n, -group.lag, False)
+                gap = torch.full_like(x[0, :1], float("nan"))  # member 0 may begin anywhere behind the others
+                yield begin, n, torch.cat([x[1:].flatten(0, 1), gap, x[0]])[M == 1 :], (M - 1) * n + (M > 1)
 
         family.forward(
             self.cell, rounds, w, bias_x, bias_h, h0, c0, h, c, saved, group=group, precision="ieee", plan=tiles,
