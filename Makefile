@@ -75,7 +75,7 @@ gpu-check: ## on this machine's GPU, in nine minutes: times, tuning, checks, tes
 	@$(PYTHON) -c 'import hypothesis, pytest, torch, triton' 2>/dev/null || \
 		{ echo "gpu-check installs nothing, and $(PYTHON) lacks torch, triton, pytest or hypothesis: name one that has them," \
 		"make gpu-check PYTHON=..." >&2; exit 1; }
-	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu_check --out $(abspath $(OUT)) $(ARGS)
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(ARGS)
 
 clean: ## remove the virtual environment and everything built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

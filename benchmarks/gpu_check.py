@@ -46,22 +46,23 @@ from rnnfast.commands import tune
 from rnnfast.kernels.families import FAMILIES
 
 CANARY = 20  # seconds
-SHAPES = list(dict.fromkeys(replace(case, mode="inference") for case in jobs.TIMED))
+LAYERS: dict[Case, list[Case]] = {}  # the cases that are timed, by their layer
+for _case in jobs.TIMED:
+    LAYERS.setdefault(replace(_case, mode="inference", model=""), []).append(_case)
 PLAN = {  # the parts, their seconds, and what they are
     "start": (10, "PyTorch, the driver"),
     "compile": (90, "the kernels of all cases, side by side on the CPUs; beside it the canary, at most"
                     f" {CANARY} s, and the probes: the hop through L2, clusters that fit, ceilings"),
-    "benchmark": (21 * len(SHAPES), f"{len(SHAPES)} layers, one process each: torch.nn and every family, forward and training,"
+    "benchmark": (23 * len(LAYERS), f"{len(LAYERS)} layers, one process each: torch.nn and every family, forward and training,"
                                     " eager and CUDA graph, device time by kernel"),
-    "tuned": (99, f"rnnfast tune on {len(jobs.TUNED) // 2} layers: the table to ship"),
-    "checks": (50, f"{len(jobs.CHECKS)} cases against float64, side by side: error / allowed"),
+    "tuned": (66, f"rnnfast tune on {len(jobs.TUNED) // 2} layers, the last ones in a second run: the table to ship"),
+    "checks": (38, f"{len(jobs.CHECKS)} cases against float64, side by side: error / allowed"),
     "stress": (20, f"{jobs.LAUNCHES} launches of a persistent kernel, {len(jobs.STRESS)} times: the same bits"),
     "tests": (30, "the tests on the real device, with all time that is left; for most of them run it again"),
     "end": (10, "the last child processes go"),
 }  # fmt: skip
 ENDS = dict(zip(PLAN, accumulate(seconds for seconds, _ in PLAN.values()), strict=True))  # seconds from the start
 BUDGET = ENDS["end"]
-MODES = tuple(dict.fromkeys(case.mode for case in jobs.TIMED))
 MARK = "pytest.mark.same_everywhere"  # marks a test file that does not depend on the GPU, and may need what is not installed
 QUIET = 30  # seconds without a finding after which a child process is taken to hang
 CASE = 45  # seconds that a layer may take, all contestants together, and a check, compilation included
@@ -138,11 +139,11 @@ def time_all(report: Report, until: float) -> None:
     waits = {provider_of(name) for name, family in FAMILIES.items() if family.waits}
     providers = sorted([BASE, *map(provider_of, report.families)], key=waits.__contains__)  # what may hang comes last
     left = report.left("benchmark")
-    for shape in SHAPES:
+    for cases in LAYERS.values():
         rows = [row for each in report.found["benchmark"].values() for row in each]
         if any(row["provider"] in waits and row["note"].startswith("nothing for") for row in rows):
             providers = [name for name in providers if name not in waits]
-        work = [("gpu-check", replace(shape, mode=mode), name) for mode in MODES for name in providers]
+        work = [("gpu-check", case, name) for case in cases for name in providers]
         work = [item for item in work if f"{item[1].id} {item[2]}" in left]
         end = min(until, time.monotonic() + CASE)
         if not work or end < time.monotonic():
@@ -222,8 +223,11 @@ def plan() -> str:
     """The plan in words."""
     lines = [f"{'part':9} {'seconds':>7} {'ends at':>7}"]
     lines += [f"{part:9} {seconds:>7} {ENDS[part]:>7}  {words}" for part, (seconds, words) in PLAN.items()]
-    layers = ", ".join(case.id.removesuffix("-inference") for case in SHAPES)
-    lines += ["", f"contestants: {', '.join([BASE, *map(provider_of, FAMILIES)])}", f"benchmark: {layers}"]
+    layers = []
+    for layer, cases in LAYERS.items():
+        models = ", ".join(filter(None, dict.fromkeys(case.model for case in cases)))
+        layers.append(layer.id.removesuffix("-inference") + f" ({models})" * bool(models))
+    lines += ["", f"contestants: {', '.join([BASE, *map(provider_of, FAMILIES)])}", f"benchmark: {', '.join(layers)}"]
     return "\n".join([*lines, f"tuned: {'; '.join(str(shape).removesuffix(', inference') for shape in jobs.TUNED[::2])}"])
 
 

@@ -63,6 +63,7 @@ def _backward(layer: torch.nn.Module, x: torch.Tensor) -> Callable[[], object]:
 def steps(rounds: int) -> dict[str, float]:
     """Microseconds of a step of the step kernels: in inference, of forward and backward, and in chunks of one step."""
     from rnnfast.kernels import cells, step
+    from rnnfast.kernels.groups import ALONE
 
     layer = rnnfast.LSTM(1, 16)
     long, short = (torch.zeros(T, 1, 1) for T in (LONG, SHORT))
@@ -72,10 +73,10 @@ def steps(rounds: int) -> dict[str, float]:
         return (first - second) / (LONG - SHORT)
 
     def in_single_steps(T: int) -> Callable[[], object]:
-        w, cell = layer.weight_hh_l0.detach(), cells.CELLS["lstm"]
-        chunks = [(t, torch.zeros(1, 1, 64)) for t in range(T)]
-        h, c, plan = torch.zeros(T, 1, 16), torch.zeros(1, 1, 16), step.plan.step_plan(16, 4, "ieee")
-        options = {"reverse": False, "precision": "ieee", "plan": plan}
+        w, cell = layer.weight_hh_l0.detach()[None], cells.CELLS["lstm"]
+        chunks = [(t, 1, torch.zeros(1, 1, 64), 0) for t in range(T)]
+        h, c, plan = torch.zeros(T, 1, 16), torch.zeros(1, 1, 1, 16), step.plan.step_plan(16, 4, "ieee")
+        options = {"group": ALONE, "precision": "ieee", "plan": plan}
         return lambda: step.forward(cell, lambda: chunks, w, None, None, None, None, h, c, None, **options)
 
     found = {"inference": each(_forward(layer, long, False), _forward(layer, short, False))}

@@ -11,6 +11,7 @@ space, whose size only cuDNN reports. It is therefore measured on a GPU only.
 
 import argparse
 import sys
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,14 +20,21 @@ import rnnfast
 from benchmarks.timing.cases import Case
 from benchmarks.timing.problem import Problem, Ready, of_module
 from benchmarks.timing.providers import named_provider
+from rnnfast import ops
 from rnnfast.nn import base, stack
+from rnnfast.ops import recurrence
 
 DTYPES = ("float16", "bfloat16", "float32")
 
 
 def kept_by_kernels(case: Case, recompute: bool = False) -> dict[str, int]:
-    """`benchmarks.timing.measure.kept` for rnnfast's kernels on `case`, from the declared shapes only."""
-    with FakeTensorMode():
+    """`benchmarks.timing.measure.kept` for rnnfast's kernels on `case`, from the declared shapes only.
+
+    A call takes the way of eager mode, which keeps the weights themselves. Tensors without data would take the way of the
+    operator, which keeps those of a group as one tensor.
+    """
+    eager = mock.patch.multiple(recurrence, is_eager=lambda *_: True, forward=ops.forward)
+    with FakeTensorMode(), eager:
         problem = Problem(case, "cpu")
         layer = problem.module(getattr(rnnfast, case.cell), recompute=recompute)
         cell, weights = base.cell_of(layer), list(layer.parameters())

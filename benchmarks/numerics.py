@@ -16,7 +16,7 @@ import sys
 import torch
 
 from rnnfast import check
-from rnnfast.ops import recurrence
+from rnnfast.ops.rounds import Sides
 
 SHOWN = ("output", "grad of input", "grad of weight_hh_l0")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,8 +48,13 @@ def main(argv: list[str] | None = None) -> int:
 
         return power(args.draws)
     if args.round_input_side:
-        project = recurrence.project
-        recurrence.project = lambda x, w_ih: project(x, w_ih).to(x.dtype).float()
+        chunk = Sides.chunk
+
+        def rounded(sides: Sides, starts: list[int], N: int) -> tuple[torch.Tensor, int]:
+            x, first = chunk(sides, starts, N)
+            return x.to(sides.x.dtype).float(), first
+
+        Sides.chunk = rounded
     ratios()
     return 0
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.roofline [--case LSTM-T1024-B16-I768-H768-float16-training ...] [--gpu H100] [--results FILE] [--json]
 
-Without --case it prints the cases with published times and a few others. `benchmarks.floor.work.Floor` says what counts.
+Without --case it prints the layers alone with published times and a few others. `benchmarks.floor.work.Floor` says what counts.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jinja2
 
-from benchmarks.floor.ceilings import STATED, Ceilings, of_results
+from benchmarks.floor.ceilings import STATED, Ceilings, of_results, stated
 from benchmarks.floor.published import PUBLISHED
 from benchmarks.floor.work import Floor, floor, work
 from benchmarks.timing import results
@@ -69,7 +69,11 @@ class Line(NamedTuple):
 
 
 def line(case: Case, ceilings: Ceilings, measured: dict | None = None, compiled: bool = True) -> Line:
-    times = {f"{p.provider}, published": p.us_per_step for p in PUBLISHED if (p.case, p.gpu) == (case, ceilings.name)}
+    times = {}
+    for one in PUBLISHED:
+        if one.case == case and one.us_per_step and stated(one.gpu) == STATED[ceilings.name]:
+            where = "" if one.gpu == ceilings.name else f" on {one.gpu}"
+            times[f"{one.provider}{where}, published"] = one.us_per_step
     for row in measured["rows"] if measured else ():
         if results.key(row)[0] == case and row["timings"]:
             best = min(row["timings"], key=lambda timing: timing["p50"])
@@ -110,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         cases = args.case or dict.fromkeys(results.key(row)[0] for row in measured["rows"])
         pairs = [(case, ceilings) for case in cases]
     else:
-        pairs = [(case, STATED[gpu]) for case, gpu in dict.fromkeys((p.case, p.gpu) for p in PUBLISHED)]
+        known = dict.fromkeys((p.case, p.gpu) for p in PUBLISHED if p.gpu in STATED and not p.case.model)
+        pairs = [(case, STATED[gpu]) for case, gpu in known]
         pairs += [(case, ceilings) for case in OTHERS]
     lines = [line(case, gpu, measured, not args.no_prediction) for case, gpu in pairs]
     if args.json:

@@ -58,8 +58,8 @@ class Family:
         plan: (gates, B, H, itemsize, precision, backward, limits of the GPU, marked, members=1) to a plan, or to why there is
             none. Arguments as in `rnnfast.kernels.persistent.plan.persistent_plan`. On a CPU, which has no limits, a family
             that does not wait gets None.
-        plans: (gates, B, H, itemsize, precision, backward, limits of the GPU, how many at most, members=1) to the plans worth
-            measuring, the fastest by the family's model first. None for a family that has one plan for each size.
+        plans: (gates, B, H, itemsize, precision, backward, limits of the GPU, how many at most), and `members` by name, to the
+            plans worth measuring, the fastest by the family's model first. None for a family that has one plan for each size.
         waits: whether the programs of a grid wait for one another. Such a grid has to be resident as a whole, which takes a GPU
             with cooperative launch. The package then has `gave_up`, which says whether a wait on a device was in vain.
         many_steps: whether a launch runs many time steps; if not, a step takes at least what its launch costs the host.
@@ -79,21 +79,12 @@ def _any_size(gates, B, H, itemsize, precision, backward, limits, marked, member
     return step_plan(H, itemsize, precision)
 
 
-def _by_limits(*sizes, **members) -> PersistentPlan | NoPlan:
-    return persistent.plan.persistent_plan(*sizes, **members)
+def _by_limits(*sizes) -> PersistentPlan | NoPlan:
+    return persistent.plan.persistent_plan(*sizes)
 
 
 def _step_clocks(gates, B, H, itemsize, precision, backward, limits, marked, members: int = 1) -> float:
     return step_clocks(gates, B, H, itemsize, precision, backward, limits.sms, members)
-
-
-def _of_group(function):
-    """`function`, told the members where there are several."""
-
-    def run(*sizes, members: int = 1):
-        return function(*sizes) if members == 1 else function(*sizes, members=members)
-
-    return run
 
 
 FAMILIES = {
@@ -101,12 +92,12 @@ FAMILIES = {
         step, kind=StepPlan, plan=_any_size, plans=None, clocks=_step_clocks, waits=False, many_steps=False,
     ),
     "persistent": Family(
-        persistent, kind=PersistentPlan, plan=_of_group(_by_limits), plans=_of_group(persistent_plans),
-        clocks=_of_group(persistent_clocks), waits=True, many_steps=True,
+        persistent, kind=PersistentPlan, plan=_by_limits, plans=persistent_plans, clocks=persistent_clocks, waits=True,
+        many_steps=True,
     ),
     "one_program": Family(
-        one_program, kind=OneProgramPlan, plan=_of_group(one_program_plan), plans=_of_group(one_program_plans),
-        clocks=_of_group(one_program_clocks), waits=False, many_steps=True,
+        one_program, kind=OneProgramPlan, plan=one_program_plan, plans=one_program_plans, clocks=one_program_clocks,
+        waits=False, many_steps=True,
     ),
 }  # fmt: skip
 

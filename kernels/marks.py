@@ -25,13 +25,14 @@ ALL_PADDED = tl.constexpr(-1)  # packed marks of a step at which no row of the t
 
 
 class Marks(NamedTuple):
-    """The marks of a call and the states that begin anew; each None where a call has none.
+    """The marks of a call and the states that begin anew, for M members (`rnnfast.kernels.groups`); each None where a call has
+    none.
 
     Attributes:
-        codes: (T, B) int8; the persistent kernels themselves are given (T, tiles) words of `pack_kernel`.
-        order: (B,) int32, the batch rows in the order in which programs take them.
-        starts_h: (2, B, H), the initial and the reset h.
-        starts_c: (2, B, H) float32, the initial and the reset c.
+        codes: (M, T, B) int8; the persistent kernels themselves are given (M, T, tiles) words of `pack_kernel`.
+        order: (B,) int32, the batch rows in the order in which programs take them, the same for all members.
+        starts_h: (M, 2, B, H), the initial and the reset h.
+        starts_c: (M, 2, B, H) float32, the initial and the reset c.
     """
 
     codes: Any = None
@@ -41,7 +42,7 @@ class Marks(NamedTuple):
 
 
 class StartGrads(NamedTuple):
-    """Gradients of `Marks.starts_h` and `Marks.starts_c`, each (2, B, H) float32 and added to; None where not needed."""
+    """Gradients of `Marks.starts_h` and `Marks.starts_c`, each (M, 2, B, H) float32 and added to; None where not needed."""
 
     h: Any = None
     c: Any = None

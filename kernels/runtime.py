@@ -24,7 +24,6 @@ __all__ = [
     "alignment",
     "as_a_gpu",
     "emulates_bf16",
-    "in_chunks",
     "mode",
     "prepare_a_launch",
     "python_header",
@@ -59,20 +58,6 @@ def as_a_gpu(function):
     from triton.runtime.interpreter import np
 
     return np.errstate(all="ignore")(function)
-
-
-def in_chunks(forward):
-    """A host function ``forward(cell, chunks, ...)`` of one that runs a chunk, ``forward(cell, x, begin, ...)``.
-
-    ``chunks()`` gives pairs (begin, x), as `rnnfast.kernels.step.forward` has it.
-    """
-
-    @functools.wraps(forward)
-    def run(cell, chunks, *args, **options):
-        for begin, x in chunks():
-            forward(cell, x, begin, *args, **options)
-
-    return run
 
 
 def addresses(*values):

@@ -196,7 +196,9 @@ def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, 
     dtype = torch.get_autocast_dtype(kind) if autocast(kind) else tensor.dtype
     cell, units = cell_of(module), int(module.hidden_size)
     times = f"{layers} layers x {directions} directions x"
-    group = pipeline.grouping(layers, directions, options.details or bool(layer and layer.proj_size))
+    dropped = layer is not None and layer.dropout > 0 and layer.training and bool(torch_private.inside())
+    by_layer = options.details or dropped or bool(layer and layer.proj_size)
+    group = pipeline.grouping(layers, directions, by_layer)
     precision = kernel_plan.precision()
 
     def words(backward: bool) -> str:

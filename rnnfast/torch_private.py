@@ -54,6 +54,7 @@ __all__ = [
     "registers",
     "remove_batch_dim",
     "replaced",
+    "rnn_precision",
     "run_operator",
     "saved_tensor",
     "skipped_by_dynamo",
@@ -102,6 +103,9 @@ _set: Callable[[str, str, str], Any] = torch._C._set_fp32_precision_setter  # ty
 _get_legacy: Callable[[], str] = torch._C._get_float32_matmul_precision  # type: ignore[attr-defined]
 _set_legacy: Callable[[str], None] = torch._C._set_float32_matmul_precision  # type: ignore[attr-defined]
 _set_allowed: Callable[[bool], None] = torch._C._set_cublas_allow_tf32  # type: ignore[attr-defined]
+
+# torch.backends.cudnn.rnn.fp32_precision
+rnn_precision: Callable[[], str] = partial(_get, "cuda", "rnn")
 
 _turn = threading.RLock()
 _ANYWAY = nullcontext()

@@ -13,13 +13,15 @@ import triton.language as tl
 from benchmarks.timing.cases import DTYPES
 from benchmarks.timing.measure import Call, stopwatch
 from benchmarks.timing.problem import tf32
-from rnnfast.kernels.persistent.exchange import FIRST_WAIT, clear_kernel, poll, publish
+from rnnfast.kernels.persistent.clear import clear_kernel
+from rnnfast.kernels.persistent.exchange import FIRST_WAIT, poll, publish
 from rnnfast.kernels.persistent.give_up import for_launch, name_of
 
 HOPS = ((2, 32, 1), (2, 512, 4), (16, 32, 4), (64, 64, 8), (64, 128, 8))  # programs, words of each, and warps
 STEPS, BUFFER_WORDS = 4096, 1 << 22  # the most steps, and words of all: they have to stay in L2
 READ_BLOCK = 4096
 CLUSTERS = (2, 4, 8, 16)  # CTAs
+CLEARING = {"WORDS": 1, "DIRECTIONS": 1, "OF_CHUNK": False, "BACKWARD": False, "BLOCK": 1024}
 
 
 @triton.jit(do_not_specialize=["steps", "name", "once"])
@@ -59,11 +61,17 @@ def read_kernel(source_ptr, out_ptr, blocks, rounds, BLOCK: tl.constexpr):
     tl.store(out_ptr + pid * BLOCK + tl.arange(0, BLOCK), total)
 
 
+def _all_of(words: torch.Tensor) -> tuple:
+    """The arguments of `clear_kernel` for one step of one member, whose rows these words are."""
+    sums, begin, lag, steps, T, flips, sum_words = None, 0, 0, 1, 1, 0, 0
+    return sums, begin, lag, steps, T, flips, words.numel(), sum_words
+
+
 def hop(device: str, steps: int, programs: int = 2, words: int = 32, warps: int = 1) -> torch.Tensor:
     """Run `hop_kernel` on a fresh exchange. Returns what each program saw last."""
     exchange = torch.empty(steps, programs * words, device=device)
     out = torch.zeros(programs, programs * words, device=device)
-    clear_kernel[(-(-exchange.numel() // 1024),)](exchange, exchange.numel(), BLOCK=1024)
+    clear_kernel[(-(-exchange.numel() // 1024),)](exchange, *_all_of(exchange), **CLEARING)
     hop_kernel[(programs,)](
         exchange, out, for_launch(out), steps, name_of("hop", None, words, out.dtype), 1, programs, words, warps,
         num_warps=warps, num_stages=1, launch_cooperative_grid=True,
@@ -97,7 +105,7 @@ def clusters() -> dict[str, int]:
     words = torch.empty(1024, device="cuda", dtype=torch.int32)
     found = {}
     for ctas in CLUSTERS:
-        built = clear_kernel[(1,)](words, words.numel(), BLOCK=1024, num_ctas=ctas)
+        built = clear_kernel[(1,)](words, *_all_of(words), **CLEARING, num_ctas=ctas)
         found[f"of {ctas} CTAs"] = utils.cuOccupancyMaxActiveClusters(built.function, shared, ctas)
     return found
 

@@ -15,7 +15,8 @@ class Work(NamedTuple):
     flops: float  # FLOPs of the products, input side and recurrence; backward has twice as many
     loop_flops: float  # the part that runs step by step: W_hh h, and in backward W_hh^T times the gate gradients
     # moved between the program and the memory outside: x, y and all parameters once, in backward dy, dx and the gradients of
-    # the parameters too. Activations kept for backward do not count: they could be computed again
+    # the parameters too. y and dy count only if the case returns y. Activations kept for backward do not count: they could be
+    # computed again
     bytes: float
     saved: float  # bytes that rnnfast keeps for backward, no part of any floor
     weight_bytes: int  # W_hh of one layer and direction
@@ -32,6 +33,7 @@ def work(case: Case) -> Work:
     input_side = sum(2 * rows * gates * case.H * width for width in inputs) * case.directions
     parameters = sum(gates * case.H * (width + case.H + 2) for width in inputs) * case.directions * itemsize
     x, y = rows * case.I * itemsize, rows * case.H * case.directions * itemsize
+    y *= case.around.returns in ("all", "output")
     forward, backward = case.mode != "backward", case.mode in ("backward", "training")
     moved = x + parameters + (y if forward else 0) + (y + x + parameters if backward else 0)
     unit = SAVED[case.cell_name] * itemsize + (4 if case.cell == "LSTM" else 0)

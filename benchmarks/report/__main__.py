@@ -15,18 +15,20 @@ THE_OTHERS = "Everybody else beside torch.nn, the slowest first."
 
 def all_tables(facts: Facts, before: Facts | None) -> dict:
     """The tables before and after the charts."""
-    ours = [entry for entry in facts.compared if entry.ours]
+    ours = [entry for entry in facts.compared if entry.ours and entry.verdict(entry.worst) in tables.DECIDED]
+    undecided = [entry for entry in facts.compared if entry.ours and entry not in ours]
     others = [entry for entry in facts.compared if not entry.ours]
     first = tables.change_tables(before, facts) if before else []
     first += [
         tables.summary_table(facts),
         tables.comparison_table(facts, "Where it loses", LOSSES, (entry for entry in ours if entry.worst.p50 < 1)),
         tables.comparison_table(facts, "Where it wins", WINS, (entry for entry in ours if entry.worst.p50 >= 1)),
+        tables.comparison_table(facts, "Without a verdict", tables.NO_VERDICT, undecided, shown=0),
         tables.failure_table(facts),
         tables.comparison_table(facts, "The other providers", THE_OTHERS, others, shown=0),
     ]
-    floors = filter(None, [tables.floor_table(facts)])
-    last = [tables.memory_table(facts), *floors, tables.row_table(facts), tables.environment_table(facts)]
+    known = filter(None, [tables.published_table(facts), tables.floor_table(facts)])
+    last = [tables.memory_table(facts), *known, tables.row_table(facts), tables.environment_table(facts)]
     return {"first": first, "last": last}
 
 

@@ -10,9 +10,10 @@ from benchmarks.floor.ceilings import Ceilings, of_results
 from benchmarks.floor.work import Floor, floor
 from benchmarks.timing import results
 from benchmarks.timing.cases import Case
-from benchmarks.timing.providers import BASE
+from benchmarks.timing.providers import BASE, OWN_LAYER
 
 OURS = "rnnfast"  # how the names of our providers begin
+WIDE = 2  # a spread from the 20th to the 80th percentile that grows by more than this factor allows no verdict
 MAIN = ("eager", "warm")
 
 
@@ -40,8 +41,8 @@ class Spread(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """For a speed-up: "win" or "loss", or "even" where 1 lies within the spread."""
-        return "win" if self.p20 > 1 else "loss" if self.p80 < 1 else "even"
+        """For a speed-up: "win" or "loss", "even" where 1 lies within the spread, or "unclear" where the spread is `WIDE`."""
+        return "unclear" if self.p80 > WIDE * self.p20 else "win" if self.p20 > 1 else "loss" if self.p80 < 1 else "even"
 
     def words(self, digits: Callable[[float], str]) -> str:
         return f"{digits(self.p50)} ({digits(self.p20)} to {digits(self.p80)})"
@@ -67,6 +68,7 @@ class Entry:
         self.case, self.provider = results.key(row)
         self.ours = self.provider.startswith(OURS)
         self.status, self.note, self.error = row["status"], row["note"], row["error"]
+        self.same_code = self.ours and OWN_LAYER in self.note  # it runs torch.nn's code: what differs from torch.nn is noise
         self.times = {(timing["how"], timing["l2"]): Spread.of(timing) for timing in row["timings"]}
         self.ratio = Spread.of(row["ratio"]) if row["ratio"] else None
         self.peak_bytes, self.saved_bytes = row["peak_bytes"], row["saved_bytes"]
@@ -87,6 +89,10 @@ class Entry:
     @property
     def main(self) -> Spread:
         return self.speed_ups.get(MAIN, self.worst)
+
+    def verdict(self, spread: Spread) -> str:
+        """That of one of the speed-ups, or "same" for torch.nn's own code."""
+        return "same" if self.same_code else spread.verdict
 
     @property
     def why(self) -> str:
@@ -109,7 +115,7 @@ def describe(case: Case, free: tuple[str, ...] = ()) -> str:
     words = [f"{case.cell} {'TF32' if case.tf32 else case.dtype} {case.mode}"]
     if case.layers > 1 and "layers" not in free:
         words.append(f"{case.layers} layers")
-    words += ["two directions"] * (case.directions == 2) + ["packed"] * case.packed
+    words += ["two directions"] * (case.directions == 2) + ["packed"] * case.packed + [case.around.words] * bool(case.model)
     words += [f"{name} = {getattr(case, name):,}" for name in "TBH" if name not in free]
     if case.I == case.H:
         words += ["I = H"]

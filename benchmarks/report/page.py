@@ -9,7 +9,7 @@ import jinja2
 from benchmarks.report import charts
 from benchmarks.report.charts import Series
 from benchmarks.report.facts import BASE, MAIN, Entry, Facts, Group, Spread, describe, ratio
-from benchmarks.report.tables import Table, how_words
+from benchmarks.report.tables import DECIDED, Table, how_words
 
 LEVELS = (0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)  # speed-ups between the colours -4 to 4
 SCALE = ["below 0.5", *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(LEVELS)), "2 and more"]
@@ -29,9 +29,10 @@ def _heat_map(facts: Facts, group: Group, provider: str, how: tuple[str, str]) -
     def cell(H: int, B: int) -> tuple[str, str, str]:
         entry = at.get((H, B))
         spread = entry.speed_ups.get(how) if entry else None
-        if spread:
-            sign = {"win": "▲", "loss": "▼", "even": "="}[spread.verdict]
-            level = sum(spread.p50 >= level for level in LEVELS) - 4
+        if entry and spread:
+            verdict = entry.verdict(spread)
+            sign = {"win": "▲", "loss": "▼", "even": "=", "unclear": "?", "same": "≡"}[verdict]
+            level = sum(spread.p50 >= level for level in LEVELS) - 4 if verdict in DECIDED else 0
             return f"d{level}", f"{ratio(spread.p50)}\u202f{sign}", spread.words(ratio)
         return "none", entry.status if entry and entry.status != "ok" else "", entry.why if entry else "not in the file"
 
@@ -100,7 +101,7 @@ def _section(facts: Facts, heading: str, intro: str, axis: str, what: str = "tim
 def render(facts: Facts, title: str, tables: dict[str, list[Table]]) -> tuple[str, str]:
     """The page and the Markdown. `tables`: those "first", before the charts, and those "last"."""
     ours = [name for name in facts.providers if any(entry.ours for entry in facts.compared if entry.provider == name)]
-    verdicts = {name: [entry.main.verdict for entry in facts.compared if entry.provider == name] for name in ours}
+    verdicts = {name: [entry.verdict(entry.main) for entry in facts.compared if entry.provider == name] for name in ours}
     macros = TEMPLATES.get_template("words.txt").module
     intro = macros.intro(how_words(facts.hows[0] if facts.hows else MAIN), facts.ceilings)
     lead = macros.lead(facts, verdicts)

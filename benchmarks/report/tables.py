@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
-from benchmarks.report.facts import BASE, Entry, Facts, Spread, changes, describe, figure, ratio
+from benchmarks.floor.published import PUBLISHED, Published
+from benchmarks.report.facts import BASE, WIDE, Entry, Facts, Spread, changes, describe, figure, ratio
 
 
 class Table(NamedTuple):
@@ -28,7 +30,12 @@ def how_words(how: tuple[str, str]) -> str:
     return name if how[1] == "warm" else f"{name}, {how[1]} L2"
 
 
-WORDS = {"win": "faster", "even": "within spread", "loss": "slower"}
+WORDS = {"win": "faster", "even": "within spread", "loss": "slower", "unclear": "no verdict", "same": "torch.nn's code"}
+DECIDED = ("win", "even", "loss")
+NO_VERDICT = (
+    f"A call has no verdict if its 80th percentile is more than {WIDE} times its 20th. A call that runs torch.nn's own code has"
+    " none either: what differs is noise, and the little that rnnfast adds on the host."
+)
 
 
 def comparison_table(facts: Facts, heading: str, intro: str, chosen: Iterable[Entry], shown: int = 20) -> Table:
@@ -38,9 +45,9 @@ def comparison_table(facts: Facts, heading: str, intro: str, chosen: Iterable[En
     for entry in chosen:
         cells = [entry.speed_ups[how].words(ratio) if how in entry.speed_ups else "" for how in hows]
         us = figure(entry.time.p50 / entry.case.T)
-        rows.append((describe(entry.case), entry.provider, WORDS[entry.worst.verdict], *cells, us))
+        rows.append((describe(entry.case), entry.provider, WORDS[entry.verdict(entry.worst)], *cells, us))
     columns = ("case", "provider", "verdict", *(f"speed-up {how_words(how)}" for how in hows), "µs a step")
-    return Table(heading, intro, columns, rows, [entry.worst.verdict for entry in chosen], range(3, len(columns)), shown)
+    return Table(heading, intro, columns, rows, [entry.verdict(entry.worst) for entry in chosen], range(3, len(columns)), shown)
 
 
 def summary_table(facts: Facts) -> Table:
@@ -48,17 +55,17 @@ def summary_table(facts: Facts) -> Table:
     rows = []
     for provider in facts.providers:
         entries = [entry for entry in facts.entries if entry.provider == provider]
-        spreads = [entry.main for entry in entries if entry.speed_ups]
-        speed_ups, verdicts = [spread.p50 for spread in spreads], [spread.verdict for spread in spreads]
-        cells = [""] * 6
-        if spreads:
-            mean = math.exp(sum(map(math.log, speed_ups)) / len(speed_ups))
-            cells = [str(verdicts.count(kind)) for kind in WORDS] + [ratio(x) for x in (mean, min(speed_ups), max(speed_ups))]
+        verdicts = [entry.verdict(entry.main) for entry in entries if entry.speed_ups]
+        decided = [entry.main.p50 for entry in entries if entry.speed_ups and entry.verdict(entry.main) in DECIDED]
+        counts, figures = [str(verdicts.count(kind)) if verdicts else "" for kind in WORDS], [""] * 3
+        if decided:
+            mean = math.exp(sum(map(math.log, decided)) / len(decided))
+            figures = [ratio(x) for x in (mean, min(decided), max(decided))]
         failed = sum(entry.status != "ok" for entry in entries)
-        rows.append((provider, str(len(entries)), *cells[:3], str(failed), *cells[3:]))
+        rows.append((provider, str(len(entries)), *counts, str(failed), *figures))
     how = how_words(facts.hows[0]) if facts.hows else "eager"
-    intro = f"Speed-up is the time of {BASE} over that of the provider, {how}."
-    columns = ("provider", "cases", "faster", "within spread", "slower", "not timed", "geometric mean", "worst", "best")
+    intro = f"Speed-up is the time of {BASE} over that of the provider, {how}. {NO_VERDICT} The last columns leave out both."
+    columns = ("provider", "cases", *WORDS.values(), "not timed", "geometric mean", "worst", "best")
     return Table("Summary", intro, columns, rows, [], range(1, len(columns)))
 
 
@@ -115,6 +122,38 @@ def floor_table(facts: Facts) -> Table | None:
     return Table("Floor of each case", intro, columns, rows, [], {1, 2, 3, 4, 5, 6, 8}, shown=0)
 
 
+def _beside(facts: Facts, published: Published, provider: str) -> str:
+    """What the file has of `provider` beside a published figure: ms a call, or times padded."""
+    entry = facts.of.get((published.case, provider))
+    if entry is None or entry.time is None:
+        return ""
+    if published.times_padded is None:
+        return figure(entry.time.p50 / 1000)
+    padded = facts.of.get((replace(published.case, model=""), provider))
+    return f"{figure(entry.time.p50 / padded.time.p50)} times padded" if padded and padded.time else ""
+
+
+def published_table(facts: Facts) -> Table | None:
+    """What others have published of the cases of the file, beside the times in the file. None if they have published nothing.
+
+    No column divides a time of one machine by that of another.
+    """
+    rows = []
+    for one in (published for case in facts.cases for published in PUBLISHED if published.case == case):
+        times_padded = f"{figure(one.times_padded)} times padded" if one.times_padded else ""
+        value = times_padded or figure(one.us_per_step * one.case.T / 1000)
+        found = {name: _beside(facts, one, name) for name in facts.providers}
+        others = ", ".join(f"{name} {text}" for name, text in found.items() if text and name != BASE)
+        rows.append((describe(one.case), one.provider, one.gpu, value, found.get(BASE, ""), others, one.source))
+    if not rows:
+        return None
+    columns = ("case", "published: who", "where", "published: ms a call", "here: torch.nn", "here: the others", "source")
+    intro = "Others have published these times, and nobody measured them here. Only the columns that begin with here are from "
+    intro += f"{facts.title}, in ms a call. Machines, versions and ways of timing differ, so a published time over one from "
+    intro += "here is no speed-up. Times padded: a call with lengths over the same layer on padded input, both on one machine."
+    return Table("Published by others, not measured here", intro, columns, rows, [], {3, 4})
+
+
 def row_table(facts: Facts) -> Table:
     """Every row of the file, with what no other table has: its error, its compile time, its GPU kernels."""
     rows = []
@@ -143,10 +182,10 @@ def change_tables(before: Facts, after: Facts) -> list[Table]:
     for kind, (change, case, provider, how, sides, relative) in zip(kinds, found, strict=True):
         unit, scale, digits = (f"of {BASE}'s", 1, ratio) if relative else ("µs a step", case.T, figure)
         words = [side.scaled(1 / scale).words(digits) for side in sides]
-        verdict = {"win": "faster", "loss": "slower", "even": "noise"}[kind]
+        verdict = WORDS[kind] if kind != "even" else "noise"
         rows.append((describe(case), provider, how_words(how), verdict, f"{change.p50 - 1:+.1%}", unit, *words))
-    counts = map(kinds.count, ("loss", "even", "win"))
-    intro = "{} slower, {} within the spread of both runs (noise), {} faster. ".format(*counts)
+    counts = map(kinds.count, ("loss", "even", "win", "unclear"))
+    intro = "{} slower, {} within the spread of both runs (noise), {} faster, {} without a verdict. ".format(*counts)
     intro += "Change is that of the time; a change counts only where the spreads (20th to 80th percentile) do not meet."
     columns = ("case", "provider", "how", "verdict", "change", "time", "before", "after")
     tables = [Table("Before and after", intro, columns, rows, kinds, {4, 6, 7})]

@@ -2,11 +2,13 @@
 
     python -m benchmarks.static [--arch 80 90 100] [--json FILE] [--summary FILE] [--jobs N] [--fresh]
                                 [--family step] [--cells lstm gru] [--dtypes float16 tf32] [--hidden 128 768] [--batch 1 16]
-                                [--marked]
+                                [--marked] [--members 6] [--both-directions]
     python -m benchmarks.static --show-terms LSTM 768 16
 
 For each shape the table has the persistent kernels. If they have no plan, it says why and has the step kernels. Without
 --cells, --dtypes, --hidden and --batch it is the standard table. --marked compiles the kernels for lengths and resets.
+--members compiles them for the layers of a stack as one group, --both-directions for both directions of a layer. A predicted
+step is then one of all members.
 docs/static.md says what the columns and the keys of the JSON mean.
 
 No GPU has measured any of it.
@@ -16,7 +18,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=_positive, nargs="+")
     parser.add_argument("--batch", type=_positive, nargs="+")
     parser.add_argument("--marked", action="store_true", help="the kernels for lengths and resets")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--members", type=_positive, default=1, help="layers of a stack in one launch")
+    group.add_argument("--both-directions", action="store_true", help="both directions of a layer in one launch")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--summary", metavar="FILE", help="also put the table in short into this page, docs/static.md")
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
@@ -77,10 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         defaults = ("lstm",), ("float16",), HIDDEN, BATCH
         table = [(args.family or "persistent", *(axis or default for axis, default in zip(chosen, defaults, strict=True)))]
     print(f"triton {triton.__version__}, torch {torch.__version__}. Counted and predicted: no GPU has measured any of this.\n")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.fresh:
-            os.environ["TRITON_CACHE_DIR"] = folder
-        rows = build(jobs_of(table, args.arch, args.marked), args.jobs)
+    members, directions = (2, 2) if args.both_directions else (args.members, 1)
+    rows = build(jobs_of(table, args.arch, args.marked, members, directions), args.jobs, args.fresh)
     print("\n".join(text.show_terms(rows) if args.show_terms else text.show(rows)))
     if args.json:
         report = {"schema": SCHEMA, "triton": triton.__version__, "torch": torch.__version__, "rows": rows}

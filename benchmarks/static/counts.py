@@ -113,7 +113,7 @@ def persistent_row(
     code: dict, cell: Cell, H: int, itemsize: int, backward: bool,
     plan: PersistentPlan, programs: list[int], limits: GpuLimits, B: int,
 ) -> dict:  # fmt: skip
-    """A row of a persistent kernel, of launches of `programs` one after another for a batch of `B` rows."""
+    """A row of a persistent kernel, of launches of `programs` one after another for `B` batch rows of all members."""
     gate_rows = 1 << (cell.gates - 1).bit_length()
     rows = plan.BLOCK_H * (plan.PARTS if backward else gate_rows)
     needed_rows = plan.BLOCK_H * (plan.PARTS if backward else cell.gates)
@@ -150,7 +150,7 @@ def one_program_row(
     code: dict, cell: Cell, H: int, itemsize: int, backward: bool,
     plan: OneProgramPlan, programs: int, limits: GpuLimits, B: int, training: bool,
 ) -> dict:  # fmt: skip
-    """A row of a one-program kernel, of `programs` for a batch of `B` rows."""
+    """A row of a one-program kernel, of `programs` for `B` batch rows of all members."""
     rows, columns = (H, cell.gates * H) if backward else (cell.gates * H, H)
     time = cost.program_time(
         sms=limits.sms,
@@ -171,8 +171,10 @@ def one_program_row(
     return product | row | _terms({name: share * time.total for name, share in time.share().items()}, limits.name)
 
 
-def step_row(code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: StepPlan, B: int, limits: GpuLimits) -> dict:
-    """A row of a step kernel for a batch of `B` rows.
+def step_row(
+    code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: StepPlan, B: int, limits: GpuLimits, members: int,
+) -> dict:  # fmt: skip
+    """A row of a step kernel for a batch of `B` rows of each of `members`.
 
     Its loop is over chunks of the summed axis. A step takes the launch, the trips to L2, and the slowest of bytes, product and
     instructions. Bytes and product are as in the model of the persistent kernels. In eager mode it takes at least the time that
@@ -181,7 +183,7 @@ def step_row(code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan
     rows = plan.BLOCK_H * (1 if backward else cell.gates)
     columns = H * (cell.gates if backward else 1)
     chunks = -(-columns // plan.BLOCK_K)
-    programs = math.prod(plan.grid(B, H))
+    programs = math.prod(plan.grid(B, H, members))
     gathered = plan.BLOCK_B * plan.BLOCK_K * itemsize * chunks
     loads = code["loaded_bytes"] * chunks
     trips = -(-chunks // (plan.num_stages - 1)) + 1

@@ -20,7 +20,10 @@ from benchmarks.static import stub
 from benchmarks.timing.problem import tf32
 from rnnfast import ops
 from rnnfast.choice import kernel_plan
-from rnnfast.kernels import dropout, one_program, persistent, recompute, runtime, step
+from rnnfast.kernels import cells, dropout, one_program, persistent, recompute, runtime, step
+from rnnfast.kernels.families import FAMILIES
+from rnnfast.kernels.groups import Group
+from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.persistent.plan import GPUS, GpuLimits
 from rnnfast.reference import GATES
 
@@ -89,7 +92,8 @@ def kernels() -> list[triton.JITFunction]:
     """Every kernel that a layer can launch."""
     modules = (step, persistent, one_program, recompute, dropout)
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
-    return [kernel for kernel in found if isinstance(kernel, triton.JITFunction)]
+    # pack_kernel is in two
+    return list({kernel.fn: kernel for kernel in found if isinstance(kernel, triton.JITFunction)}.values())
 
 
 @contextmanager
@@ -149,3 +153,45 @@ def run_layer(
         ops.layer(cell, x, None, *weights, **options)
     marks.append(len(driver.launches))
     return {phase: driver.launches[slice(*marks[at:][:2])] for at, phase in enumerate(("training", "backward", "inference"))}
+
+
+def run_group(
+    driver: StandInDriver, choices: dict[str, kernel_plan.Choice], cell: str, dtype: torch.dtype, hidden: int, N: int, B: int,
+    members: int, directions: int, marked: bool = False,
+) -> dict[str, list[Launch]]:  # fmt: skip
+    """The launches of one round of a group, as `run_layer` has those of a layer: of N steps of each member. They are the two
+    directions of a layer, or with `directions` 1 the layers of a stack. `choices`: of each phase."""
+    kind, M, T, wide = cells.CELLS[cell], members, 2 * N, torch.float32
+
+    def new(*shape, dtype=dtype):
+        return torch.zeros(M, *shape, dtype=dtype)
+
+    def cell_states(*shape):
+        return new(*shape, dtype=wide) if kind.carries_c else None
+
+    w, bias = new(kind.gates * hidden, hidden), new(kind.gates * hidden)
+    h = torch.zeros(T, B, 2 * hidden, dtype=dtype) if directions == 2 else new(T, B, hidden)
+    x, dy = new(N, B, kind.gates * hidden, dtype=wide), h if directions == 2 else new(N, B, hidden)
+    saved, d_gates = new(T, B, kind.saved * hidden), new(T, B, kind.grads * hidden)
+    h0, c0, c, last_c = new(B, hidden), cell_states(B, hidden), cell_states(T, B, hidden), cell_states(1, B, hidden)
+    marks, d_starts = Marks(), StartGrads()
+    if marked:
+        order = torch.arange(B, dtype=torch.int32)
+        marks = Marks(new(T, B, dtype=torch.int8), order, new(2, B, hidden), cell_states(2, B, hidden))
+        d_starts = StartGrads(new(2, B, hidden, dtype=wide), cell_states(2, B, hidden))
+        h0 = c0 = None
+    group = Group(M, directions, flips=2 if directions == 2 else 0, lag=N if directions == 1 else 0)
+    options = {"group": group, "precision": kernel_plan.precision(), "marks": marks}
+    launches = {}
+    for phase, choice in choices.items():
+        family, begin = FAMILIES[choice.family].package, len(driver.launches)
+        if phase == "backward":
+            family.backward(
+                kind, lambda: [(0, N, dy, saved)], h, h0, c, c0, w, d_gates, new(B, hidden, dtype=wide), cell_states(B, hidden),
+                plan=choice.plan, d_starts=d_starts, **options,
+            )  # fmt: skip
+        else:
+            kept = (c, saved) if phase == "training" else (last_c, None)
+            family.forward(kind, lambda: [(0, x)], w, bias, bias, h0, c0, h, *kept, plan=choice.plan, **options)
+        launches[phase] = driver.launches[begin:]
+    return launches

@@ -1,18 +1,24 @@
 """The rows of the static table: which kernels are compiled, for which shapes, and how each becomes a row."""
 
+import contextlib
 import itertools
 import math
 import multiprocessing
+import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+import triton
 
 from benchmarks.static import counts
-from benchmarks.static.offline import compiled, limits_of, pretend_gpu, run_layer, settings
+from benchmarks.static.offline import compiled, limits_of, pretend_gpu, run_group, run_layer, settings
 from benchmarks.timing.cases import DTYPES
 from rnnfast.choice import kernel_plan
 from rnnfast.kernels import cells
@@ -29,7 +35,8 @@ STEPS = (3, 1)  # numbers of time steps: neither may make a kernel of its own
 class Job(NamedTuple):
     """The shapes that one process compiles, one after another. A kernel that several batch sizes share is compiled once.
 
-    `family` is the one asked for: the step kernels run where it has no plan. `marked`: for lengths and resets.
+    `family` is the one asked for: the step kernels run where it has no plan. `marked`: for lengths and resets. `members`: of a
+    group, the layers of a stack or with `directions` 2 the directions of a layer.
     """
 
     family: str
@@ -39,6 +46,8 @@ class Job(NamedTuple):
     hidden: int
     batches: tuple[int, ...]
     marked: bool = False
+    members: int = 1
+    directions: int = 1
 
 
 STANDARD = (  # family, cells, dtypes, hidden sizes, batch sizes
@@ -52,10 +61,10 @@ STANDARD = (  # family, cells, dtypes, hidden sizes, batch sizes
 )
 
 
-def jobs_of(table, archs: list[int], marked: bool = False) -> list[Job]:
+def jobs_of(table, archs: list[int], marked: bool = False, members: int = 1, directions: int = 1) -> list[Job]:
     """The jobs of a table like `STANDARD`, the longest first by a guess."""
     jobs = [
-        Job(family, arch, *case, batches, marked)
+        Job(family, arch, *case, batches, marked, members, directions)
         for arch in archs
         for family, *axes, batches in table
         for case in itertools.product(*axes)
@@ -71,7 +80,18 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
     rows, codes = [], {}
     with settings(job.family, tf32), pretend_gpu(job.arch) as driver:
         for B in job.batches:
-            runs = [run_layer(driver, job.cell, element, job.hidden, T, B, job.marked) for T in STEPS]
+            choices = {
+                phase: kernel_plan.choose(
+                    job.family, cell.gates, B, job.hidden, element.itemsize, precision, direction == "backward", limits,
+                    job.marked, job.members,
+                )
+                for (direction, _), phase in PHASES.items()
+            }  # fmt: skip
+            about = job.cell, element, job.hidden
+            if job.members == 1:
+                runs = [run_layer(driver, *about, T, B, job.marked) for T in STEPS]
+            else:
+                runs = [run_group(driver, choices, *about, T, B, job.members, job.directions, job.marked) for T in STEPS]
             built = compiled()
             for (direction, training), phase in PHASES.items():
                 backward = direction == "backward"
@@ -81,25 +101,26 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                 if first.compiled not in codes:
                     codes[first.compiled] = counts.code_of(built[first.compiled])
                 code = codes[first.compiled]
-                sizes = (cell.gates, B, job.hidden, element.itemsize, precision, backward)
-                choice = kernel_plan.choose(job.family, *sizes, limits, job.marked)
+                choice = choices[phase]
                 family = next((name for name in ("persistent", "one_program") if first.kernel.startswith(name)), "step")
                 if family != choice.family:
                     raise RuntimeError(f"{job}: {first.kernel} was launched, where the plan is {choice}")
                 about = (code, cell, job.hidden, element.itemsize, backward)
                 plan: Any = choice.plan
-                words, programs = plan.words(B), [math.prod(each.grid) for each in launches[0]]
+                programs = [math.prod(each.grid) for each in launches[0]]
+                words = "" if family == "step" else plan.words(B, job.members)
                 if family == "step":
-                    made = counts.step_row(*about, choice.step, B, limits)
+                    made = counts.step_row(*about, choice.step, B, limits, job.members)
                     words = f"tiles of {plan.BLOCK_B} rows, {plan.BLOCK_H} units, chunks of {plan.BLOCK_K}"
                 elif family == "persistent":
-                    made = counts.persistent_row(*about, plan, programs, limits, B)
+                    made = counts.persistent_row(*about, plan, programs, limits, B * job.members)
                 else:
-                    made = counts.one_program_row(*about, plan, programs[0], limits, B, training)
+                    made = counts.one_program_row(*about, plan, programs[0], limits, B * job.members, training)
                 row = {
                     "arch": job.arch, "gpu": limits.name, "sms": limits.sms,
                     "cell": job.cell, "dtype": job.dtype, "hidden": job.hidden, "batch": B,
                     "direction": direction, "training": training, "marked": job.marked,
+                    "members": job.members, "directions": job.directions,
                     "family": family, "why_step": choice.reason,
                     "kernel": first.kernel, "variants": len(variants), "plan": words,
                     "launches": len(launches[0]) / (STEPS[0] if family == "step" else 1),  # a launch, or a step
@@ -126,15 +147,33 @@ def _counted(results: Iterable, total: int) -> Iterator:
         yield result
 
 
-def build(jobs: list[Job], workers: int) -> list[dict]:
-    """The rows of all jobs, each with the seconds that its kernel took to compile: None if Triton's cache had it."""
-    if workers == 1:
-        _begin()
-        results = list(_counted(map(rows_of, jobs), len(jobs)))
-    else:
-        # not forked: a fork of a process with threads may hang
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
-            results = list(_counted(pool.map(rows_of, jobs), len(jobs)))
+@contextlib.contextmanager
+def _cache(fresh: bool) -> Iterator[None]:
+    """A temporary folder as Triton's cache, within the block, if `fresh` or if its own cannot be written (a read-only home)."""
+    own = Path(triton.knobs.cache.dir)
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=own).close()
+    except OSError as error:
+        print(f"{own} cannot be written ({error.strerror}): the kernels are compiled into a temporary folder", file=sys.stderr)
+        fresh = True
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder} if fresh else {}):
+        yield
+
+
+def build(jobs: list[Job], workers: int, fresh: bool = False) -> list[dict]:
+    """The rows of all jobs, each with the seconds that its kernel took to compile: None if Triton's cache had it.
+
+    `fresh`: do not use that cache.
+    """
+    with _cache(fresh):
+        if workers == 1:
+            _begin()
+            results = list(_counted(map(rows_of, jobs), len(jobs)))
+        else:
+            # not forked: a fork of a process with threads may hang
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
+                results = list(_counted(pool.map(rows_of, jobs), len(jobs)))
     seconds: dict[str, float] = {}
     for _, took in results:
         for name, each in took.items():
@@ -144,7 +183,7 @@ def build(jobs: list[Job], workers: int) -> list[dict]:
         for row in found:
             phase = list(PHASES).index((row["direction"], row["training"]))
             kind = CELLS.index(row["cell"]), list(DTYPES).index(row["dtype"])
-            key = row["arch"], *kind, row["hidden"], row["batch"], phase, row["family"], row["marked"]
+            key = row["arch"], *kind, row["hidden"], row["batch"], phase, row["family"], row["marked"], row["members"]
             if key not in rows or row["why_step"]:
                 rows[key] = row | {"compile_seconds": seconds.get(row["compiled"])}
     return [rows[key] for key in sorted(rows)]

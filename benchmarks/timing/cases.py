@@ -1,4 +1,4 @@
-"""What is measured. A `Case` is one layer or stack on one input in one mode. A named set is a list of cases.
+"""What is measured. A `Case` is one layer, stack or model on one input in one mode. A named set is a list of cases.
 
 sets.txt has the sets. A case has the same sizes on every machine. Only the set "quick" has other, smaller cases on a CPU.
 """
@@ -9,6 +9,7 @@ import fnmatch
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,33 @@ DTYPES = {  # the dtype of the tensors, and whether float32 products may use TF3
     "tf32": (torch.float32, True),
 }
 MODES = ("inference", "forward", "backward", "training")
+
+
+class Model(NamedTuple):
+    """What stands around the stack of a case. Its results are what `returns` says.
+
+    This is "all" (y and the last states), "output" (y), "h_n", "c_n", or "last" (ten outputs of a linear layer on the last y).
+    """
+
+    words: str = ""
+    returns: str = "all"
+    states: bool = False  # whether the call gives the initial states. Otherwise they are zero
+    batch_first: bool = False  # whether x and y are (B, T, ...)
+    lengths: bool = False  # whether x is padded, and the call gives the lengths of its sequences
+
+
+MODELS = {  # by the end of a case's id. kb35 to kb42 are problems 35 to 42 of KernelBench's level 3 (docs/benchmarks.md)
+    "": Model(),
+    "lengths": Model("padded, with lengths", lengths=True),
+    "kb35": Model("KernelBench 35", "last", True, True),
+    "kb36": Model("KernelBench 36", "h_n", True, True),
+    "kb37": Model("KernelBench 37", "c_n", True, True),
+    "kb38": Model("KernelBench 38", "last", True, True),
+    "kb39": Model("KernelBench 39", "output", True),
+    "kb40": Model("KernelBench 40", "h_n", True),
+    "kb41": Model("KernelBench 41", "output", True),
+    "kb42": Model("KernelBench 42", "h_n", True),
+}
 
 
 class Unknown(ValueError):
@@ -41,6 +69,7 @@ class Case:
         mode: "inference" (no gradients), "forward" (keeps what backward needs), "backward" (alone), or "training" (forward and
             backward).
         packed: the input is a PackedSequence with lengths spread evenly from T down to about T / 4.
+        model: a name in `MODELS`.
     """
 
     cell: str
@@ -53,31 +82,36 @@ class Case:
     dtype: str = "float16"
     mode: str = "training"
     packed: bool = False
+    model: str = ""
 
     def __post_init__(self) -> None:
-        for field, choices in (("cell", CELLS), ("dtype", DTYPES), ("mode", MODES), ("directions", (1, 2))):
+        options = {"cell": CELLS, "dtype": DTYPES, "mode": MODES, "directions": (1, 2), "model": MODELS}
+        for field, choices in options.items():
             if getattr(self, field) not in choices:
                 raise Unknown(field, getattr(self, field), map(str, choices))
         for field in ("T", "B", "I", "H", "layers"):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
                 raise ValueError(f"{field} of a case must be a positive integer, got {getattr(self, field)!r}")
+        if self.model and (self.packed or (self.around.returns == "c_n" and self.cell != "LSTM")):
+            raise ValueError(f"no case has the model {self.model!r} around {'packed input' if self.packed else self.cell}")
 
     @property
     def id(self) -> str:
         """The name of the case, which --only-case matches."""
         parts = [self.cell, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
         parts += [f"L{self.layers}"] * (self.layers > 1) + ["bi"] * (self.directions == 2)
-        return "-".join([*parts, self.dtype, self.mode, *["packed"] * self.packed])
+        return "-".join([*parts, self.dtype, self.mode, *["packed"] * self.packed, *[self.model] * bool(self.model)])
 
     @classmethod
     def parse(cls, name: str) -> "Case":
         """The case with the id `name`; without I, I is H. Raises ValueError for a name that is no id."""
-        pattern = r"(\w+)-T(\d+)-B(\d+)(?:-I(\d+))?-H(\d+)(?:-L(\d+))?(-bi)?-(\w+)-(\w+?)(-packed)?"
+        pattern = r"(\w+)-T(\d+)-B(\d+)(?:-I(\d+))?-H(\d+)(?:-L(\d+))?(-bi)?-(\w+)-(\w+)(-packed)?(?:-(\w+))?"
         match = re.fullmatch(pattern, name)
         if not match:
             raise ValueError(f"{name!r} is no case; one looks like LSTM-T1024-B16-I768-H768-L2-bi-float16-training-packed")
-        cell, T, B, I, H, layers, bi, dtype, mode, packed = match.groups()
-        return cls(cell, int(T), int(B), int(I or H), int(H), int(layers or 1), 2 if bi else 1, dtype, mode, bool(packed))
+        cell, T, B, I, H, layers, bi, dtype, mode, packed, model = match.groups()
+        sizes = int(T), int(B), int(I or H), int(H), int(layers or 1), 2 if bi else 1
+        return cls(cell, *sizes, dtype, mode, bool(packed), model or "")
 
     @property
     def cell_name(self) -> str:
@@ -92,8 +126,15 @@ class Case:
         return DTYPES[self.dtype][1]
 
     @property
+    def around(self) -> Model:
+        return MODELS[self.model]
+
+    @property
     def lengths(self) -> list[int]:
-        """Lengths of the sequences of the batch, longest first. All are T if the case is not packed."""
+        """Lengths of the sequences of the batch, longest first: spread evenly from T down to about T / 4 if the case is packed,
+        to 1 if the call gives lengths, and T otherwise."""
+        if self.around.lengths:
+            return [self.T - (self.T - 1) * b // max(1, self.B - 1) for b in range(self.B)]
         if not self.packed:
             return [self.T] * self.B
         return [max(1, self.T - (3 * self.T * b) // (4 * max(1, self.B - 1))) for b in range(self.B)]

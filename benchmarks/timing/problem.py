@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
 from benchmarks.timing import measure
@@ -17,6 +17,7 @@ from benchmarks.timing.measure import Call
 from rnnfast.numerics import Contract, samples_for, worst
 
 Sequence = Tensor | PackedSequence
+CLASSES = 10  # outputs of the linear layer of a model
 REFERENCE_STEPS = 4096  # the most time steps, of all layers and directions, over which the reference is unrolled
 REFERENCE_ELEMENTS = 2**26  # the most elements of all outputs. The reference keeps a dozen float64 tensors of this size
 
@@ -43,7 +44,8 @@ def data(sequence: Sequence) -> Tensor:
 class Ready:
     """A `Problem` that a provider is ready to run."""
 
-    # takes the input, (T, B, I) or packed; returns the output and the last state or states, as torch.nn's modules do
+    # takes the input, (T, B, I) or packed; returns the output and the last state or states, as torch.nn's modules do. A model
+    # returns what its case says and an empty tuple
     forward: Callable[[Sequence], tuple[Sequence, Tensor | tuple[Tensor, ...]]]
     parameters: list[Tensor] = field(default_factory=list)  # the tensors besides the input that get gradients
     gradients: Callable[[list[Tensor]], list[Tensor]] | None = None  # from theirs to those of torch.nn's parameters, if others
@@ -54,8 +56,44 @@ class Ready:
         return data(y), *(last if isinstance(last, tuple) else (last,))
 
 
+class ModelAround(torch.nn.Module):
+    """A layer, torch.nn's or ours, with what the case puts around it: states, lengths, and what of its results is returned.
+
+    torch.nn's layer gets the lengths by packing, and its output is padded again: this is how its users get correct results.
+    """
+
+    def __init__(self, layer: torch.nn.RNNBase, case: Case, states: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.layer, self.case, self.states = layer, case, states
+        if case.around.returns == "last":
+            weight = layer.weight_hh_l0
+            self.last = torch.nn.Linear(case.H * case.directions, CLASSES, device=weight.device, dtype=weight.dtype)
+        self.packs = case.around.lengths and type(layer).__module__.startswith("torch.")
+        self.lengths = torch.tensor(case.lengths, device="cpu" if self.packs else layer.weight_hh_l0.device)
+
+    def arguments(self, x: Tensor) -> tuple[tuple, dict]:
+        """Those of the call of our layer."""
+        states = tuple(state.to(x.dtype) for state in self.states)
+        given = (states if len(states) == 2 else states[0],) if states else ()
+        return (x, *given), {"lengths": self.lengths} if self.case.around.lengths else {}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self.packs:
+            y, last = self.layer(pack_padded_sequence(x, self.lengths))
+            return pad_packed_sequence(y, total_length=self.case.T)[0], last
+        args, options = self.arguments(x)
+        y, last = self.layer(*args, **options)
+        last = last if isinstance(last, tuple) else (last,)
+        returns = self.case.around.returns
+        if returns == "all":
+            return y, last
+        if returns == "last":
+            return self.last(y[:, -1] if self.case.around.batch_first else y[-1]), ()
+        return {"output": y, "h_n": last[0], "c_n": last[-1]}[returns], ()
+
+
 def module_of(kind: type, case: Case, device: str, dtype: torch.dtype, **options) -> torch.nn.Module:
-    layers = {"num_layers": case.layers, "bidirectional": case.directions == 2}
+    layers = {"num_layers": case.layers, "bidirectional": case.directions == 2, "batch_first": case.around.batch_first}
     return kind(case.I, case.H, **layers, **options, device=device, dtype=dtype)
 
 
@@ -65,7 +103,7 @@ def of_module(module: torch.nn.Module) -> Ready:
 
 
 class Problem:
-    """A case on a device. Weights are random as torch.nn initialises them; input and upstream gradients are normal.
+    """A case on a device. Weights are random as torch.nn initialises them; input, states and upstream gradients are normal.
 
     The contract is computed once: from the float64 reference on the same numbers, and from torch.nn's own errors.
     """
@@ -73,19 +111,26 @@ class Problem:
     def __init__(self, case: Case, device: str, seed: int = 0) -> None:
         self.case, self.device = case, device
         torch.manual_seed(seed)
-        theirs = module_of(getattr(torch.nn, case.cell), case, device, torch.float32)
+        kinds = 2 if case.cell == "LSTM" else 1
+        normal = partial(torch.randn, device=device, dtype=case.torch_dtype)
+        last = [(case.layers * case.directions, case.B, case.H)] * kinds
+        self.states = tuple(normal(shape) for shape in last) if case.around.states else ()
+        theirs = self._module(getattr(torch.nn, case.cell), torch.float32)
         self.weights = {name: weight.detach().to(case.torch_dtype) for name, weight in theirs.named_parameters()}
-        x = torch.randn(case.T, case.B, case.I, device=device, dtype=case.torch_dtype)
+        x = normal(case.B, case.T, case.I) if case.around.batch_first else normal(case.T, case.B, case.I)
         self.x: Sequence = pack_padded_sequence(x, torch.tensor(case.lengths)) if case.packed else x
-        states = (case.layers * case.directions, case.B, case.H)
         steps = (*data(self.x).shape[:-1], case.directions * case.H)
-        shapes = [steps] + [states] * (2 if case.cell == "LSTM" else 1)
-        self.upstream = [torch.randn(shape, device=device, dtype=case.torch_dtype) for shape in shapes]
+        shapes = {"all": [steps, *last], "output": [steps], "last": [(case.B, CLASSES)]}.get(case.around.returns, last[:1])
+        self.upstream = [normal(shape) for shape in shapes]
         self._answers: tuple[Contract, str] | None = None
 
+    def _module(self, kind: type, dtype: torch.dtype, **options) -> torch.nn.Module:
+        layer = module_of(kind, self.case, self.device, dtype, **options)
+        return ModelAround(layer, self.case, self.states) if self.case.model else layer
+
     def module(self, kind: type, dtype: torch.dtype | None = None, **options) -> torch.nn.Module:
-        """A module with the weights of this problem."""
-        module = module_of(kind, self.case, self.device, dtype or self.case.torch_dtype, **options)
+        """A layer of `kind` with the weights of this problem, or the model around one."""
+        module = self._module(kind, dtype or self.case.torch_dtype, **options)
         module.load_state_dict(self.weights)
         return module
 

@@ -144,7 +144,7 @@ UNSPLIT = 160  # `_Candidate.registers` where the warps do not share the sum: wi
 INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a unit and batch row
 MOST_CHUNKS = 24  # chunks of a part: each is code of its own. Larger sizes are tried with more padding instead
 MARKS = 24  # registers that marks take of each of these limits, in backward on tensor cores; elsewhere there is room
-MEMBERS = 16  # registers that the addresses of a member take likewise, where there are several
+MEMBERS = 24  # registers that the addresses of a member take likewise, where there are several
 OPERAND_BYTES = 32 << 10  # shared memory that joined chunks may take
 
 

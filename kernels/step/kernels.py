@@ -31,11 +31,11 @@ __all__ = ["backward_step_kernel", "forward_step_kernel"]
 def _before(states_ptr, row_size, start_ptr, t_before, is_first, offs_b, B, H, HAS_MARKS: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointers to each batch row of the state before a step: step t_before of states (T, B, row_size), or start (B, H) before
     the first. With marks that choice is `entering`'s. ALIGNED: as there."""
-    rows_ptr = states_ptr + t_before.to(tl.int64) * B * row_size
     if HAS_MARKS:
-        return rows_ptr + offs_b.to(tl.int64) * row_size
+        return states_ptr + (t_before.to(tl.int64) * B + offs_b) * row_size
     else:
-        rows = tl.where(is_first, start_ptr, rows_ptr) + offs_b.to(tl.int64) * tl.where(is_first, H, row_size)
+        row = tl.where(is_first, 0, t_before).to(tl.int64) * B + offs_b
+        rows = tl.where(is_first, start_ptr, states_ptr) + row * tl.where(is_first, H, row_size)
         if ALIGNED:
             rows = tl.multiple_of(rows, 16)
         return rows

@@ -11,7 +11,7 @@ from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, alignme
 from rnnfast.kernels.step.kernels import backward_step_kernel, forward_step_kernel
 from rnnfast.kernels.step.plan import StepPlan
 
-__all__ = ["after", "backward", "before", "forward"]
+__all__ = ["backward", "forward"]
 
 
 def _launcher(kernel, plan: StepPlan, grouped: bool, directions: int, aligned: bool, precision: str, dtype, **cell) -> Launcher:
@@ -38,20 +38,6 @@ def _backward_launcher(cell: Cell, *kind) -> Launcher:
 def _kind(h, H: int, group: Group, precision: str, plan: StepPlan) -> tuple:
     """What a launcher is for, besides the cell."""
     return plan, group.members > 1, group.directions, H * h.element_size() % 16 == 0, precision, h.dtype
-
-
-def before(t: int, T: int, reverse: bool, h, h0, c, c0, codes=None):
-    """The step processed before t: its index, the tensors that hold its h and c, and whether there is any state. With marks
-    there always is: those of the first step point to where it is."""
-    if codes is not None or t != (T - 1 if reverse else 0):
-        return t + 1 if reverse else t - 1, h, c, 1
-    return 0, h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
-
-
-def after(begin: int, end: int, T: int, reverse: bool) -> tuple[int, int]:
-    """The step that backward comes from to the steps begin, ..., end - 1: its index, and whether there is one."""
-    t = begin - 1 if reverse else end
-    return (t, 1) if 0 <= t < T else (0, 0)
 
 
 @as_a_gpu

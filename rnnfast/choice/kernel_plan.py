@@ -27,7 +27,7 @@ from rnnfast.choice.gpu import cooperative, known, limits, pretend_gpu
 from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
 from rnnfast.reference import GATES
 from rnnfast.settings import CANARY, KERNELS, STRICT, strict
-from rnnfast.torch_private import environment
+from rnnfast.torch_private import environment, rnn_precision
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -356,7 +356,7 @@ def shape(
 def precision() -> str:
     """The precision of a float32 layer's products, "tf32" or "ieee", of the input side and of the recurrence alike: PyTorch's
     setting for cuDNN's recurrent layers."""
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    return "tf32" if rnn_precision() == "tf32" else "ieee"
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -72,7 +72,8 @@ def run(
     ]
     p = layer.dropout if layer.training else 0.0
     found: list[Traced] = []
-    parts = _parts(runner, layer, x, members, bool(given.get("details")), p)
+    L, details = layer.num_layers, bool(given.get("details"))
+    parts = _parts(layer, x, members, details, p) if runner == "kernels" and L > 1 else [(n, n + 1) for n in range(L)]
     for first, last in parts:
         own = slice(first * directions, last * directions)
         start = tuple(state[own] for state in states) or None
@@ -105,15 +106,12 @@ def run(
     return results + options.returned(*(tuple(each) for each in zip(*seen, strict=True)))
 
 
-def _parts(
-    runner: str, layer: torch.nn.RNNBase, x: Tensor, members: list[Weights], details: bool, p: float
-) -> list[tuple[int, int]]:
-    """The layers that one call runs, as (first, last + 1). The kernels run a stack of one direction as a pipeline; layers below
-    the first one that needs a gradient apart from it, as they need no backward."""
+def _parts(layer: torch.nn.RNNBase, x: Tensor, members: list[Weights], details: bool, p: float) -> list[tuple[int, int]]:
+    """The layers of a stack that each call of the kernels runs, as (first, last + 1). A stack of one direction is a pipeline;
+    layers below the first one that needs a gradient run apart from it, as they need no backward."""
     L = layer.num_layers
-    one_by_one = [(n, n + 1) for n in range(L)]
-    if L == 1 or runner != "kernels" or layer.bidirectional or layer.proj_size or details or (p and torch_private.inside()):
-        return one_by_one
+    if layer.bidirectional or layer.proj_size or details or (p and torch_private.inside()):
+        return [(n, n + 1) for n in range(L)]
     if x.requires_grad or not torch.is_grad_enabled():
         return [(0, L)]
     frozen = next((n for n, own in enumerate(members) if any(w is not None and w.requires_grad for w in own)), 0)

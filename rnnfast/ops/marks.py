@@ -165,7 +165,7 @@ def entering(
         codes: (T, B), its marks, or None.
         reverse: whether it runs from the last step to the first.
     """
-    at_edge = last == len(h) if reverse else first == 0
+    at_edge = last == h.shape[0] if reverse else first == 0  # len would be a constant of a compiled program
     before = h[first + 1 : last + 1] if reverse else h[max(0, first - 1) : last - 1]
     if at_edge:
         edge = torch.zeros_like(h[0]) if start is None else start.to(h.dtype)

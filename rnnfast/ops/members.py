@@ -22,11 +22,11 @@ GIVEN = ("x", "h0", "c0", "reset_h", "reset_c", "marks", "lengths", "seeds")  # 
 KINDS = ("w_ih", "w_hh", "b_ih", "b_hh")  # the weights of a member
 
 
-def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """With the members in front; None for none of them, and where one is missing."""
-    if not tensors or any(tensor is None for tensor in tensors):
+def _stacked(weights: Any) -> Tensor | None:
+    """With the members in front; None for none of them, and where one is None."""
+    if not weights or any([weight is None for weight in weights]):
         return None
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)  # type: ignore[union-attr, arg-type]
+    return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +57,15 @@ class Frame:
         return (*GIVEN, *(name for m in range(self.members) for name in (kinds if m < self.directions else above)))
 
     def assembled(self, tensors: Sequence[Tensor | None]) -> Any:
-        """The `Forward`, the arguments of `rnnfast::forward`."""
+        """The `Forward`, the arguments of `rnnfast::forward`. Weights of a kind of which one is None are None."""
+        x, h0, c0, reset_h, reset_c, marks, lengths, seeds, *own = tensors
         count = 4 if self.biased else 2
-        given = dict(zip(GIVEN, tensors, strict=False))
-        columns = [tensors[len(GIVEN) + n :: count] for n in range(count)]
-        b_ih, b_hh = columns[2:] if self.biased else ((), ())
+        kinds = [own[n::count] for n in range(count)]
+        kinds[:1] = [kinds[0][: self.directions], kinds[0][self.directions :]]
+        w_ih, w_up, w_hh, b_ih, b_hh, *_ = map(_stacked, (*kinds, (), ()))
         return Forward(
-            self.cell, given["x"], given["h0"], given["c0"], _stacked(columns[0][: self.directions]), _stacked(columns[1]),
-            _stacked(b_ih), _stacked(b_hh), _stacked(columns[0][self.directions :]), self.flips, self.save, given["marks"],
-            given["lengths"], given["reset_h"], given["reset_c"], given["seeds"], self.dropout, self.recompute,
+            self.cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_up, self.flips, self.save, marks, lengths, reset_h, reset_c, seeds,
+            self.dropout, self.recompute,
         )  # fmt: skip
 
     def apart(self, found: dict[str, Tensor]) -> list[Tensor | None]:

@@ -31,6 +31,7 @@ from torch import Tensor
 from rnnfast import torch_private
 from rnnfast.choice import kernel_plan
 from rnnfast.choice.kernel_plan import precision
+from rnnfast.choice.pipeline import CHUNK_ROWS
 from rnnfast.ops.marks import (
     by_member,
     empty_start_grads,
@@ -42,18 +43,13 @@ from rnnfast.ops.marks import (
     start_grads,
 )
 from rnnfast.ops.products import product
-from rnnfast.ops.rounds import Recomputed, Sides, Upstream, parts, rounds, sides_of_layers, upstream_of_layers
+from rnnfast.ops.rounds import Recomputed, Sides, input_sides, output_gradients, sides_of_layers, upstream_of_layers
 from rnnfast.torch_private import forward_level
 
 if TYPE_CHECKING:
     from rnnfast.kernels.groups import Group
 
 __all__ = ["CHUNK_ROWS", "backward", "forward", "is_eager", "no_autocast", "on_device"]
-
-# Time steps x batch rows whose input side is computed by one GEMM, into one float32 buffer: enough to fill a GPU with the GEMM,
-# few enough that for H up to 1024 the buffer (4 H floats a row) stays in the L2 of an H100 and never grows with T.
-CHUNK_ROWS = 2048
-
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -105,32 +101,17 @@ def _refuse_forward_mode() -> None:
     )
 
 
-def _group(part: slice, M: int, D: int, flips: int, N: int) -> Group:
-    """The group of some members of a call. A direction that runs without the other one has outputs of its own."""
+def _groups(M: int, D: int, flips: int, T: int, choice: kernel_plan.Choice) -> list[tuple[slice, Group]]:
+    """The parts in which all members run, one part after another: which members, and their group. A direction that runs
+    without the other one has outputs of its own."""
     from rnnfast.kernels.groups import Group
 
-    count = part.stop - part.start
-    own = flips >> part.start & ((1 << count) - 1)
-    return Group(count, min(D, count), own, N if M > D and count > 1 else 0)
-
-
-def _input_sides(group: Group, T: int, N: int, sides: Sides) -> Iterator[tuple[int, int, Tensor, int]]:
-    """What the launches of forward are given."""
-    for begin, steps, starts in rounds(group, T, N, False):
-        yield begin, steps, *sides.chunk(starts, steps)
-
-
-def _gradients(
-    group: Group, T: int, N: int, dy: Tensor | None, upstream: Upstream | None, saved: Any, again: Recomputed | None
-) -> Iterator[tuple[int, int, Tensor | None, Tensor]]:
-    """What the launches of backward are given."""
-    for begin, steps, starts in rounds(group, T, N, True):
-        yield (
-            begin,
-            steps,
-            dy if upstream is None else upstream.chunk(starts, steps),
-            saved if again is None else again.chunk(starts, steps),
-        )
+    found = []
+    for first in range(0, M, choice.members):
+        count = min(choice.members, M - first)
+        own, lag = flips >> first & ((1 << count) - 1), min(T, choice.chunk) if count > 1 else 0
+        found.append((slice(first, first + count), Group(count, min(D, count), own, lag)))
+    return found
 
 
 def forward(
@@ -183,6 +164,8 @@ def forward(
         _refuse_forward_mode()
     spec = cells.CELLS[cell]
     (T, B, _), (M, _, H), D = x.shape, w_hh.shape, w_ih.shape[0]
+    if flips and M > D:
+        raise RuntimeError("the layers of a stack run from the first step to the last, and flips must be 0")
     with on_device(x):
         new = x.new_empty if lengths is None else x.new_zeros  # the kernels write nothing in padding
         h = new(M, T, B, H) if M > D else new(T, B, D * H)
@@ -195,25 +178,23 @@ def forward(
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carries_c else None
             given = for_kernels(marks, lengths, (start_h, reset_h), starts_c, by_member(h, D)[:, 0], choice.plan.BLOCK_B)
-        for part in parts(M, choice.members):
-            group = _group(part, M, D, flips, min(T, choice.chunk))
+        members, stack = (w, bias_x, bias_h, start_h, start_c, c, saved), (h, w_up, seeds, dropout, CHUNK_ROWS) if M > D else ()
+        for part, group in _groups(M, D, flips, T, choice):
             N = group.lag or min(T, choice.plan.steps or max(1, CHUNK_ROWS // (B * group.members)))
+            own = members if group.members == M else of_members(part, *members)
             if M > D:
                 out = h[part] if group.layers else h[part.start]
-                sides = sides_of_layers(part, x, w_ih, h, w_up, seeds, dropout, CHUNK_ROWS)
             else:
                 out = h if group.members == M else new(T, B, H)
-                sides = Sides(x, w_ih[part])
-
             choice = kernel_plan.run(
                 "forward",
                 choice,
                 x.device,
                 spec,
-                partial(_input_sides, group, T, N, sides),
-                *of_members(part, w, bias_x, bias_h, start_h, start_c),
+                partial(input_sides, group, T, N, part, x, w_ih, *stack),
+                *own[:5],
                 out,
-                *of_members(part, c, saved),
+                *own[5:],
                 group=group,
                 precision=products,
                 **({} if given is None else {"marks": own_marks(given, part)}),
@@ -295,8 +276,7 @@ def backward(
             given = for_kernels(marks, lengths, (start_h, reset_h), starts_c, by_member(h, D)[:, 0], choice.plan.BLOCK_B)
             d_starts = empty_start_grads(given) if need_starts else None
         recompute = x is not None and spec.saved > 0
-        for part in reversed(parts(M, choice.members)):
-            group = _group(part, M, D, flips, min(T, choice.chunk))
+        for part, group in reversed(_groups(M, D, flips, T, choice)):
             N = group.lag or min(T, choice.plan.steps or T)
             if recompute and not group.layers:
                 N = min(N, max(1, CHUNK_ROWS // (B * group.members)))
@@ -328,7 +308,7 @@ def backward(
                 choice,
                 h.device,
                 spec,
-                partial(_gradients, group, T, N, own_dy, upstream, of_members(part, saved)[0], again),
+                partial(output_gradients, group, T, N, own_dy, upstream, of_members(part, saved)[0], again),
                 own_h,
                 own_h0,
                 own_c,

@@ -26,22 +26,54 @@ if TYPE_CHECKING:
     from rnnfast.kernels.groups import Group
     from rnnfast.kernels.marks import Marks
 
-__all__ = ["Recomputed", "Sides", "Upstream", "drop_out", "parts", "rounds", "sides_of_layers", "upstream_of_layers"]
+__all__ = [
+    "Recomputed",
+    "Sides",
+    "Upstream",
+    "drop_out",
+    "input_sides",
+    "output_gradients",
+    "sides_of_layers",
+    "upstream_of_layers",
+]
 
 
-def parts(members: int, at_once: int) -> list[slice]:
-    """All members in as many at a time."""
-    return [slice(first, min(members, first + at_once)) for first in range(0, members, at_once)]
-
-
-def rounds(group: Group, T: int, N: int, backward: bool) -> Iterator[tuple[int, int, list[int]]]:
+def _rounds(group: Group, T: int, N: int, backward: bool) -> Iterator[tuple[int, int, list[int]]]:
     """For each launch: `begin`; the number of positions, which is N, but outside of a pipeline no more than are left; and for
     each member the first step, in time, of those that the launch covers. In a pipeline some may lie outside of 0..T."""
     lag = group.lag if backward else -group.lag
     for begin in group.begins(T, N, backward):
-        n = N if group.layers else min(N, T - begin)
+        n = N if lag else min(N, T - begin)
         positions = [begin + m * lag for m in range(group.members)]
         yield begin, n, [T - p - n if bool(group.flips >> m & 1) != backward else p for m, p in enumerate(positions)]
+
+
+def input_sides(
+    group: Group, T: int, N: int, part: slice, x: Tensor, w_ih: Tensor, *stack: Any
+) -> Iterator[tuple[int, int, Tensor, int]]:
+    """What the launches of forward are given.
+
+    Args:
+        part: the members that `group` has of the whole call.
+        x, w_ih: those of the whole call.
+        stack: the other arguments of `sides_of_layers`, if the call is of a stack.
+    """
+    sides = sides_of_layers(part, x, w_ih, *stack) if stack else Sides(x, w_ih[part])
+    for begin, steps, starts in _rounds(group, T, N, False):
+        yield begin, steps, *sides.chunk(starts, steps)
+
+
+def output_gradients(
+    group: Group, T: int, N: int, dy: Tensor | None, upstream: Upstream | None, saved: Any, again: Recomputed | None
+) -> Iterator[tuple[int, int, Tensor | None, Tensor]]:
+    """What the launches of backward are given."""
+    for begin, steps, starts in _rounds(group, T, N, True):
+        yield (
+            begin,
+            steps,
+            dy if upstream is None else upstream.chunk(starts, steps),
+            saved if again is None else again.chunk(starts, steps),
+        )
 
 
 def _active(starts: list[int], N: int, T: int, members: range) -> range:

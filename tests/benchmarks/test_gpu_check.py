@@ -36,6 +36,8 @@ def test_the_plan(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[1]) for line in lines[1 : 1 + len(gpu_check.PLAN)]] == [s for s, _ in gpu_check.PLAN.values()]
     assert all(any(provider_of(family) in line for line in lines) for family in FAMILIES)
+    (layers,) = (line for line in lines if line.startswith("benchmark: "))
+    assert "LSTM-T512-B10-I128-H256-L6-tf32 (kb35, kb36, kb37)" in layers and layers.count("L6-bi-tf32") == 2
 
 
 # Its processes
@@ -153,14 +155,14 @@ def test_times(report, monkeypatch):
     runner = Runner(monkeypatch)
     report.add("probes", "ceilings", {"exchange_us": 1.0})
     gpu_check.time_all(report, time.monotonic() + 1000)
-    assert len(runner.asked) == len(gpu_check.SHAPES) and max(runner.limits) <= gpu_check.CASE
+    assert len(runner.asked) == len(gpu_check.LAYERS) and max(runner.limits) <= gpu_check.CASE
     assert sorted(names(runner.asked)) == sorted(report.expected["benchmark"])
     for work in runner.asked:
-        assert len({replace(case, mode="training") for _, case, _ in work}) == 1
-        assert work[len(work) // 2 - 1][2] == "rnnfast-persistent", "what may hang comes last"
+        assert len({replace(case, mode="training", model="") for _, case, _ in work}) == 1
+        assert work[len(FAMILIES)][2] == "rnnfast-persistent", "what may hang comes last"
     assert not report.left("benchmark")
     gpu_check.time_all(report, time.monotonic() + 1000)
-    assert len(runner.asked) == len(gpu_check.SHAPES), "nothing is left"
+    assert len(runner.asked) == len(gpu_check.LAYERS), "nothing is left"
 
 
 def test_a_hang_costs_one_layer(report, monkeypatch):
@@ -390,7 +392,7 @@ def test_a_run(fake_gpu, tmp_path, monkeypatch, capsys):
     children.happened.clear()
     assert gpu_check.main(["--out", str(tmp_path)]) == 0, capsys.readouterr().out
     assert [kind for kind, _ in children.happened] == ["build", "check", "stress"]
-    assert len(runner.asked) == len(gpu_check.SHAPES)
+    assert len(runner.asked) == len(gpu_check.LAYERS)
     text = (tmp_path / "gpu-check.md").read_text()
     assert "not right" not in text and "not run" not in text and (tmp_path / "h200.json").exists()
     children.happened.clear()

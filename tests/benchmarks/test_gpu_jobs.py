@@ -1,6 +1,9 @@
 """The jobs of `make gpu-check` where there is no GPU: on CPU tensors, and for GPUs that are not there."""
 
 import json
+import shlex
+import shutil
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -165,3 +168,14 @@ def test_probe(monkeypatch):
     for name, function in (("hop", "hop_us"), ("clusters", "clusters"), ("ceilings", "measure")):
         monkeypatch.setattr(probes, function, lambda name=name: {name: 1.0})
     assert [list(jobs.probe(name)) for name in jobs.PROBES] == [[{name: 1.0}] for name in jobs.PROBES]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_paths_with_spaces(tmp_path):
+    """`make gpu-check` in a folder, and for a folder, whose name has a space."""
+    (tmp_path / "a b").mkdir()
+    shutil.copy(ROOT / "Makefile", tmp_path / "a b")
+    command = ["make", "-n", "gpu-check", "PYTHON=python3", "OUT=c d/e", "ARGS=--plan"]
+    done = subprocess.run(command, cwd=tmp_path / "a b", capture_output=True, text=True, check=True)
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[0].startswith(f"PYTHONPATH={tmp_path}/a b") and words[-3:] == ["--out", "c d/e", "--plan"]

@@ -14,8 +14,9 @@ from support import made_up_results
 from benchmarks.report import charts, facts, page
 from benchmarks.report.__main__ import main
 from benchmarks.report.facts import Facts, Spread
-from benchmarks.timing import results
+from benchmarks.timing import results, run
 from benchmarks.timing.cases import Case
+from benchmarks.timing.providers import named_provider
 from benchmarks.timing.results import new_row
 
 pytestmark = pytest.mark.same_everywhere
@@ -118,6 +119,27 @@ def test_every_row_is_told(gpu, tmp_path):
     assert "31.0 times the error that is allowed" in read.text
 
 
+def test_published(tmp_path):
+    """What others have published stands apart from what was measured, with its source. No quotient is of two machines."""
+    read, _, markdown = report(tmp_path, made_up_results.gpu(sets=("kernelbench", "lengths")))
+    heading = "Published by others, not measured here"
+    columns, *rows = read.tables[heading]
+    assert columns[1:6] == ["published: who", "where", "published: ms a call", "here: torch.nn", "here: the others"]
+    b200 = next(row for row in rows if "KernelBench 41" in row[0] and row[2].startswith("B200"))
+    loaded = Facts(made_up_results.gpu(sets=("kernelbench", "lengths")))
+    (case,) = (case for case in loaded.cases if case.model == "kb41" and case.mode == "inference")
+    here = facts.figure(loaded.of[case, "torch.nn"].time.p50 / 1000)
+    assert b200[1] == "cuDNN" and b200[3:5] == ["122", here] and "persistent" in b200[5]
+    assert "github.com/ScalingIntelligence/KernelBench, commit 7dd9cfa" in b200[6] and "torch 2.5.0" in b200[6]
+    (packed,) = (row for row in rows if "lengths" in row[0] and "1,000" in row[0] and "forward" in row[0])
+    (case,) = (case for case in loaded.cases if case.model == "lengths" and case.T == 1000 and case.mode == "forward")
+    times = [loaded.of[one, "torch.nn"].time.p50 for one in (case, dataclasses.replace(case, model=""))]
+    assert packed[3:5] == ["95.8 times padded", f"{facts.figure(times[0] / times[1])} times padded"]
+    assert "nobody measured them here" in read.text and "is no speed-up" in markdown
+    assert "speed-up" not in " ".join(columns) and not any("▲" in text or "faster" in text for row in rows for text in row)
+    assert heading not in report(tmp_path, made_up_results.cpu())[0].tables
+
+
 def test_heat_map(gpu, tmp_path):
     read, _, _ = report(tmp_path, gpu)
     case = Case("LSTM", 1024, 32, 768, 768)
@@ -127,6 +149,40 @@ def test_heat_map(gpu, tmp_path):
     column = rows[second].index("768")
     (line,) = (one for one in rows[second + 1 : second + 6] if one[0] == "32")
     assert line[column] == f"{facts.ratio(1 / row['ratio']['p50'])}\u202f▼"
+
+
+def test_no_verdict(gpu, tmp_path):
+    """None where the times vary too much, nor for torch.nn's own code. Neither counts as faster or slower."""
+    content = copy.deepcopy(gpu)
+    noisy, same = [row for row in content["rows"] if row["provider"] == "rnnfast-step" and row["status"] == "ok"][:2]
+    noisy["ratio"] |= {"p20": 1 / 84.9, "p50": 1 / 15.8, "p80": 1 / 1.07}
+    noisy["timings"] = noisy["timings"][:1]
+    same["note"] = "chose torch: PyTorch's own layer"
+    read, _, _ = report(tmp_path, content)
+    found = {row[0].replace("\xa0", " "): row[2:4] for row in read.tables["Without a verdict"][1:]}
+    assert found[facts.describe(results.key(noisy)[0])] == ["no verdict", "15.8 (1.07 to 84.9)"]
+    assert found[facts.describe(results.key(same)[0])][0] == "torch.nn's code" and len(found) == 2
+    before, _, _ = report(tmp_path, gpu)
+    columns, *_ = read.tables["Summary"]
+    old, new = (next(row for row in one.tables["Summary"] if row[0] == "rnnfast-step") for one in (before, read))
+    counts = [[int(row[columns.index(kind)]) for kind in ("faster", "within spread", "slower")] for row in (old, new)]
+    assert (
+        sum(counts[0]) == sum(counts[1]) + 2
+        and [new[columns.index(kind)] for kind in ("no verdict", "torch.nn's code")] == ["1"] * 2
+    )
+    assert new[columns.index("best")] != "15.8" and "1 without a verdict, 1 on torch.nn's own code" in read.text
+
+
+def test_on_a_cpu_rnnfast_is_torch_nn(tmp_path):
+    """The row says so, and the report in place of a verdict."""
+    case = Case("LSTM", 2, 1, 4, 4, dtype="float32", mode="inference")
+    settings = {"device": "cpu", "seconds": 0.001, "threads": 1, "interpret": False}
+    rows = [run.row_of(case, "quick", named_provider(name), settings) for name in ("torch.nn", "rnnfast-torch")]
+    found = Facts({"environment": {}, "settings": {}, "ceilings": None, "rows": rows}).compared
+    assert [entry.verdict(entry.main) for entry in found] == ["same"]
+    read, _, _ = report(tmp_path, made_up_results.cpu())
+    assert not read.tables.get("Where it wins") and not read.tables.get("Where it loses")
+    assert {row[2] for row in read.tables["Without a verdict"][1:]} == {"torch.nn's code"}
 
 
 def test_cpu_file_has_no_floor(tmp_path):
@@ -209,6 +265,7 @@ def test_nothing_measured(tmp_path, rows):
 def test_spreads():
     assert Spread(1.1, 1.2, 1.3).verdict == "win" and Spread(0.7, 0.8, 0.9).verdict == "loss"
     assert Spread(0.9, 1.2, 1.3).verdict == "even"
+    assert Spread(2, 3, 4).verdict == "win" and Spread(2, 3, 4.1).verdict == "unclear" == Spread(0.1, 0.3, 1.2).verdict
     assert Spread(1, 2, 4).inverse == Spread(0.25, 0.5, 1)
     assert Spread(1, 2, 4).over(Spread(2, 2, 2)) == Spread(0.5, 1, 2)
     numbers = (0.0123, 0.999, 9.994, 9.996, 123.4)

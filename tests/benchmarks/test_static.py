@@ -414,3 +414,17 @@ def test_what_should_not_be_is_listed():
         (line,) = texts.violations([row | {name: amount}])
         assert line.startswith("sm_90 lstm float16 H=8 B=1 persistent training: ") and str(amount) in line
     assert texts.violations([row | {"family": "step", "weights_reread_bytes": 64}]) == []
+
+
+@pytest.mark.parametrize(
+    "folder, fresh, own", [("new/cache", False, True), ("new/cache", True, False), ("a file", False, False)]
+)
+def test_where_the_kernels_are_kept(folder, fresh, own, tmp_path, monkeypatch, capsys):
+    """In Triton's cache. A home that cannot be written is told, and a temporary folder takes its place."""
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / folder / "triton"))
+    with tables._cache(fresh):
+        now = Path(os.environ["TRITON_CACHE_DIR"])
+        assert now.is_dir() and (tmp_path in now.parents and now.parent.name == "cache") == own
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / folder / "triton")
+    assert ("cannot be written (Not a directory)" in capsys.readouterr().err) == (folder == "a file")

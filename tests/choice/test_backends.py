@@ -44,8 +44,8 @@ def spies(run=True):
 
     with pytest.MonkeyPatch.context() as patch:
         named = {"kernels": "triton", "equations": "reference"}
-        patch.setattr(stack, "LAYERS", {runner: spy(name, reference.layer) for runner, name in named.items()})
-        patch.setattr(ops, "layer", spy("triton", reference.layer))
+        patch.setattr(stack, "GROUPS", {runner: spy(name, reference.group) for runner, name in named.items()})
+        patch.setattr(ops, "group", spy("triton", reference.group))
         for cls in (torch.nn.LSTM, torch.nn.GRU):
             patch.setattr(cls, "forward", spy("torch", cls.forward))
             patch.setitem(torch_private._FORWARDS, cls, cls.forward)  # else it would count as replaced, and run for that

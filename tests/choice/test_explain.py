@@ -34,8 +34,7 @@ def ran(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(stack, "LAYERS", dict.fromkeys(stack.LAYERS, reference.layer))
-    monkeypatch.setattr(stack, "TRACES", dict.fromkeys(stack.TRACES, reference.trace))
+    monkeypatch.setattr(stack, "GROUPS", dict.fromkeys(stack.GROUPS, reference.group))
     monkeypatch.setattr(stack, "run", spy("", stack.run))
     monkeypatch.setattr(cells, "_run", spy("", cells._run))
     monkeypatch.setattr(stack, "by_packing", spy("packed", stack.by_packing))

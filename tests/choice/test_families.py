@@ -329,8 +329,7 @@ def test_marked_calls_on_persistent_kernels(name, monkeypatch):
     module = getattr(rnnfast, name)(3, H, bidirectional=True, backend="triton")
     given = [torch.randn(T, B, 3), *(torch.randn(2, B, H) for _ in range(4))]
     options = {"lengths": [0, 4, 1, 3, 2, 1, 4, 0, 2, 1], "resets": torch.rand(T, B) < 0.3, "return_all_states": True}
-    monkeypatch.setattr(persistent.plan, "ROWS", 3 * B)
-    monkeypatch.setattr(persistent.launch, "ROWS", 3 * B)
+    monkeypatch.setattr(persistent.plan, "ROWS", 2 * 3 * B)  # three steps of both directions a launch
     found = []
     for family in ("step", "persistent"):
         x, *states = (tensor.clone().requires_grad_() for tensor in given)

@@ -101,6 +101,13 @@ def test_legacy_switch():
             assert seen() == before
 
 
+def test_setting_of_layers():
+    """`rnn_precision` is PyTorch's setting, under any name."""
+    for value in ("ieee", "tf32"):
+        put("cuda", "rnn", value)
+        assert torch_private.rnn_precision() == torch.backends.cudnn.rnn.fp32_precision == value  # type: ignore[attr-defined]
+
+
 def test_error_inside():
     before = seen()
     with pytest.raises(ZeroDivisionError), matmul_precision("tf32", FACTOR):

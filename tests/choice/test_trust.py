@@ -15,6 +15,7 @@ from rnnfast.choice.trust import CanaryWarning, Verdict
 from rnnfast.commands import canary
 from rnnfast.kernels import step
 from rnnfast.kernels.persistent.plan import GPUS
+from rnnfast.settings import KERNELS
 
 pytestmark = pytest.mark.same_everywhere
 
@@ -217,6 +218,21 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="takes CPU tensors
 def test_canary_finds_the_kernels_right(one_layer):
     assert list(canary.examine("step", "cpu")) == [""]
     assert list(canary.examine("persistent", "cpu")) == []  # no plan: the programs of a grid would wait for one another
+
+
+@on_cpu
+@pytest.mark.numerical
+def test_canary_runs_groups(one_layer, monkeypatch):
+    """A layer of two directions, and a stack as a pipeline of several chunks."""
+    cases = (
+        canary.Case("GRU", 3, 3, 5, 18, torch.float16, bidirectional=True),
+        canary.Case("LSTM", 16, 3, 5, 18, torch.float16, 2),
+    )
+    monkeypatch.setattr(canary, "CASES", cases)
+    with KERNELS.within("step"):
+        forward, backward = canary._choices(cases[1], "cpu")
+        assert forward.members == backward.members == 2 and max(forward.chunk, backward.chunk) < 16
+    assert list(canary.examine("step", "cpu")) == ["", ""]
 
 
 @on_cpu

@@ -225,8 +225,9 @@ def test_a_fault_in_one_member(kind, fault):
     to_the_first = H * dtype.itemsize if kind == "two directions" else T * 3 * H * dtype.itemsize
     plan = tiles(H, block_h=16)
     right = alone(layers, plan)
-    with together(1, Fault(fault, (1, 0, 1), step=1, back=to_the_first)) as happened:
-        first, second = Members(layers, T).forward(persistent, plan)
+    N, step = (T, 1) if kind == "two directions" else (2, 0)  # in a launch that runs both
+    with together(1, Fault(fault, (1, 0, 1), step=step, back=to_the_first)) as happened:
+        first, second = Members(layers, N).forward(persistent, plan)
     assert "forward of rnn_tanh" in happened.gave_up
     assert_only_member(1, happened)
     assert second[0].isnan().any()
@@ -246,7 +247,7 @@ def test_launches_after_one_that_gave_up(marked):
 
 def test_a_fault_in_backward():
     """In the exchange of sums too, only programs of the faulty member wait in vain."""
-    layers, plan = layers_of("2 layers", "gru", torch.float16, 64, B=3), tiles(64, block_h=16)
+    layers, plan = layers_of("two directions", "gru", torch.float16, 64, B=3), tiles(64, block_h=16)
     members = Members(layers, T)
     with together(0):
         forward = members.forward(persistent, plan)

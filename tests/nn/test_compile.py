@@ -42,7 +42,7 @@ def run(module, parameters, x, vary=False, **given):
     "name, backend, options",
     [
         ("LSTM", "aot_eager", {"batch_first": True}),
-        ("GRU", "eager", {"num_layers": 3}),
+        ("GRU", "eager", {"num_layers": 2}),
     ],
 )
 def test_one_graph(name, backend, options, device):
@@ -57,7 +57,8 @@ def test_one_graph(name, backend, options, device):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert counter.frame_count <= min(number, 2)
     graph = counter.graphs[0]
-    assert sum("rnnfast.forward" in str(node.target) for node in graph.graph.nodes) == 1, graph.graph  # of all layers
+    calls = [node for node in graph.graph.nodes if "rnnfast.forward" in str(node.target)]
+    assert len(calls) == 1, graph.graph  # a stack is one call
     with torch.no_grad(), rnnfast.use_backend("triton"):
         assert torch.equal(compiled(x)[0], eager(x)[0])
 

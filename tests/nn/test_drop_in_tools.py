@@ -82,36 +82,41 @@ class Counting(TorchDispatchMode):
 
 
 def test_dispatch_mode_and_profiler(device):
-    """A mode that watches operators sees ours by name, once a layer and direction; so does the profiler."""
-    ours, _ = pair("LSTM", device, num_layers=2, bidirectional=True)
+    """A mode that watches operators sees ours by name, once a stack of one direction, or once a layer with both; so does the
+    profiler."""
     x = torch.randn(T, B, I, device=device)
-    expected = flat(ours(x))
-    with Counting() as mode:
-        assert equal(flat(ours(x)), expected)
-    assert mode.seen.count("rnnfast.forward.default") == 4
-    with torch.profiler.profile() as profile:
-        ours(x)[0].sum().backward()
-    seen = {event.key: event.count for event in profile.key_averages()}
-    assert seen["rnnfast::forward"] == seen["rnnfast::backward"] == 4
+    for options, calls in (({"num_layers": 2}, 1), ({"num_layers": 2, "bidirectional": True}, 2)):
+        ours, _ = pair("LSTM", device, **options)
+        expected = flat(ours(x))
+        with Counting() as mode:
+            assert equal(flat(ours(x)), expected)
+        assert mode.seen.count("rnnfast.forward.default") == calls
+        with torch.profiler.profile() as profile:
+            ours(x)[0].sum().backward()
+        seen = {event.key: event.count for event in profile.key_averages()}
+        assert seen["rnnfast::forward"] == seen["rnnfast::backward"] == calls
 
 
+@pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_flop_counter(name, given, device):
+def test_flop_counter(name, given, directions, device):
     """With our formulas FlopCounterMode counts forward and backward of the kernels as it counts the products of the equations,
     less the first step's where that begins from zeros."""
     from torch.utils.flop_counter import FlopCounterMode
 
     G, found = {"LSTM": 4, "GRU": 3, "RNN": 1}[name], []
     for backend in ("triton", "reference"):
-        layer = getattr(rnnfast, name)(I, H, 2, bidirectional=True, device=device, backend=backend)
+        layer = getattr(rnnfast, name)(I, H, 2, bidirectional=directions == 2, device=device, backend=backend)
         x = torch.randn(T, B, I, device=device, requires_grad=True)
-        hx = tuple(torch.randn(4, B, H, device=device, requires_grad=True) for _ in range(2 if name == "LSTM" else 1))
+        hx = tuple(
+            torch.randn(2 * directions, B, H, device=device, requires_grad=True) for _ in range(2 if name == "LSTM" else 1)
+        )
         with FlopCounterMode(display=False, custom_mapping=rnnfast.FLOP_FORMULAS) as mode:
             outputs = flat(layer(x, (hx if name == "LSTM" else hx[0]) if given else None))
             sum(out.sum() for out in outputs).backward()
         found.append(mode.get_total_flops())
-    first = 0 if given else 2 * 4 * 2 * B * G * H * H  # forward, of W_hh; layers and directions
+    first = 0 if given else 2 * (2 * directions) * 2 * B * G * H * H  # of forward and of the gradient of each W_hh
     assert found[0] > 0 and found[0] == found[1] - first
 
 
@@ -165,7 +170,8 @@ def test_export(name, strict, device):
     ours, theirs = models(name, device, num_layers=2, batch_first=True)
     sizes = {0: torch.export.Dim("B", min=2, max=9), 1: torch.export.Dim("T", min=2, max=99)}
     program = _exported(ours, torch.randn(3, 4, I, device=device), strict=strict, dynamic_shapes=({**sizes},))
-    assert "rnnfast.forward" in str(program.graph)
+    calls = [node for node in program.graph.nodes if "rnnfast.forward" in str(node.target)]
+    assert len(calls) == 1  # a stack is one call
     for rows, steps in ((3, 4), (2, 5)):
         x = torch.randn(rows, steps, I, device=device)
         close(program.module()(x), theirs(x))

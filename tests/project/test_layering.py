@@ -177,7 +177,9 @@ def test_private_names_of_torch_stand_in_one_file():
     assert not found, found
 
 
-OPERATORS = ("schema", "marks", "recurrence", "operators", "vmap", "gradients", "layers", "dropout")
+OPERATORS = (
+    "schema", "products", "marks", "rounds", "recurrence", "operators", "members", "vmap", "dropout", "gradients", "layers"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sources("rnnfast/ops"), ids=named)

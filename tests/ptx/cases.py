@@ -16,6 +16,8 @@ QUICK = (
     *(Layer("one_program", "lstm", "float16", B=9, rows=rows, marked=rows == 4, inference=False) for rows in (4, 8)),
     Layer("one_program", "gru", "float32", H=29, marked=True, inference=False),
     *(GroupOfLayers("one_program", kind) for kind in ("directions", "layers")),
+    GroupOfLayers("persistent", "directions", H=32),  # which exchange in one tensor, side by side
+    GroupOfLayers("persistent", "layers"),
 )
 SWEEP = (
     *(Layer(*choice) for choice in product(FAMILIES, (*CELLS, "rnn_relu"), ("bfloat16", "tf32", "float32"))),

@@ -12,13 +12,17 @@ from typing import Any, NamedTuple
 import torch
 
 from rnnfast import reference
-from rnnfast.kernels import one_program
+from rnnfast.kernels import one_program, persistent
 from rnnfast.kernels.one_program.plan import OneProgramPlan
+from rnnfast.kernels.persistent.plan import PersistentPlan
 from rnnfast.numerics import Contract, Verdict
 from tests.support.recurrence import Layer as Recurrence
 from tests.support.recurrence import Members
 
-PLANS: dict[str, tuple[ModuleType, Any]] = {"one_program": (one_program, OneProgramPlan(2, 32, 2, 100))}
+PLANS: dict[str, tuple[ModuleType, Any]] = {
+    "one_program": (one_program, OneProgramPlan(2, 32, 2, 100)),
+    "persistent": (persistent, PersistentPlan(8, 8, 16, 2, 32, 2, 100, 132)),  # four programs a member
+}
 
 
 class GroupOfLayers(NamedTuple):

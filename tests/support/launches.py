@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
 import struct
 import sys
@@ -162,15 +163,15 @@ def in_threads(library: ctypes.CDLL) -> dict:
 
 
 def layers(library: ctypes.CDLL) -> dict:
-    """A layer on each family, forward and backward, in chunks, with a state at an odd address: the parameters that both ways
-    give. Addresses of buffers that a call makes itself differ; of these the alignment is compared."""
-    import os
-
-    import rnnfast.kernels.step.launch
+    """A layer, both directions of one and a stack, on each family, forward and backward, in chunks, with a state at an odd
+    address: the parameters that both ways give. Addresses of buffers that a call makes itself differ; of these the alignment is
+    compared."""
     from benchmarks.static import offline
     from rnnfast import ops
     from rnnfast.choice import kernel_plan
+    from rnnfast.kernels.families import FAMILIES
     from rnnfast.kernels.persistent.plan import GPUS
+    from rnnfast.reference import Weights
 
     launches, found = Launches(library, offline.kernels()), {}
     H, T, B = 64, 5, 3
@@ -178,6 +179,8 @@ def layers(library: ctypes.CDLL) -> dict:
     biases = [torch.zeros(4 * H + 1)[1:].requires_grad_() for _ in range(2)]
     x, states = torch.zeros(T, B, 2), tuple(torch.zeros(B * H + 1)[1:].view(B, H).requires_grad_() for _ in range(2))
     known = {tensor.data_ptr() for tensor in (*weights, x)}
+    directions = [Weights(*weights, *biases)] * 2
+    stack = [directions[0], Weights(torch.zeros(4 * H, H, requires_grad=True), weights[1], *biases)]
 
     def shown(launch):
         code, grid, cooperative, values = launch
@@ -188,26 +191,38 @@ def layers(library: ctypes.CDLL) -> dict:
         y.sum().backward()
         y, _ = ops.layer("lstm", x, None, *weights, None, None, reverse=True)
         y.sum().backward()
+        ops.group("lstm", x, None, directions, flips=2).y.sum().backward()
+        ops.group("lstm", x, None, stack).y.sum().backward()
         return [shown(launch) for launch in launches.take()]
 
-    for family in ("step", "persistent"):
+    modules = [sys.modules[f"{family.package.__name__}.launch"] for family in FAMILIES.values()]
+    for family in FAMILIES:
         os.environ["RNNFAST_KERNELS"] = family
         with kernel_plan.pretend_gpu(GPUS["H200"]):
             run()
             ours = run()
-            own, step = (Launcher.__call__, Launcher.bind, runtime.addresses), rnnfast.kernels.step.launch
+            own = Launcher.__call__, Launcher.bind
             Launcher.__call__ = by_triton
             Launcher.bind = lambda launcher, grid, *_: lambda *args: by_triton(launcher, grid, *args)
-            step.addresses, step.INTERPRETED = lambda *values: values, True  # Triton takes the tensors
+            for module in modules:
+                module.addresses = lambda *values: values  # Triton takes the tensors
             theirs = run()
-            Launcher.__call__, Launcher.bind, step.addresses = own
-            step.INTERPRETED = False
+            Launcher.__call__, Launcher.bind = own
+            for module in modules:
+                module.addresses = runtime.addresses
         assert ours == theirs, (ours, theirs)
         found[family] = len(ours)
     return found
 
 
+def stop(error) -> None:
+    """An error in a callback from C, which Python would only print."""
+    sys.__unraisablehook__(error)
+    os._exit(1)
+
+
 def main() -> None:
+    sys.unraisablehook = stop
     library = stub.load(sys.argv[1])
     stub.pretend()
     for test in (random_launches, after_clearing, in_threads, layers):

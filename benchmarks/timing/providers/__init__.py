@@ -14,12 +14,13 @@ from torch import Tensor
 
 import rnnfast
 from benchmarks.timing.cases import Case, Unknown
-from benchmarks.timing.problem import Problem, Ready, of_module
+from benchmarks.timing.problem import ModelAround, Problem, Ready, of_module
 from rnnfast import reference
 from rnnfast.choice.decide import tensor_obstacles
 from rnnfast.settings import KERNELS
 
 BASE = "torch.nn"  # every other provider is compared with it
+OWN_LAYER = "PyTorch's own layer"  # begins what `explain` says of a call of ours on torch.nn's code
 UNROLLED_STEPS = 8  # Inductor takes minutes for 32 steps of a small LSTM in training
 
 
@@ -80,11 +81,15 @@ class RnnFast(Provider):
         return "; ".join(tensor_obstacles(torch.empty(0, device=device, dtype=case.torch_dtype))) or None
 
     def ready(self, problem: Problem) -> Ready:
-        layer = problem.module(getattr(rnnfast, problem.case.cell), backend=self.backend)
-        ready, told = of_module(layer), rnnfast.explain(layer, problem.x)
-        if self.backend is None:
-            ready.note = f"chose {told.backend}: {told.details.partition(';')[0].partition(',')[0]}"
-        elif self.backend == "triton":
+        module = problem.module(getattr(rnnfast, problem.case.cell), backend=self.backend)
+        layer, args, options = module, (problem.x,), {}
+        if isinstance(module, ModelAround):
+            layer, (args, options) = module.layer, module.arguments(problem.x)
+        ready, told = of_module(module), rnnfast.explain(layer, *args, **options)
+        if self.backend != "triton":
+            chose = f"chose {told.backend}: " if self.backend is None else ""
+            ready.note = chose + told.details.partition(";")[0].partition(",")[0]
+        else:
             if told.backend != "triton":
                 raise Unavailable("; ".join(told.obstacles))
             which = told.details
@@ -109,8 +114,8 @@ class Loop(Provider):
         self.compiles = compiled
 
     def obstacle(self, case: Case, device: str) -> str | None:
-        if case.packed:
-            return "this loop takes no packed input"
+        if case.packed or case.model:
+            return "this loop takes no packed input, and runs no model"
         if case.T * case.layers * case.directions > 20000:
             return "more than 20000 time steps one by one"
         return None
@@ -147,8 +152,8 @@ class CompiledNN(Provider):
     compiles = True
 
     def obstacle(self, case: Case, device: str) -> str | None:
-        if case.packed:
-            return "Dynamo does not take packed input"
+        if case.packed or case.model:
+            return "compiled as a layer alone, without packed input, which Dynamo does not take"
         steps = case.T * case.layers * case.directions
         if steps > UNROLLED_STEPS:
             return f"it would unroll {steps} time steps, and more than {UNROLLED_STEPS} compile for minutes"

@@ -26,8 +26,8 @@ def blocks(tensor: Tensor, order: str, new: str) -> Tensor:
 def single_layer(case: Case, cells: tuple[str, ...]) -> str | None:
     if case.cell not in cells:
         return f"it has no {case.cell}"
-    if case.packed or case.layers > 1 or case.directions > 1:
-        return "it has one layer, one direction, and no packed input"
+    if case.packed or case.model or case.layers > 1 or case.directions > 1:
+        return "compared with one layer in one direction alone, without packed input"
     return None
 
 
@@ -138,8 +138,8 @@ class OnnxRuntime(Provider):
             return "compared on a CPU only"
         if case.mode != "inference":
             return "it has inference only"
-        if case.dtype != "float32" or case.packed:
-            return "compared in float32 only, without packed input"
+        if case.dtype != "float32" or case.packed or case.model:
+            return "compared in float32 only, as a layer alone, without packed input"
         return None
 
     def ready(self, problem: Problem) -> Ready:
