@@ -1,4 +1,5 @@
-"""vmap over the operators: rows of a larger batch for the kernels. Where weights differ, one call of a kernel for each.
+"""vmap over the operators: rows of a larger batch for the kernels. One call for each where weights differ, or where a stack has
+dropout between its layers, because the place of a row in the batch decides what of it is dropped.
 
 Also the older vmap of torch.autograd.grad's ``is_grads_batched=True`` (`batched`).
 """
@@ -25,7 +26,8 @@ def _rule(operator, arguments_type, results_type) -> Callable:
     result_axes = [batch_axis(name) for name in results_type._fields]
 
     def rule(info, in_dims, *arguments):
-        if any(axis is None and dim is not None for axis, dim in zip(axes, in_dims, strict=False)):
+        shared = all(axis is not None or dim is None for axis, dim in zip(axes, in_dims, strict=False))
+        if not shared or arguments_type(*arguments).seeds is not None:
             return each(operator, info, in_dims, *arguments)
         size = info.batch_size
         folded = [

@@ -76,7 +76,7 @@ def function(cell, layers, directions, device, **options):
     return Function(Stack(cell, layers, directions, T, B, I, H, **options), device)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [True, pytest.param(False, marks=pytest.mark.sweep)])
 @kinds
 def test_second_derivatives(cell, layers, directions, recompute, device):
     """By all tensors, with marks, within the contract. Outside of transforms, so that a stack keeps its dropout."""
@@ -155,28 +155,14 @@ def test_per_sample_gradients_of_a_module(device, saved):
     close(found.values(), [torch.stack([grads[name] for grads in each]) for name in found])
 
 
-def of_operator(graph):
-    return [node for node in graph.nodes if "rnnfast.forward" in str(node.target)]
-
-
-def test_export_and_compile(device):
-    """A stack of three layers is one rnnfast::forward in the graph, and gives what it gives uncompiled."""
+def test_export(device):
+    """A stack of three layers is one rnnfast::forward in the graph, and gives what it gives unexported."""
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"  # the default: export refuses any other
     module = rnnfast.GRU(I, H, 3, device=device, backend="triton").eval()
     x = torch.randn(T, B, I, device=device)
     program = torch.export.export(module, (x,))
-    assert len(of_operator(program.graph)) == 1
+    assert sum("rnnfast.forward" in str(node.target) for node in program.graph.nodes) == 1
     assert equal(program.module()(x), module(x))
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph.graph)
-        return graph
-
-    module.train()
-    with torch.enable_grad():
-        compiled = torch.compile(module, backend=backend, fullgraph=True)
-        assert equal(compiled(x), module(x))
-    assert len(graphs) == 1 and len(of_operator(graphs[0])) == 1
 
 
 def test_flops(device):
@@ -220,7 +206,7 @@ def edited(stack, wanted, name, device):
 
 
 @needs
-@pytest.mark.parametrize("cell", ["gru", "rnn_tanh"])
+@pytest.mark.parametrize("cell", ["gru", pytest.param("rnn_tanh", marks=pytest.mark.sweep)])
 def test_edits_of_a_stack(cell, device):
     """Refused is an edit of what backward reads: recurrent weights and, between the layers, input weights. Any other changes no
     bit. The output is a copy of what backward reads, so that it may be edited."""
@@ -236,7 +222,7 @@ def test_edits_of_a_stack(cell, device):
 
 
 @needs
-@pytest.mark.parametrize("cell", ["gru", "rnn_tanh"])
+@pytest.mark.parametrize("cell", ["gru", pytest.param("rnn_tanh", marks=pytest.mark.sweep)])
 def test_edits_of_directions(cell, device):
     """As of one direction: the output is what backward reads, and an edit of it has forward run again."""
     stack = Stack(cell, directions=2, T=T, B=1, I=I, H=2)

@@ -55,7 +55,7 @@ def test_stacks(cell, layers, chunk, members, options, device):
         check(Stack(cell, layers, **options), device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.sweep)], ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_half_precision(cell, dtype, device):
     """A stack and two directions."""
@@ -109,7 +109,7 @@ def exact_rows(monkeypatch):
     monkeypatch.setattr(rounds, "wide_product", multiplied)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.sweep), 3, pytest.param(5, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("cell, options", [("lstm", {"marked": True}), ("gru", {"recompute": True}), ("rnn_tanh", {})], ids=str)
 def test_bits_of_a_pipeline(cell, options, chunk, device, exact_rows):
     """With such products a pipeline gives every bit that its layers give one after another: outputs, states, all gradients."""
