@@ -19,14 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
-__all__ = ["ROWS", "Grouping", "Run", "Sizes", "best", "even", "fastest", "grouping", "run", "step_us"]
+__all__ = ["CHUNK_ROWS", "ROWS", "Grouping", "Run", "Sizes", "best", "even", "fastest", "grouping", "run", "step_us"]
 
+# Time steps x batch rows whose input side is computed by one GEMM, into one float32 buffer: enough to fill a GPU with the GEMM,
+# few enough that for H up to 1024 the buffer (4 H floats a row) stays in the L2 of an H100 and never grows with T.
+CHUNK_ROWS = 2048
 ROWS = 8192  # members x time steps x batch rows of a round at most, so that its buffers do not grow with T
 
 
@@ -146,8 +149,8 @@ def run(family: str, sizes: Sizes, T: int, members: int, parts: int, layers: boo
         return None
     clock = gigahertz(gpu.name) * 1000  # clocks a microsecond
     pipeline = layers and members > 1
-    # forward the first layer's input side and those of the others; backward what goes down
-    products = (1 if sizes.backward else 2) if pipeline else (0 if sizes.backward else 1)
+    # of a round: forward the input sides, of layers above the first by one product; backward what goes down
+    products = 1 if pipeline else 0 if sizes.backward else members
     starts = weights = clears = 0.0
     if its.many_steps:
         starts = (LAUNCH + PROLOGUE) / clock
@@ -162,7 +165,9 @@ def run(family: str, sizes: Sizes, T: int, members: int, parts: int, layers: boo
         steps = T + (members - 1) * N if pipeline else T
         times = parts * rounds
         waiting = max(0.0, parts * (steps * (host_step - us) + rounds * (host - fixed)))
-        products_us = times * products * (PRODUCT + LAUNCH) / clock
+        ahead = max(1, CHUNK_ROWS // (N * sizes.B))  # rounds of a pipeline for which one product makes the first layer's
+        firsts = 0 if sizes.backward or not pipeline else ceil(ceil(T / N) / ahead)
+        products_us = (times * products + parts * firsts) * (PRODUCT + LAUNCH) / clock
         return Run(
             members, N, parts, rounds, parts * steps * us, times * starts, times * weights, times * clears, products_us, waiting
         )
@@ -172,17 +177,17 @@ def run(family: str, sizes: Sizes, T: int, members: int, parts: int, layers: boo
         most = max(1, min(most, ROWS // (members * sizes.B)))
     if not pipeline:
         return timed(even(T, most))
-    lengths = {even(T, max(1, min(most, N))) for N in _lengths(T, members - 1, us, fixed, host_step, host)}
+    lengths = {even(T, N) for N in _lengths(most)}
     return min(map(timed, sorted(lengths)), key=lambda found: found.us)
 
 
-def _lengths(T: int, behind: int, us: float, fixed: float, host_step: float, host: float) -> Iterator[int]:
-    """Chunks of which one is the best: where the GPU's time is least, where the host's is, and where both are the same."""
-    yield round(sqrt(T * fixed / (behind * us)))
-    if host_step > 0:
-        yield round(sqrt(T * host / (behind * host_step)))
-    if us != host_step:
-        yield ceil(max(1.0, min(T, (host - fixed) / (us - host_step))))
+def _lengths(most: int) -> Iterator[int]:
+    """Chunks to try, up to `most`: each is a twentieth longer than the one before, or one step."""
+    chunk = 1
+    while chunk < most:
+        yield chunk
+        chunk += max(1, chunk // 20)
+    yield most
 
 
 def best(family: str, sizes: Sizes, T: int, members: int, layers: bool, gpu: GpuLimits) -> Run | None:
