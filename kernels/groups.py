@@ -47,6 +47,7 @@ class Group(NamedTuple):
 
     def begins(self, T: int, N: int, backward: bool) -> Iterator[int]:
         """`begin` of each launch of N positions, as the module says, for sequences of T steps."""
+        assert not self.lag or self.lag == N, "the chunk of a pipeline is its lag"
         ahead = self.lag * (self.members - 1)  # positions by which the first member to begin is before the last
         yield from range(-ahead if backward else 0, T if backward else T + ahead, N)
 
@@ -65,7 +66,7 @@ def place(begin, lag, N, T, flips, member, BACKWARD: tl.constexpr):
     """Where a member is in a launch: its first position, the step there, dt from that step to the next one processed, how many
     steps it runs (0 or less if none), and the index of its first step in a buffer of the chunk's N steps, in time."""
     p = begin + member * lag
-    flipped = (flips >> member) & 1
+    flipped = (flips >> tl.minimum(member, 31)) & 1  # a stack, which may have more layers, has no flips
     if BACKWARD:
         flipped = 1 - flipped
     t = tl.where(flipped > 0, T - 1 - p, p)

@@ -22,6 +22,13 @@ GIVEN = ("x", "h0", "c0", "reset_h", "reset_c", "marks", "lengths", "seeds")  # 
 KINDS = ("w_ih", "w_hh", "b_ih", "b_hh")  # the weights of a member
 
 
+def _stacked(weights: Any) -> Tensor | None:
+    """With the members in front; None for none of them, and where one is None."""
+    if not weights or any([weight is None for weight in weights]):
+        return None
+    return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """What a call of `rnnfast::forward` takes besides the tensors that `names` lists.
@@ -55,12 +62,7 @@ class Frame:
         count = 4 if self.biased else 2
         kinds = [own[n::count] for n in range(count)]
         kinds[:1] = [kinds[0][: self.directions], kinds[0][self.directions :]]
-        w_ih, w_up, w_hh, b_ih, b_hh, *_ = [
-            None
-            if not kind or any([weight is None for weight in kind])
-            else (kind[0].unsqueeze(0) if len(kind) == 1 else torch.stack(kind))
-            for kind in (*kinds, (), ())
-        ]
+        w_ih, w_up, w_hh, b_ih, b_hh, *_ = map(_stacked, (*kinds, (), ()))
         return Forward(
             self.cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_up, self.flips, self.save, marks, lengths, reset_h, reset_c, seeds,
             self.dropout, self.recompute,

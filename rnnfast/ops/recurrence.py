@@ -168,6 +168,8 @@ def forward(
         _refuse_forward_mode()
     spec = cells.CELLS[cell]
     (T, B, _), (M, _, H), D = x.shape, w_hh.shape, w_ih.shape[0]
+    if flips and M > D:
+        raise RuntimeError("the layers of a stack run from the first step to the last, and flips must be 0")
     with on_device(x):
         new = x.new_empty if lengths is None else x.new_zeros  # the kernels write nothing in padding
         h = new(M, T, B, H) if M > D else new(T, B, D * H)
