@@ -8,8 +8,8 @@ products cost little more than their dispatch. Each number is CPU time of the th
     step        a step of the step kernels: the difference of a long and a short call. "chunked": each step has an input side of
                 its own, as with batches of 1025 rows and more; the products are not measured
     call        a call of a layer of few steps: in inference, in training (forward alone), and its backward
-    round       a round of a pipeline of six layers on the persistent kernels: the difference of a long and a short call. The GPU
-                runs a chunk of steps meanwhile
+    round       a round of a pipeline of six layers on the persistent kernels: the difference of a long and a short call. The
+                GPU runs a chunk of steps meanwhile
 
 A ratio is to the C part of Triton's launcher for a step, and to torch.nn.LSTM on the CPU (T = 1, H = 8) for a call. Exit code 2
 where there is no stub driver.
