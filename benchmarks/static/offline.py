@@ -171,7 +171,8 @@ def run_group(
 
     w, bias = new(kind.gates * hidden, hidden), new(kind.gates * hidden)
     h = torch.zeros(T, B, 2 * hidden, dtype=dtype) if directions == 2 else new(T, B, hidden)
-    x, dy = new(N, B, kind.gates * hidden, dtype=wide), h if directions == 2 else new(N, B, hidden)
+    x = torch.zeros(M * N, B, kind.gates * hidden)
+    dy = h if directions == 2 else new(N, B, hidden)
     saved, d_gates = new(T, B, kind.saved * hidden), new(T, B, kind.grads * hidden)
     h0, c0, c, last_c = new(B, hidden), cell_states(B, hidden), cell_states(T, B, hidden), cell_states(1, B, hidden)
     marks, d_starts = Marks(), StartGrads()
@@ -192,6 +193,6 @@ def run_group(
             )  # fmt: skip
         else:
             kept = (c, saved) if phase == "training" else (last_c, None)
-            family.forward(kind, lambda: [(0, x)], w, bias, bias, h0, c0, h, *kept, plan=choice.plan, **options)
+            family.forward(kind, lambda: [(0, N, x, (M - 1) * N)], w, bias, bias, h0, c0, h, *kept, plan=choice.plan, **options)
         launches[phase] = driver.launches[begin:]
     return launches

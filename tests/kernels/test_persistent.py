@@ -104,7 +104,7 @@ def test_clears_its_own_rows_only():
     h = torch.full((5, 2, 32), 7.0)
     with together(12):
         persistent.forward(
-            layer.cell, lambda: [(2, layer.x[None, 2:4])], layer.w[None], None, None, None, None, h, None, None,
+            layer.cell, lambda: [(2, 2, layer.x[2:4], 0)], layer.w[None], None, None, None, None, h, None, None,
             group=ALONE, precision="ieee", plan=tiles(32),
         )  # fmt: skip
     assert (h[[0, 1, 4]] == 7.0).all() and (h[2:4] != 7.0).all()

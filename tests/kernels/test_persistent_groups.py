@@ -198,7 +198,7 @@ def test_clears_only_what_it_runs():
     h = torch.full((5, 2, 64), UNWRITTEN)
     with together(12):
         persistent.forward(
-            layer.cell, lambda: [(1, torch.stack([layer.x[1:3], layer.x[2:4]]))], torch.stack([layer.w] * 2),
+            layer.cell, lambda: [(1, 2, torch.cat([layer.x[2:4], layer.x[1:3]]), 2)], torch.stack([layer.w] * 2),
             None, None, None, None, h, None, None,
             group=Group(2, 2, flips=2), precision="ieee", plan=tiles(32),
         )  # fmt: skip
