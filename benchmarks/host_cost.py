@@ -8,12 +8,15 @@ products cost little more than their dispatch. Each number is CPU time of the th
     step        a step of the step kernels: the difference of a long and a short call. "chunked": each step has an input side of
                 its own, as with batches of 1025 rows and more; the products are not measured
     call        a call of a layer of few steps: in inference, in training (forward alone), and its backward
+    round       a round of a pipeline of six layers on the persistent kernels: the difference of a long and a short call. The GPU
+                runs a chunk of steps meanwhile
 
 A ratio is to the C part of Triton's launcher for a step, and to torch.nn.LSTM on the CPU (T = 1, H = 8) for a call. Exit code 2
 where there is no stub driver.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -117,6 +120,25 @@ def calls(family: str, rounds: int) -> dict[str, float]:
         return dict(zip(("inference", "training", "backward"), fastest(10 * rounds, *every), strict=True))
 
 
+def pipeline_round(rounds: int) -> dict[str, float]:
+    """Microseconds of a round of a pipeline, forward and backward: its products, its clear and its launch."""
+    from rnnfast.choice import kernel_plan
+
+    layer, pick = rnnfast.LSTM(1, 32, num_layers=6), kernel_plan.pick
+    long, short = (torch.zeros(T, 1, 1) for T in (LONG, SHORT))
+
+    def chunks_of_two(*args, **named):
+        return dataclasses.replace(pick(*args, **named), members=6, chunk=2)
+
+    def each(*calls: Callable[[], object]) -> float:
+        first, second = fastest(rounds, *calls)
+        return (first - second) / ((LONG - SHORT) // 2)
+
+    with mock.patch.dict(os.environ, RNNFAST_KERNELS="persistent"), mock.patch.object(kernel_plan, "pick", chunks_of_two):
+        forward = each(_forward(layer, long, True), _forward(layer, short, True))
+        return {"forward": forward, "backward": each(_backward(layer, long), _backward(layer, short))}
+
+
 def measure(rounds: int) -> dict[str, dict[str, float]]:
     """All of it, by what is measured and in which mode, in microseconds."""
     from rnnfast.choice import kernel_plan
@@ -135,6 +157,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
                 found["step"] = steps(rounds)
                 found["step"]["C launcher"] = c_launcher(rounds)
             found |= {f"call, {family} kernels": calls(family, rounds) for family in FAMILIES}
+            found["round"] = pipeline_round(rounds)
     return found
 
 

@@ -102,9 +102,9 @@ def stack(shape: Shape, name: str, grouped: bool) -> tuple[dict[str, float], lis
         run = pipeline.best("persistent", sizes, shape.T, members, layers, gpu)
         assert run is not None
         runs.append(run)
-        if layers and run.members > 1:  # each round has a chunk of each layer; backward leaves the first one's for the end
-            rows = run.parts * run.rounds * run.chunk
-            inside = rows * ((run.members - 1) * shape.H + (0 if backward else shape.I))
+        if layers and run.members > 1:  # a round has a chunk of each layer above the first; backward's last one is for the end
+            inside = run.parts * (run.rounds - 1) * run.chunk * (run.members - 1) * shape.H
+            inside += 0 if backward else shape.T * shape.I
         else:
             inside = 0 if backward else shape.T * inputs
         found["steps"] += calls * run.steps / 1000

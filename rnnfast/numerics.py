@@ -39,7 +39,7 @@ Results = Mapping[str, Tensor]
 CHANCE = 1e-7  # of one figure of a right result to be beyond its limit
 FACTOR = 2.0  # our error over torch.nn's
 SYSTEMATIC = 0.1  # mean over root mean square of an error: what may lean to one side without being a fault
-TF32 = 2.0**-10  # the machine epsilon of TF32
+TF32 = 3 * 2.0**-10  # spread of the error of a factor in TF32, which may be cut off and lean to one side: docs/numerics.md
 SIGNS = 64  # doubtful signs of relu: up to so many are judged both ways, one by one
 
 # how operations round; all others are exact

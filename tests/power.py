@@ -47,6 +47,7 @@ SIZES: tuple[dict, ...] = (  # of rnnfast.check, test_nn, test_ops, test_recompu
     {"T": 3, "B": 2, "I": 3, "H": 4},
     {"T": 1, "B": 1, "I": 29, "H": 31},
 )
+TF32 = " of TF32"  # figures of layers in which it is allowed
 ENOUGH = 300  # elements of the output that are not zero, for truncation to be seen
 BLOCK = 24  # draws that a process reports at once
 KERNELS_EVERY = 20  # draws to one on the Triton kernels: the interpreter is slow
@@ -57,16 +58,21 @@ aten = torch.ops.aten
 
 
 class _Kernel(TorchDispatchMode):
-    """float32 arithmetic as the kernels do it: `store` rounds operands of products and gates kept for backward."""
+    """float32 arithmetic as the kernels do it: `store` rounds gates kept for backward, `factor` the factors of products."""
 
-    def __init__(self, store: Callable[[Tensor], Tensor], tanh: Callable[[Tensor], Tensor] = lambda y: y) -> None:
+    def __init__(
+        self,
+        store: Callable[[Tensor], Tensor],
+        tanh: Callable[[Tensor], Tensor] = lambda y: y,
+        factor: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.store, self.tanh = store, tanh
+        self.store, self.tanh, self.factor = store, tanh, factor or store
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kind, args = func.overloadpacket, list(args)
         if kind in (aten.mm, aten.addmm):
-            args[-2:] = (self.store(arg) for arg in args[-2:])
+            args[-2:] = (self.factor(arg) for arg in args[-2:])
         elif kind in (aten.sigmoid_backward, aten.tanh_backward):
             args[1] = self.store(args[1])
         result = func(*args, **(kwargs or {}))
@@ -83,20 +89,26 @@ def tf32(x: Tensor) -> Tensor:
     return ((x.contiguous().view(torch.int32) + (1 << 12)) >> 13 << 13).view(torch.float32)
 
 
+ROUNDED, TRUNCATED = tf32, _cut(13)  # the factors of a product in TF32: as some programs and as tensor cores take them
+
+
 def _units(count: int) -> Callable[[Tensor], Tensor]:
     """Moves float32 numbers away from zero by `count` units in the last place."""
     return lambda x: (x.contiguous().view(torch.int32) + count).view(torch.float32)
 
 
 class Draw:
-    """One layer and input at random; its contract, and results of several programs."""
+    """One layer and input at random; its contract, and results of several programs.
 
-    def __init__(self, number: int) -> None:
-        self.case = self.case_of(number)
+    `tf32`: of float32, with TF32 allowed. A CPU has none, so "torch.nn" is the equations with factors rounded to TF32.
+    """
+
+    def __init__(self, number: int, tf32: bool = False) -> None:
+        self.case, self.tf32 = self.case_of(number), tf32
         self.dtype = self.case.dtype
         self.problem = check.Problem(self.case, "cpu")
-        self.theirs = self.problem.run(self.problem.module(torch.nn))
-        self.contract = numerics.Contract(self.problem.exactly, self.theirs, self.dtype)
+        self.theirs = self.kernel(factor=ROUNDED) if tf32 else self.problem.run(self.problem.module(torch.nn))
+        self.contract = numerics.Contract(self.problem.exactly, self.theirs, self.dtype, tf32)
         self.alone = copy.copy(self.contract)
         self.alone._theirs = {}
         self.random = torch.Generator().manual_seed(number)
@@ -112,11 +124,15 @@ class Draw:
         keep = store or (lambda x: x.to(self.dtype).float())
         module = self.problem.module(rnnfast, torch.float32, backend="reference")
         change(module)
-        with _Kernel(keep, **mode):
+        with _Kernel(keep, **({"factor": TRUNCATED} if self.tf32 else {}) | mode):
             found = self.problem.run(module, torch.float32)
         return {name: keep(tensor.detach()).to(self.dtype) for name, tensor in found.items()}
 
     def right(self, number: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        if self.tf32:
+            yield "TF32, factors rounded", self.theirs
+            yield "TF32, factors truncated", self.kernel()
+            return
         yield "torch.nn", self.theirs
         yield "equations in the dtype", self.problem.run(self.problem.module(rnnfast, self.dtype, backend="reference"))
         yield "kernels' arithmetic", self.kernel()
@@ -124,7 +140,7 @@ class Draw:
             yield "Triton kernels", self.problem.run(self.problem.module(rnnfast, self.dtype, backend="triton"))
 
     def wrong(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        name = str(self.dtype).removeprefix("torch.")
+        name = "TF32" if self.tf32 else str(self.dtype).removeprefix("torch.")
         yield f"one wrong element, {name}", self._element()
         if self.case.T > 1:
             yield f"h of the step before the last, {name}", self._stale()
@@ -132,10 +148,12 @@ class Draw:
             yield f"two gates swapped, {name}", self.kernel(self._swap)
         yield f"a bias added twice, {name}", self.kernel(self._twice)
         outputs = int(self.theirs["output"].count_nonzero())
+        size = f"{ENOUGH} outputs or more" if outputs >= ENOUGH else f"fewer than {ENOUGH} outputs"
         if self.dtype == torch.bfloat16:
-            size = f"{ENOUGH} outputs or more" if outputs >= ENOUGH else f"fewer than {ENOUGH} outputs"
             yield f"truncated to bfloat16, {size}", self.kernel(store=_cut(16))
-        if self.dtype == torch.float32:
+        if self.tf32:
+            yield f"truncated to bfloat16, not TF32, {size}", self.kernel(factor=_cut(16))
+        elif self.dtype == torch.float32:
             yield "TF32 for float32", self.kernel(store=tf32)
             if self.case.nonlinearity == "tanh":
                 yield "tanh off by 16 units, float32", self.kernel(tanh=_units(16))
@@ -144,7 +162,7 @@ class Draw:
         """One element of one tensor, off by the root mean square of the tensor."""
         found = self.kernel()
         names = list(found)
-        if self.case.nonlinearity == "relu" and self.dtype != torch.float32:
+        if self.case.nonlinearity == "relu" and (self.tf32 or self.dtype != torch.float32):
             names = [name for name in names if "grad" not in name]  # nobody can judge those next to a doubtful sign
         names = [name for name in names if numerics.rms(self.contract.exact(name))]  # else nothing is added
         name = names[int(torch.randint(len(names), (), generator=self.random))]
@@ -186,8 +204,10 @@ def study(numbers: range) -> dict:
     torch.set_num_threads(1)
     shares: dict[str, dict[str, list[float]]] = {}
     comparisons, alarms, planted, caught = Counter(), Counter(), Counter(), Counter()
-    for number in numbers:
-        draw = Draw(number)
+    for number, allowed in itertools.product(numbers, (False, True)):
+        if allowed and Draw.case_of(number).dtype != torch.float32:
+            continue
+        draw = Draw(number, allowed)
         for program, found in draw.right(number):
             for name, tensor in found.items():  # by the model alone: torch.nn's run can only widen the limits
                 figures = draw.alone.figures(name, tensor)
@@ -195,7 +215,7 @@ def study(numbers: range) -> dict:
                 alarms[program] += not numerics.worst(figures).ok
                 # beside a doubtful sign both values are right, and they lie far apart: no share of a limit that rounding sets
                 for figure in () if draw.contract.expected[name].flips else figures:
-                    shares.setdefault(figure.figure, {}).setdefault(program, []).append(figure.share)
+                    shares.setdefault(figure.figure + TF32 * allowed, {}).setdefault(program, []).append(figure.share)
         for fault, found in draw.wrong():
             planted[fault] += 1
             caught[fault] += not numerics.worst(draw.contract.judge(found)).ok
@@ -260,7 +280,7 @@ def report(found: dict[str, list[dict]]) -> int:
     print("|---|--:|--:|--:|")
     every = [row for rows in found.values() for row in rows]
     chances = [0.0 for _ in LARGEST]
-    for figure in ("rms", "element", "bias"):
+    for figure in ("rms", "element", "bias", "rms" + TF32, "element" + TF32):
         shares = [share for row in every for part in row["shares"].get(figure, {}).values() for share in part]
         fits = [tail(shares, largest) for largest in LARGEST]
         chances = [chance + fit for chance, fit in zip(chances, fits, strict=True)]

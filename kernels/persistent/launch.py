@@ -168,7 +168,7 @@ def backward(
     h0, c0 = h if h0 is None else h0, c if c0 is None else c0
     aligned, launches, plain = None, [], ()
     for begin, N, dy, saved in rounds():
-        place = T, group.flips, int(saved.size(1) != T), has_first
+        place = T, group.flips, int(cell.saved > 0 and saved.size(1) != T), has_first
         if exchange.cleared(begin, N) or aligned != alignment(dy, saved):
             aligned = alignment(dy, saved)
             tensors = (

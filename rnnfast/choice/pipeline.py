@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -149,45 +149,52 @@ def run(family: str, sizes: Sizes, T: int, members: int, parts: int, layers: boo
         return None
     clock = gigahertz(gpu.name) * 1000  # clocks a microsecond
     pipeline = layers and members > 1
-    # of a round: forward the input sides, of layers above the first by one product; backward what goes down
-    products = 1 if pipeline else 0 if sizes.backward else members
-    starts = weights = clears = 0.0
+    product = (PRODUCT + LAUNCH) / clock
+    starts = weights = clears = host_round = 0.0
     if its.many_steps:
         starts = (LAUNCH + PROLOGUE) / clock
         weights = members * sizes.gates * sizes.H * sizes.H * sizes.itemsize / (L2_BYTES * gpu.sms) / clock
         clears = (CLEAR + LAUNCH) / clock * its.waits
-    fixed = starts + weights + clears + products * (PRODUCT + LAUNCH) / clock
+        host_round = LAUNCH_HOST_US * (1 + its.waits)
+    fixed = starts + weights + clears
     host_step = 0.0 if its.many_steps else LAUNCH_HOST_US
-    host = products * PRODUCT_HOST_US + its.many_steps * (1 + its.waits) * LAUNCH_HOST_US
 
     def timed(N: int) -> Run:
-        rounds = ceil(T / N) + (members - 1 if pipeline else 0)
+        chunks = ceil(T / N)
+        rounds = chunks + (members - 1 if pipeline else 0)
         steps = T + (members - 1) * N if pipeline else T
+        if not pipeline:  # forward each member's input side
+            products = 0 if sizes.backward else members * chunks
+        elif sizes.backward:  # what goes down, in one product
+            products = rounds - 1
+        else:  # the layers above in one product; the first layer's for as many chunks as are `CHUNK_ROWS`
+            products = rounds - 1 + ceil(chunks / max(1, CHUNK_ROWS // (N * sizes.B)))
+        ours = steps * us + rounds * fixed + products * product
+        host = steps * host_step + rounds * host_round + products * PRODUCT_HOST_US
         times = parts * rounds
-        waiting = max(0.0, parts * (steps * (host_step - us) + rounds * (host - fixed)))
-        ahead = max(1, CHUNK_ROWS // (N * sizes.B))  # rounds of a pipeline for which one product makes the first layer's
-        firsts = 0 if sizes.backward or not pipeline else ceil(ceil(T / N) / ahead)
-        products_us = (times * products + parts * firsts) * (PRODUCT + LAUNCH) / clock
         return Run(
-            members, N, parts, rounds, parts * steps * us, times * starts, times * weights, times * clears, products_us, waiting
-        )
+            members, N, parts, rounds, parts * steps * us, times * starts, times * weights, times * clears,
+            parts * products * product, parts * max(0.0, host - ours),
+        )  # fmt: skip
 
-    most = min(T, plan.steps or T)
-    if pipeline or not sizes.backward:
-        most = max(1, min(most, ROWS // (members * sizes.B)))
     if not pipeline:
-        return timed(even(T, most))
-    lengths = {even(T, N) for N in _lengths(most)}
-    return min(map(timed, sorted(lengths)), key=lambda found: found.us)
+        most = plan.steps or (T if sizes.backward else max(1, CHUNK_ROWS // (members * sizes.B)))
+        return timed(even(T, min(T, most)))
+    most = max(1, min(T, plan.steps or T, ROWS // (members * sizes.B)))
+    found = _lengths(T, members - 1, us, fixed + product, host_step, host_round + PRODUCT_HOST_US)
+    lengths = {even(T, max(1, min(most, N))) for N in found}
+    return min(map(timed, sorted(lengths)), key=lambda each: each.us)
 
 
-def _lengths(most: int) -> Iterator[int]:
-    """Chunks to try, up to `most`: each is a twentieth longer than the one before, or one step."""
-    chunk = 1
-    while chunk < most:
-        yield chunk
-        chunk += max(1, chunk // 20)
-    yield most
+def _lengths(T: int, behind: int, us: float, fixed: float, host_step: float, host: float) -> Iterator[int]:
+    """Chunks of which one is about the best: where the GPU's time is least, where the host's is, where both are the same, and
+    the whole sequence."""
+    yield T
+    yield round(sqrt(T * fixed / (behind * us)))
+    if host_step > 0:
+        yield round(sqrt(T * host / (behind * host_step)))
+    if us != host_step:
+        yield ceil(max(1.0, min(T, (host - fixed) / (us - host_step))))
 
 
 def best(family: str, sizes: Sizes, T: int, members: int, layers: bool, gpu: GpuLimits) -> Run | None:

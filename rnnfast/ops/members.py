@@ -22,11 +22,15 @@ GIVEN = ("x", "h0", "c0", "reset_h", "reset_c", "marks", "lengths", "seeds")  # 
 KINDS = ("w_ih", "w_hh", "b_ih", "b_hh")  # the weights of a member
 
 
-def _stacked(weights: Any) -> Tensor | None:
-    """With the members in front; None for none of them, and where one is None."""
-    if not weights or any([weight is None for weight in weights]):
-        return None
-    return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+def _stacked(kinds: Sequence[Any]) -> list[Tensor | None]:
+    """The weights of each kind with the members in front; None for a kind without any, or of which one is None."""
+    found: list[Tensor | None] = []
+    for weights in kinds:
+        if not weights or any([weight is None for weight in weights]):
+            found.append(None)
+        else:
+            found.append(weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +66,7 @@ class Frame:
         count = 4 if self.biased else 2
         kinds = [own[n::count] for n in range(count)]
         kinds[:1] = [kinds[0][: self.directions], kinds[0][self.directions :]]
-        w_ih, w_up, w_hh, b_ih, b_hh, *_ = map(_stacked, (*kinds, (), ()))
+        w_ih, w_up, w_hh, b_ih, b_hh, *_ = _stacked((*kinds, (), ()))
         return Forward(
             self.cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_up, self.flips, self.save, marks, lengths, reset_h, reset_c, seeds,
             self.dropout, self.recompute,

@@ -14,10 +14,14 @@ pytestmark = pytest.mark.same_everywhere
 KINDS = [number for number in range(96) if study.Draw.case_of(number).H == 15 and study.Draw.case_of(number).T == 3]
 
 
-@pytest.mark.parametrize("number", KINDS, ids=lambda number: str(study.Draw.case_of(number)))
-def test_right_and_wrong(number):
-    """Every cell and dtype: no false alarm on three programs and the kernels, and every planted fault is found."""
-    draw = study.Draw(number)
+DRAWS = [(number, False) for number in KINDS]
+DRAWS += [(number, True) for number in KINDS if study.Draw.case_of(number).dtype == torch.float32]
+
+
+@pytest.mark.parametrize("number, tf32", DRAWS, ids=[f"{study.Draw.case_of(n)}{' TF32' * tf32}" for n, tf32 in DRAWS])
+def test_right_and_wrong(number, tf32):
+    """Every cell and dtype, and TF32: no false alarm on right programs and the kernels, and every planted fault is found."""
+    draw = study.Draw(number, tf32)
     for program, found in draw.right(0):
         worst = numerics.worst([numerics.worst(draw.alone.figures(name, tensor)) for name, tensor in found.items()])
         assert worst.ok, (program, worst)
@@ -60,11 +64,14 @@ def test_twice_torch_nn():
 
 
 def test_tf32():
-    """TF32 is wrong for float32, and right where it is allowed."""
-    x, w = numbers()
-    exact = lambda: product(x.double(), w.double())  # noqa: E731
-    ours, theirs = product(study.tf32(x), study.tf32(w)), product(x, w)
-    assert fault(ours, theirs, exact, torch.float32) and not fault(ours, theirs, exact, torch.float32, tf32=True)
+    """TF32 is wrong for float32, and right where it is allowed, rounded or truncated. Factors cut to bfloat16 are wrong."""
+    x, w = torch.randn(30, 40), torch.randn(40, 30)
+    exact, theirs = lambda: product(x.double(), w.double()), product(x, w)
+    for kind in (study.ROUNDED, study.TRUNCATED):
+        ours = product(kind(x), kind(w))
+        assert fault(ours, theirs, exact, torch.float32) and not fault(ours, theirs, exact, torch.float32, tf32=True)
+    cut = study._cut(16)
+    assert fault(product(cut(x), cut(w)), theirs, exact, torch.float32, tf32=True)
 
 
 def test_nothing_zero_and_not_finite():
