@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from support.groups import running
 
 import rnnfast
 from rnnfast import ops
@@ -90,8 +91,12 @@ def test_launches_are_on_the_tensors_device(device, monkeypatch):
     for module, name in ((step, "forward"), (step, "backward"), (recompute, "compute"), (kernel, "apply")):
         monkeypatch.setattr(module, name, watched(f"{module.__name__}.{name}", getattr(module, name)))
     layer = rnnfast.GRU(5, 4, 2, dropout=0.5, recompute=True, device=device, backend="triton")
-    layer(torch.randn(3, 2, 5, device=device))[0].sum().backward()
-    assert len(set(launches)) == 4 and launches.count("rnnfast.kernels.dropout.apply") == 2
+    for members in (1, 2):
+        launches.clear()
+        with running(3, members):
+            layer(torch.randn(3, 2, 5, device=device))[0].sum().backward()
+        # of what the second layer reads: forward, recomputed gates, weights; and of the gradient
+        assert len(set(launches)) == 4 and launches.count("rnnfast.kernels.dropout.apply") == 4
 
 
 def test_share_and_seed(device):
