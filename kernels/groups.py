@@ -53,9 +53,10 @@ class Group(NamedTuple):
 
     def steps(self, begin: int, N: int, T: int, backward: bool) -> int:
         """The most positions that any member runs in a launch of N."""
+        if not self.lag:
+            return min(N, T - begin)
         lag = self.lag if backward else -self.lag
-        firsts = range(begin, begin + lag * self.members, lag) if lag else (begin,)
-        return max(min(N, T - first) for first in firsts if first >= 0)
+        return max(min(N, T - first) for first in range(begin, begin + lag * self.members, lag) if first >= 0)
 
 
 ALONE = Group()

@@ -2,9 +2,10 @@
 
     make schedules
     python tests/schedules.py [--schedules 200] [--cells LSTM GRU RNN] [--dtypes float32 float16 bfloat16] [--parts 1 2]
+                              [--kinds layer directions]
 
-Each schedule runs a whole layer forward and, in each design of backward, backward: a grid of 16 programs that wait for each
-other every time (see side_by_side.py).
+Each schedule runs a whole layer forward and, in each design of backward, backward, in one direction or both: a grid of 16 or 32
+programs that wait for each other every time (see side_by_side.py).
 Exit code 1 if a schedule gave other bits or an error is larger than `rnnfast.numerics` allows. A hang ends in an exception.
 """
 
@@ -36,6 +37,7 @@ from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "float16", "bfloat16")
 PARTS = (1, 2)  # the two designs of backward
+KINDS = ("layer", "directions")  # in one direction, and in both as a group
 T, B, I, H = 3, 11, 5, 64  # two batch tiles, the second with masked rows
 
 
@@ -75,11 +77,11 @@ class Outcome:
         )
 
     def __str__(self) -> str:
-        grids = ", ".join(f"{x} x {y}" for x, y, _ in self.grids)
+        grids = ", ".join(f"{x} x {y}" + f" x {z}" * (z > 1) for x, y, z in self.grids)
         bits = "the same bits" if len(self.digests) == 1 else f"{len(self.digests)} DIFFERENT RESULTS"
         worst = f"{self.worst.tensor} {self.worst.ours:.1e} of {self.worst.allowed:.1e}{'' if self.worst.ok else ' TOO LARGE'}"
         return (
-            f"{self.case:13} grids {grids}  {self.schedules:4} schedules: {bits}; {self.switches:7} switches, "
+            f"{self.case:24} grids {grids}  {self.schedules:4} schedules: {bits}; {self.switches:7} switches, "
             f"{self.late_words:8} words seen late; largest error {worst}"
         )
 
@@ -101,19 +103,20 @@ def backward(inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], 
     return {f"grad of {name}": gradient for name, gradient in zip(inputs, found, strict=True)}
 
 
-def run(cell: str, dtype: str, parts: Sequence[int], seeds: range) -> Outcome:
+def run(cell: str, dtype: str, parts: Sequence[int], seeds: range, kind: str = "layer") -> Outcome:
     """A layer under the schedules `seeds`, backward with each number of `parts` that a sum has, against the reference."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     case = check.Case(cell, T, B, I, H, getattr(torch, dtype))
-    exact = getattr(rnnfast, cell)(I, H, backend="reference").to(case.dtype).double()
-    ours = getattr(rnnfast, cell)(I, H, backend="triton", dtype=case.dtype)
-    theirs = getattr(torch.nn, cell)(I, H, dtype=case.dtype)
+    exact = getattr(rnnfast, cell)(I, H, backend="reference", bidirectional=kind == "directions").to(case.dtype).double()
+    ours = getattr(rnnfast, cell)(I, H, backend="triton", dtype=case.dtype, bidirectional=kind == "directions")
+    theirs = getattr(torch.nn, cell)(I, H, dtype=case.dtype, bidirectional=kind == "directions")
     for layer in (ours, theirs):
         layer.load_state_dict(exact.state_dict())
     x = torch.randn(T, B, I).to(case.dtype)
-    states = tuple(torch.randn(1, B, H).to(case.dtype) for _ in range(2 if cell == "LSTM" else 1))
-    upstream = [torch.randn(shape).to(case.dtype) for shape in [(T, B, H), *(state.shape for state in states)]]
+    directions = KINDS.index(kind) + 1
+    states = tuple(torch.randn(directions, B, H).to(case.dtype) for _ in range(2 if cell == "LSTM" else 1))
+    upstream = [torch.randn(shape).to(case.dtype) for shape in [(T, B, directions * H), *(state.shape for state in states)]]
 
     def both(layer, *given):
         inputs, outputs = forward(layer, *given)
@@ -138,7 +141,7 @@ def run(cell: str, dtype: str, parts: Sequence[int], seeds: range) -> Outcome:
         digest = hashlib.sha256(b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for _, tensor in found))
         results = [check.Result.of(case, numerics.worst(contract.figures(name, tensor))) for name, tensor in found]
         one = Outcome(
-            f"{cell} {dtype}",
+            f"{cell} {dtype}" + f" {kind}" * (kind != "layer"),
             frozenset([digest.hexdigest()]),
             tuple(grid for name, grid in happened.grids if name.startswith("persistent")),
             1,
@@ -164,14 +167,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--parts", nargs="+", type=int, default=PARTS, choices=(1, 2, 4), help="programs to a sum of backward")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="in one direction, or both")
     args = parser.parse_args(argv)
-    cases = list(itertools.product(args.cells, args.dtypes))
+    cases = list(itertools.product(args.cells, args.dtypes, args.kinds))
     at_once, failed = 25, 0  # schedules a task
-    print(f"a layer of T={T}, B={B}, I={I}, H={H}, forward and backward, in Triton's interpreter")
+    print(f"T={T}, B={B}, I={I}, H={H}, forward and backward, in Triton's interpreter")
     with ProcessPoolExecutor(os.cpu_count(), initializer=prepare) as pool:
         tasks = {
             case: [
-                pool.submit(run, *case, args.parts, range(begin, min(begin + at_once, args.schedules)))
+                pool.submit(run, *case[:2], args.parts, range(begin, min(begin + at_once, args.schedules)), case[2])
                 for begin in range(0, args.schedules, at_once)
             ]
             for case in cases

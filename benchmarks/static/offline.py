@@ -92,7 +92,8 @@ def kernels() -> list[triton.JITFunction]:
     """Every kernel that a layer can launch."""
     modules = (step, persistent, one_program, recompute, dropout)
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
-    return [kernel for kernel in found if isinstance(kernel, triton.JITFunction)]
+    # pack_kernel is in two
+    return list({kernel.fn: kernel for kernel in found if isinstance(kernel, triton.JITFunction)}.values())
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
     H, D = tape.w_hh.shape[2], 1 if tape.w_up is not None else M
     sides = CELLS[call.cell].gates * H
     kept_apart = width > sides  # the last gate's two sides; its input side is stored first: see Cell.grads
-    rows = d_gates.view(M, T * B, width)
+    rows = d_gates.reshape(M, T * B, width)  # inside vmap it is no view
     d_input, d_hidden = rows[..., :sides], rows[..., -sides:]
     d_read = d_input[:D]  # of the members that read x
 
@@ -207,7 +207,7 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
         below = tape.h[:-1]
         if tape.seeds is not None:
             below = torch.stack([dropout.dropped(*each, call.dropout) for each in zip(below, tape.seeds.split(1), strict=True)])
-        found["w_up"] = in_order(product(d_input[1:].mT, below.view(M - 1, T * B, H)))
+        found["w_up"] = in_order(product(d_input[1:].mT, below.reshape(M - 1, T * B, H)))
     if "w_hh" in needs:
         found["w_hh"] = _recurrent_gradient(call, tape, d_hidden)
     if "b_ih" in needs:

@@ -31,6 +31,7 @@ from torch import Tensor
 from rnnfast import torch_private
 from rnnfast.choice import kernel_plan
 from rnnfast.choice.kernel_plan import precision
+from rnnfast.choice.pipeline import CHUNK_ROWS
 from rnnfast.ops.marks import (
     by_member,
     empty_start_grads,
@@ -49,11 +50,6 @@ if TYPE_CHECKING:
     from rnnfast.kernels.groups import Group
 
 __all__ = ["CHUNK_ROWS", "backward", "forward", "is_eager", "no_autocast", "on_device"]
-
-# Time steps x batch rows whose input side is computed by one GEMM, into one float32 buffer: enough to fill a GPU with the GEMM,
-# few enough that for H up to 1024 the buffer (4 H floats a row) stays in the L2 of an H100 and never grows with T.
-CHUNK_ROWS = 2048
-
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 

@@ -29,6 +29,14 @@ def test_any_schedule(cell, dtype):
     assert outcome.ok, outcome
 
 
+@pytest.mark.parametrize("cell", ["RNN", *(pytest.param(cell, marks=pytest.mark.sweep) for cell in ("LSTM", "GRU"))])
+def test_any_schedule_of_both_directions(cell):
+    """Grids of 32 programs, 16 a direction."""
+    outcome = schedules.run(cell, "float16", schedules.PARTS, range(2), "directions")
+    assert outcome.grids == ((8, 2, 2),) * (1 + len(schedules.PARTS))
+    assert outcome.ok, outcome
+
+
 def test_outcomes_add_up():
     """What `make schedules` concludes from: other bits, or one error too large, are not ok."""
     one = schedules.run("RNN", "float32", (1,), range(1))

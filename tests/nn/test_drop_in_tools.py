@@ -116,7 +116,7 @@ def test_flop_counter(name, given, directions, device):
             outputs = flat(layer(x, (hx if name == "LSTM" else hx[0]) if given else None))
             sum(out.sum() for out in outputs).backward()
         found.append(mode.get_total_flops())
-    first = 0 if given else 2 * directions * 2 * B * G * H * H  # forward, of W_hh; layers and directions
+    first = 0 if given else 2 * (2 * directions) * 2 * B * G * H * H  # of forward and of the gradient of each W_hh
     assert found[0] > 0 and found[0] == found[1] - first
 
 

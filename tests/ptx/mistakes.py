@@ -91,6 +91,7 @@ GRU = PERSISTENT._replace(cell="gru")
 STEP = Layer("step", "lstm", "float16", inference=False)
 ONE = Layer("one_program", "lstm", "float16", rows=8, inference=False)
 DIRECTIONS = GroupOfLayers("one_program", "directions")
+STACK = GroupOfLayers("persistent", "layers")
 FORWARD, BACKWARD = "persistent_forward_kernel", "persistent_backward_kernel"
 STEP_FORWARD, STEP_BACKWARD = "forward_step_kernel", "backward_step_kernel"
 ONE_FORWARD, ONE_BACKWARD = "one_program_forward_kernel", "one_program_backward_kernel"
@@ -103,7 +104,7 @@ BEFORE_STATE, AFTER_STATE = (leave_out(r"bar\.sync", which) for which in (slice(
 OPERANDS = rewrite(r"(mma\.sync\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+), (%r\d+)", r"\1\4, \3, \2")
 
 FIRST_WEIGHTS = rewrite(rf", {4 * DIRECTIONS.H**2 * 2}\b", ", 0")  # a member's weights lie so many bytes from those before
-
+FIRST_MEMBER = rewrite(r"mov\.u32(\s+%r\d+), %ctaid\.z", r"mov.u32\1, 0")
 NEVER_STORED = leave_out(r"st\.(global\.cg|relaxed\.gpu\.global)\.b32 \[ ")
 
 
@@ -138,6 +139,9 @@ MISTAKES = (
     Mistake(
         "weights of the first member for all, one program, backward", DIRECTIONS, ONE_BACKWARD, FIRST_WEIGHTS, ("numbers",)
     ),
+    Mistake("weights of the first member for all", STACK, FORWARD, FIRST_WEIGHTS, ("numbers",)),
+    Mistake("weights of the first member for all, backward", STACK, BACKWARD, FIRST_WEIGHTS, ("numbers",)),
+    Mistake("every program one of the first member", STACK, FORWARD, FIRST_MEMBER, ("numbers", *EARLY)),
     Mistake("weights that are never stored to shared memory", PERSISTENT, FORWARD, leave_out(r"st\.shared", slice(1)), EARLY),
     Mistake("a step's h that is never stored", STEP, STEP_FORWARD, leave_out(r"st\.global", slice(1)), ("Unwritten",)),
     Mistake("stores without their masks", STEP, STEP_FORWARD, rewrite(r"@%p\d+ (st\.global)", r"\1"), ("OutOfBounds", "Race")),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
 import struct
 import sys
@@ -165,8 +166,6 @@ def layers(library: ctypes.CDLL) -> dict:
     """A layer, both directions of one and a stack, on each family, forward and backward, in chunks, with a state at an odd
     address: the parameters that both ways give. Addresses of buffers that a call makes itself differ; of these the alignment is
     compared."""
-    import os
-
     from benchmarks.static import offline
     from rnnfast import ops
     from rnnfast.choice import kernel_plan
@@ -216,7 +215,14 @@ def layers(library: ctypes.CDLL) -> dict:
     return found
 
 
+def stop(error) -> None:
+    """An error in a callback from C, which Python would only print."""
+    sys.__unraisablehook__(error)
+    os._exit(1)
+
+
 def main() -> None:
+    sys.unraisablehook = stop
     library = stub.load(sys.argv[1])
     stub.pretend()
     for test in (random_launches, after_clearing, in_threads, layers):
