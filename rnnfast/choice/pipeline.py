@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -181,20 +181,17 @@ def run(family: str, sizes: Sizes, T: int, members: int, parts: int, layers: boo
         most = plan.steps or (T if sizes.backward else max(1, CHUNK_ROWS // (members * sizes.B)))
         return timed(even(T, min(T, most)))
     most = max(1, min(T, plan.steps or T, ROWS // (members * sizes.B)))
-    found = _lengths(T, members - 1, us, fixed + product, host_step, host_round + PRODUCT_HOST_US)
-    lengths = {even(T, max(1, min(most, N))) for N in found}
-    return min(map(timed, sorted(lengths)), key=lambda each: each.us)
+    lengths = {even(T, N) for N in _lengths(most)}
+    return min(map(timed, sorted(lengths)), key=lambda found: found.us)
 
 
-def _lengths(T: int, behind: int, us: float, fixed: float, host_step: float, host: float) -> Iterator[int]:
-    """Chunks of which one is about the best: where the GPU's time is least, where the host's is, where both are the same, and
-    the whole sequence."""
-    yield T
-    yield round(sqrt(T * fixed / (behind * us)))
-    if host_step > 0:
-        yield round(sqrt(T * host / (behind * host_step)))
-    if us != host_step:
-        yield ceil(max(1.0, min(T, (host - fixed) / (us - host_step))))
+def _lengths(most: int) -> Iterator[int]:
+    """Chunks to try, up to `most`: each is a twentieth longer than the one before, or one step."""
+    chunk = 1
+    while chunk < most:
+        yield chunk
+        chunk += max(1, chunk // 20)
+    yield most
 
 
 def best(family: str, sizes: Sizes, T: int, members: int, layers: bool, gpu: GpuLimits) -> Run | None:

@@ -351,7 +351,7 @@ def test_modules_follow(ran, path):
 def test_functions_follow(ran, monkeypatch):
     """As the modules. What was not measured goes by the prediction."""
     x, (w_ih, w_hh) = layer_and_input()[1], weights()
-    monkeypatch.setattr(functional, "_torch_layer", lambda *args, **options: ran.append("torch") or (x, (x, x)))
+    monkeypatch.setattr(functional, "_torch_layer", lambda *args, **options: ran.append("torch") or (x, (x, x), (), None))
     functional.lstm(x, None, w_ih, w_hh)
     with tuned.override_tuning(H100, [entry(SMALL)]):
         functional.lstm(x, None, w_ih, w_hh)
