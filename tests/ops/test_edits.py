@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.groups import Stack
 from support.layers import CELLS, H, close, equal, pair
 from test_ops import call, make
 
@@ -73,8 +74,25 @@ def test_what_is_saved(cell, recompute, device):
     blocks = 0 if recompute else reference.CELLS[cell].saved
     known = {tensor.data_ptr(): name for name, tensor in (tensors | {"y": y}).items()}
     found = [known.get(tensor.data_ptr(), (tuple(tensor.shape), tensor.dtype)) for tensor in packed if tensor.numel()]
-    expected = [*tensors, "y"] + [((T, B, blocks * H), y.dtype)] * (blocks > 0)
-    assert found == expected + [((T, B, H), torch.float32)] * (reference.STATES[cell] - 1)
+    expected = [*tensors, "y"] + [((1, T, B, blocks * H), y.dtype)] * (blocks > 0)
+    assert found == expected + [((1, T, B, H), torch.float32)] * (reference.STATES[cell] - 1)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("cell", list(reference.CELLS))
+def test_what_is_saved_of_a_stack(cell, recompute, device):
+    """The same of each layer, and the outputs of all layers in place of the output: nothing twice, and no copy of a weight."""
+    stack, packed = Stack(cell, 3, recompute=recompute, dropout=0.5), []
+    tensors = stack.tensors(device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(tensor), lambda _: None):
+        stack.on_kernels(tensors)
+    T, B, H = stack.T, stack.B, stack.H
+    blocks = 0 if recompute else reference.CELLS[cell].saved
+    known = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+    found = [known.get(tensor.data_ptr(), (tuple(tensor.shape), tensor.dtype)) for tensor in packed if tensor.numel()]
+    expected = [((2,), torch.int64), ((3, T, B, H), torch.float32)]  # the seeds, the outputs
+    expected += [((3, T, B, blocks * H), torch.float32)] * (blocks > 0) + [((3, T, B, H), torch.float32)] * (cell == "lstm")
+    assert sorted(map(str, found)) == sorted(map(str, [*tensors, *expected]))
 
 
 def test_nothing_is_saved_of_a_frozen_layer_on_a_constant(device):

@@ -37,7 +37,7 @@ def upstream_of(call, results):
     return operators.Backward(**{name: found[name] for name in operators.Backward._fields})
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.sweep)])
 @kinds
 def test_opcheck(cell, layers, directions, recompute, device):
     """Schema, autograd registration, fake kernels and AOT dispatch of both operators, with marks, states and dropout."""
