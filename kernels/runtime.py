@@ -20,8 +20,8 @@ __all__ = [
     "INTERPRETED",
     "MOST_LAUNCHERS",
     "Launcher",
+    "Repeated",
     "addresses",
-    "alignment",
     "as_a_gpu",
     "emulates_bf16",
     "mode",
@@ -64,12 +64,6 @@ def addresses(*values):
     """What a function that `Launcher.bind` gave takes for these: addresses for tensors, or in the interpreter the tensors
     themselves. Numbers and None stay as they are."""
     return values if INTERPRETED else _classify(values, (False,) * len(values), [])
-
-
-def alignment(*tensors) -> list[bool]:
-    """What may change from one launch of a function that `Launcher.bind` gave to the next, if these tensors do: the kernel is
-    compiled for whether each begins at a multiple of 16 bytes."""
-    return [tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors]
 
 
 def emulates_bf16(dtype) -> bool:
@@ -141,13 +135,13 @@ class Launcher:
         launch, plain = self._prepare(grid, args)
         launch(*plain)
 
-    def bind(self, grid: tuple[int, int, int], *args: Any) -> Callable[..., None]:
+    def bind(self, grid: tuple[int, int, int], *args: Any) -> tuple[Callable[..., None], tuple]:
         """A function for many launches on the current stream, whose arguments are as these in all that a kernel is compiled
-        for. It takes `addresses` in place of tensors and checks nothing. For an integer that changes, give the
-        largest here."""
+        for; and these arguments as it takes them, with `addresses` in place of tensors. It checks nothing. For an integer that
+        changes, give the largest here."""
         if not self.compiled:
-            return functools.partial(self.kernel[grid], **self.constants, **self.options)
-        return self._prepare(grid, args)[0]
+            return functools.partial(self.kernel[grid], **self.constants, **self.options), args
+        return self._prepare(grid, args)
 
     def _prepare(self, grid: tuple[int, int, int], args: tuple) -> tuple[Callable[..., None], tuple]:
         driver = triton.runtime.driver.active
@@ -173,6 +167,30 @@ class Launcher:
             head = (*grid, stream, function, metadata, None, None, None)
             launch = lambda *args: run(*head, *args, *tail)  # noqa: E731
         return (functools.partial(turns.launch, launch, device, stream) if self.waits else launch), plain
+
+
+class Repeated:
+    """Many launches of a `Launcher` with one grid on the current stream. `fixed` are tensors that all of them take."""
+
+    def __init__(self, launcher: Launcher, grid: tuple[int, int, int], *fixed: Any):
+        self.launcher, self.grid, self.fixed = launcher, grid, fixed
+        self.aligned: list[bool] | None = None
+
+    def of(self, *tensors: Any, sizes: tuple[int, ...]) -> Callable[..., None]:
+        """The function that launches on `tensors`, then the fixed ones. It takes the integers that follow, and checks nothing.
+
+        Args:
+            tensors: may be others at the next call, of the same dtypes.
+            sizes: these integers; for one that changes, the largest.
+        """
+        # what may change with them is whether each begins at a multiple of 16 bytes, which a kernel is compiled for
+        aligned = [tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors]
+        if aligned == self.aligned:
+            return functools.partial(self.launch, *addresses(*tensors), *self.fixed_at)
+        self.aligned, count = aligned, len(tensors)
+        self.launch, plain = self.launcher.bind(self.grid, *tensors, *self.fixed, *sizes)
+        self.fixed_at = plain[count : count + len(self.fixed)]
+        return functools.partial(self.launch, *plain[:count], *self.fixed_at)
 
 
 def _is_watched(kernel: Any) -> bool:

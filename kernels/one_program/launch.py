@@ -11,7 +11,7 @@ from rnnfast.kernels.one_program.backward import one_program_backward_kernel
 from rnnfast.kernels.one_program.forward import one_program_forward_kernel
 from rnnfast.kernels.one_program.plan import OneProgramPlan
 from rnnfast.kernels.persistent.launch import packed
-from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, alignment, as_a_gpu, emulates_bf16
+from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, Repeated, as_a_gpu, emulates_bf16
 
 __all__ = ["backward", "forward"]
 
@@ -66,14 +66,11 @@ def forward(
     launcher = _forward_launcher(cell, plan, saves, training, group.members > 1, group.directions, H, h.dtype, precision)
     grid = plan.grid(B, group.members)
     has_first, h0 = (0, h) if h0 is None else (1, h0)
-    fixed = w, bias_x, bias_h, h0, c if c0 is None else c0, packed(marks, plan), h, c, saved
-    fixed_at = addresses(*fixed)
-    kind = launch = None
+    start_c = c if c0 is None else c0
+    repeated = Repeated(launcher, grid, w, bias_x, bias_h, h0, start_c, packed(marks, plan), h, c, saved)
     for begin, N, x, first in rounds():
         sizes = first, begin, -group.lag, N, T, group.flips, has_first, B
-        if kind != (kind := alignment(x)):
-            launch = launcher.bind(grid, x, *fixed, *sizes)
-        launch(*addresses(x), *fixed_at, *sizes)
+        repeated.of(x, sizes=sizes)(*sizes)
 
 
 @as_a_gpu
@@ -86,11 +83,8 @@ def backward(
     launcher = _backward_launcher(cell, plan, group.members > 1, group.directions, H, h.dtype, precision)
     grid = plan.grid(B, group.members)
     has_first, h0 = (0, h) if h0 is None else (1, h0)
-    fixed = h, h0, c, c if c0 is None else c0, w, dcs, packed(marks, plan), d_gates, d_h, d_c, d_starts
-    fixed_at = addresses(*fixed)
-    kind = launch = None
+    start_c = c if c0 is None else c0
+    repeated = Repeated(launcher, grid, h, h0, c, start_c, w, dcs, packed(marks, plan), d_gates, d_h, d_c, d_starts)
     for begin, N, dy, saved in rounds():
         sizes = begin, group.lag, N, T, group.flips, has_first, saved.size(1) if cell.saved else T, B
-        if kind != (kind := alignment(dy, saved)):
-            launch = launcher.bind(grid, dy, saved, *fixed, *sizes)
-        launch(*addresses(dy, saved), *fixed_at, *sizes)
+        repeated.of(dy, saved, sizes=sizes)(*sizes)

@@ -12,7 +12,7 @@ from rnnfast.kernels.persistent.clear import clear_kernel
 from rnnfast.kernels.persistent.forward import persistent_forward_kernel
 from rnnfast.kernels.persistent.give_up import for_launch, name_of
 from rnnfast.kernels.persistent.plan import PersistentPlan
-from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, alignment, as_a_gpu, emulates_bf16
+from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, Repeated, as_a_gpu, emulates_bf16
 
 __all__ = ["backward", "forward", "packed"]
 
@@ -73,9 +73,9 @@ class _Exchange:
             if self.sum_words:
                 self.sums = self.out.new_empty(self.members, N, self.sum_shape)
             blocks = -(-N * max(self.B * self.words, self.sum_words) // CLEAR_BLOCK)
-            self.at = addresses(self.buffer, self.sums)
-            self.clear = self.launcher.bind((blocks, 1, self.members), self.buffer, self.sums, begin, self.lag, N, *self.sizes)
-        self.clear(*self.at, begin, self.lag, N, *self.sizes)
+            repeated = Repeated(self.launcher, (blocks, 1, self.members), self.buffer, self.sums)
+            self.clear = repeated.of(sizes=(begin, self.lag, N, *self.sizes))
+        self.clear(begin, self.lag, N, *self.sizes)
         return new
 
 
@@ -133,20 +133,14 @@ def forward(
     marks, give_up, name = packed(marks, plan), for_launch(h), name_of("forward", cell, H, h.dtype)
     has_first = int(marked or h0 is not None)
     h0, c0 = h if h0 is None else h0, c if c0 is None else c0
-    aligned, launches, plain = None, [], ()
+    launches = []
     for begin, N, x, first in rounds():
-        place = T, group.flips, has_first
-        if exchange.cleared(begin, N) or aligned != alignment(x):
-            aligned = alignment(x)
+        if exchange.cleared(begin, N):
             tensors = w, bias_x, bias_h, h0, c0, marks, give_up, exchange.buffer, h, c, saved
-            plain = addresses(*tensors)
-            launches = [
-                (b_begin, launcher.bind(grid, x, *tensors, first, begin, -group.lag, N, *place, b_begin, B, name))
-                for grid, b_begin in plan.launches(B, group.members)
-            ]
-        (x_at,) = addresses(x)
-        for b_begin, launch in launches:
-            launch(x_at, *plain, first, begin, -group.lag, N, *place, b_begin, B, name)
+            launches = [(at, Repeated(launcher, grid, *tensors)) for grid, at in plan.launches(B, group.members)]
+        for b_begin, repeated in launches:
+            sizes = first, begin, -group.lag, N, T, group.flips, has_first, b_begin, B, name
+            repeated.of(x, sizes=sizes)(*sizes)
 
 
 @as_a_gpu
@@ -166,19 +160,14 @@ def backward(
     marks, give_up, name = packed(marks, plan), for_launch(d_h), name_of("backward", cell, H, h.dtype)
     has_first = int(h0 is not None)
     h0, c0 = h if h0 is None else h0, c if c0 is None else c0
-    aligned, launches, plain = None, [], ()
+    launches = []
     for begin, N, dy, saved in rounds():
-        place = T, group.flips, int(cell.saved > 0 and saved.size(1) != T), has_first
-        if exchange.cleared(begin, N) or aligned != alignment(dy, saved):
-            aligned = alignment(dy, saved)
+        if exchange.cleared(begin, N):
             tensors = (
                 h, h0, c, c0, w, dcs, marks, give_up, exchange.buffer, exchange.sums, d_gates, d_h, d_c, d_starts,
             )  # fmt: skip
-            plain = addresses(*tensors)
-            launches = [
-                (b_begin, launcher.bind(grid, dy, saved, *tensors, begin, group.lag, N, *place, b_begin, B, name))
-                for grid, b_begin in plan.launches(B, group.members)
-            ]
-        dy_at, saved_at = addresses(dy, saved)
-        for b_begin, launch in launches:
-            launch(dy_at, saved_at, *plain, begin, group.lag, N, *place, b_begin, B, name)
+            launches = [(at, Repeated(launcher, grid, *tensors)) for grid, at in plan.launches(B, group.members)]
+        of_chunk = int(cell.saved > 0 and saved.size(1) != T)
+        for b_begin, repeated in launches:
+            sizes = begin, group.lag, N, T, group.flips, of_chunk, has_first, b_begin, B, name
+            repeated.of(dy, saved, sizes=sizes)(*sizes)

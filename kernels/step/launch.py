@@ -7,7 +7,7 @@ import functools
 from rnnfast.kernels.cells import Cell
 from rnnfast.kernels.groups import Group
 from rnnfast.kernels.marks import Marks, StartGrads
-from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, addresses, alignment, as_a_gpu, emulates_bf16
+from rnnfast.kernels.runtime import MOST_LAUNCHERS, Launcher, Repeated, as_a_gpu, emulates_bf16
 from rnnfast.kernels.step.kernels import backward_step_kernel, forward_step_kernel
 from rnnfast.kernels.step.plan import StepPlan
 
@@ -75,16 +75,12 @@ def forward(
     launcher = _forward_launcher(cell, saves, *_kind(h, H, group, precision, plan))
     grid = plan.grid(B, H, group.members)
     h_first, c_first, has_first = h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
-    rest = w, bias_x, bias_h, h_first, c_first, marks, h, c, saved
-    rest_at = addresses(*rest)
+    repeated = Repeated(launcher, grid, w, bias_x, bias_h, h_first, c_first, marks, h, c, saved)
     sizes = T, group.flips, has_first, 1 if c is None else c.size(1), B, H
-    kind = launch = None
     for begin, N, x, first in rounds():
-        if kind != (kind := alignment(x)):
-            launch = launcher.bind(grid, x, *rest, T, T, T, -group.lag, N, *sizes)
-        (x_at,) = addresses(x)
+        launch = repeated.of(x, sizes=(T, T, T, -group.lag, N, *sizes))
         for at in range(group.steps(begin, N, T, False)):
-            launch(x_at, *rest_at, first, begin, at, -group.lag, N, *sizes)
+            launch(first, begin, at, -group.lag, N, *sizes)
 
 
 @as_a_gpu
@@ -117,13 +113,9 @@ def backward(
     launcher = _backward_launcher(cell, *_kind(h, H, group, precision, plan))
     grid = plan.grid(B, H, group.members)
     h_first, c_first, has_first = h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
-    rest = h, h_first, c, c_first, w, dcs, marks, d_gates, d_h, d_c, d_starts
-    rest_at = addresses(*rest)
-    kind = launch = None
+    repeated = Repeated(launcher, grid, h, h_first, c, c_first, w, dcs, marks, d_gates, d_h, d_c, d_starts)
     for begin, N, dy, saved in rounds():
         sizes = T, group.flips, has_first, saved.size(1) if cell.saved else T, B, H
-        if kind != (kind := alignment(dy, saved)):
-            launch = launcher.bind(grid, dy, saved, *rest, T, T, group.lag, N, *sizes)
-        dy_at, saved_at = addresses(dy, saved)
+        launch = repeated.of(dy, saved, sizes=(T, T, group.lag, N, *sizes))
         for at in range(group.steps(begin, N, T, True)):
-            launch(dy_at, saved_at, *rest_at, begin, at, group.lag, N, *sizes)
+            launch(begin, at, group.lag, N, *sizes)

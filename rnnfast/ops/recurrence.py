@@ -21,6 +21,7 @@ Lengths and resets come as marks (`rnnfast.reference.marks`); see `rnnfast.ops.m
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -101,15 +102,16 @@ def _refuse_forward_mode() -> None:
     )
 
 
-def _groups(M: int, D: int, flips: int, T: int, choice: kernel_plan.Choice) -> list[tuple[slice, Group]]:
+@functools.lru_cache(1024)
+def _groups(M: int, D: int, flips: int, at_once: int, chunk: int) -> list[tuple[slice, Group]]:
     """The parts in which all members run, one part after another: which members, and their group. A direction that runs
     without the other one has outputs of its own."""
     from rnnfast.kernels.groups import Group
 
     found = []
-    for first in range(0, M, choice.members):
-        count = min(choice.members, M - first)
-        own, lag = flips >> first & ((1 << count) - 1), min(T, choice.chunk) if count > 1 else 0
+    for first in range(0, M, at_once):
+        count = min(at_once, M - first)
+        own, lag = flips >> first & ((1 << count) - 1), chunk if count > 1 else 0
         found.append((slice(first, first + count), Group(count, min(D, count), own, lag)))
     return found
 
@@ -179,7 +181,7 @@ def forward(
             starts_c = (start_c, reset_c) if spec.carries_c else None
             given = for_kernels(marks, lengths, (start_h, reset_h), starts_c, by_member(h, D)[:, 0], choice.plan.BLOCK_B)
         members, stack = (w, bias_x, bias_h, start_h, start_c, c, saved), (h, w_up, seeds, dropout, CHUNK_ROWS) if M > D else ()
-        for part, group in _groups(M, D, flips, T, choice):
+        for part, group in _groups(M, D, flips, choice.members, min(T, choice.chunk)):
             N = group.lag or min(T, choice.plan.steps or max(1, CHUNK_ROWS // (B * group.members)))
             own = members if group.members == M else of_members(part, *members)
             if M > D:
@@ -276,7 +278,7 @@ def backward(
             given = for_kernels(marks, lengths, (start_h, reset_h), starts_c, by_member(h, D)[:, 0], choice.plan.BLOCK_B)
             d_starts = empty_start_grads(given) if need_starts else None
         recompute = x is not None and spec.saved > 0
-        for part, group in reversed(_groups(M, D, flips, T, choice)):
+        for part, group in reversed(_groups(M, D, flips, choice.members, min(T, choice.chunk))):
             N = group.lag or min(T, choice.plan.steps or T)
             if recompute and not group.layers:
                 N = min(N, max(1, CHUNK_ROWS // (B * group.members)))

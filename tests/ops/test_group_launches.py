@@ -21,7 +21,7 @@ class Launches:
         self.rounds: list[int] = []
 
         def bind(launcher, grid, *args):
-            return lambda *args: self.steps.append(launcher.kernel.__name__)
+            return (lambda *args: self.steps.append(launcher.kernel.__name__)), args
 
         def counted(run):
             def called(cell, given, *args, **options):
