@@ -1,10 +1,11 @@
 """Applies dropout between layers, in one pass. The mask is never stored.
 
-    out[r, j] = keep[r, j] / (1 - p) * x[r, j]        r a step and batch row, j a unit, of both directions side by side
+    out[r, j] = keep[r, j] / (1 - p) * x[r, j]        r a step and batch row, j a unit; two directions lie side by side in a row
 
 keep[r, j] says whether word j % 4 of Philox4x32-10 (Salmon et al., 2011) is at least p * 2^32. The counter is
 (j // 4, low and high word of r, 0), the key the 64 bits of a seed. So a seed fixes the mask, whatever the tiles, the GPU
 or the order of the programs, and backward, which is the same function of the gradient, makes the mask again from the seed.
+The layers of a pipeline (`rnnfast.kernels.groups`) have a seed each, and one launch serves a chunk of each of them.
 """
 
 from __future__ import annotations

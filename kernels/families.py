@@ -27,8 +27,8 @@ class Plan(Protocol):
 
     Attributes:
         BLOCK_B: batch rows of a program.
-        steps: the most time steps of a launch, that is of the (begin, x) that `rounds` gives forward, and of the (begin, N, dy,
-            saved) that it gives backward; 0 if it may be any number.
+        steps: the most time steps of a launch, that is N of what `rounds` gives (`rnnfast.kernels.step.forward`); 0 if it may
+            be any number.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Launches of the one-program kernels: `forward` and `backward`, one launch for many time steps."""
+"""Launches of the one-program kernels: `forward` and `backward`, one launch for many time steps of all members of a group."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Persistent kernels: one launch runs many time steps; the recurrent weights stay on chip.
 
-`forward` and `backward` take what those of `rnnfast.kernels.step` take, write the same buffers, and differ in the plan. Either
-family's backward runs on what either's forward saved.
+`forward` and `backward` take what those of `rnnfast.kernels.step` take, write the same buffers, and differ in the plan. Any
+family's backward runs on what any family's forward saved. All members of a group are resident together.
 """
 
 from rnnfast.kernels.marks import pack_kernel

@@ -51,8 +51,8 @@ def grouping(layers: int, directions: int, by_layer: bool = False) -> Grouping:
     """The groups of a module: the layers of a stack with one direction, else the directions of each layer.
 
     Args:
-        by_layer: whether each layer has to be a call of its own, as one with a projection does, and one whose states are
-            returned.
+        by_layer: whether each layer has to be a call of its own, as one with a projection does, one whose states are returned,
+            and one with dropout inside a transform.
     """
     if directions == 1 and layers > 1 and not by_layer:
         return Grouping(layers, True, 1)

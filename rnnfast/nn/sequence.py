@@ -236,9 +236,9 @@ _DOC = """{title}, a drop-in for torch.nn.{name} on fused kernels:
         backend: "triton", "torch" or "reference" to have it run there; None, the default, or "auto" for the choice per call
             that `rnnfast.explain` explains. A `ValueError` for another name.
         recompute: whether training keeps less: no gate activations, which backward computes again with two matrix products. On
-            the kernels an LSTM then keeps its cell states in float32 and a GRU nothing, besides the input and the output. The
-            other backends run their whole forward once more (``torch.utils.checkpoint``). It has no effect on what is returned.
-            A `TypeError` for what is no bool.
+            the kernels an LSTM then keeps its cell states in float32 and a GRU nothing, besides each layer's input and output.
+            The other backends run their whole forward once more (``torch.utils.checkpoint``). It has no effect on what is
+            returned. A `TypeError` for what is no bool.
 
     A layer's ``backend`` and ``recompute`` may be set at any time. Neither name is reserved: what else a subclass or a user
     keeps under it is theirs, and ignored here.

@@ -107,8 +107,9 @@ def run(
 
 
 def _parts(layer: torch.nn.RNNBase, x: Tensor, members: list[Weights], details: bool, p: float) -> list[tuple[int, int]]:
-    """The layers of a stack that each call of the kernels runs, as (first, last + 1). A stack of one direction is a pipeline;
-    layers below the first one that needs a gradient run apart from it, as they need no backward."""
+    """The layers of a stack that each call of the kernels runs, as (first, last + 1). A stack of one direction is a pipeline,
+    but not where each layer's own results are needed (`details`), with a projection, or with dropout inside a transform. Layers
+    below the first one that needs a gradient run apart from it, as they need no backward."""
     L = layer.num_layers
     if layer.bidirectional or layer.proj_size or details or (p and torch_private.inside()):
         return [(n, n + 1) for n in range(L)]

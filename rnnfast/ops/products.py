@@ -1,4 +1,5 @@
-"""Matrix products around the kernels, in the precision of PyTorch's recurrent layers (docs/numerics.md)."""
+"""Matrix products around the kernels, in the precision of PyTorch's recurrent layers. In compiled code a product is a plain
+matmul of the graph, with the precision of matmuls (docs/numerics.md)."""
 
 from __future__ import annotations
 
