@@ -10,8 +10,9 @@ its mark, and all that follows is the same code. Padding is a row's last steps i
 reverse direction comes to; the first step that is none never CONTINUES. Backward hands the gradient of a state that began
 anew to the initial or the reset state, and cuts it off from the step before. `rnnfast.reference.marks` makes marks.
 
-The persistent kernels take the marks of a step and a tile of batch rows packed into one word, so that every program of the tile
-has them by one scalar load, whatever the layout of its tiles, and sees at once whether no row of the tile runs.
+The persistent and the one-program kernels take the marks of a step and a tile of batch rows packed into one word. So every
+program of the tile has them by one scalar load, whatever the layout of its tiles, and sees at once whether no row of the tile
+runs.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class Marks(NamedTuple):
     none.
 
     Attributes:
-        codes: (M, T, B) int8; the persistent kernels themselves are given (M, T, tiles) words of `pack_kernel`.
+        codes: (M, T, B) int8; the persistent and the one-program kernels are given (M, T, tiles) words of `pack_kernel`.
         order: (B,) int32, the batch rows in the order in which programs take them, the same for all members.
         starts_h: (M, 2, B, H), the initial and the reset h.
         starts_c: (M, 2, B, H) float32, the initial and the reset c.
