@@ -34,8 +34,9 @@ def _before(states_ptr, row_size, start_ptr, t_before, is_first, offs_b, B, H, H
     if HAS_MARKS:
         return states_ptr + (t_before.to(tl.int64) * B + offs_b) * row_size
     else:
-        row = tl.where(is_first, 0, t_before).to(tl.int64) * B + offs_b
-        rows = tl.where(is_first, start_ptr, states_ptr) + row * tl.where(is_first, H, row_size)
+        size = tl.where(is_first, H, row_size)
+        before = tl.where(is_first, 0, t_before).to(tl.int64) * B * size
+        rows = tl.where(is_first, start_ptr, states_ptr) + before + offs_b.to(tl.int64) * size
         if ALIGNED:
             rows = tl.multiple_of(rows, 16)
         return rows

@@ -428,7 +428,8 @@ def test_compiled_layer(backend, layer, compiling):
 def test_the_operator_itself(requires_grad, device):
     """What PyTorch would take for zero, forward mode through the bare operator, is refused; and reverse mode by torch.func."""
     tensors = [torch.randn(*shape, device=device, requires_grad=requires_grad) for shape in ((T, B, I), (3 * H, I), (3 * H, H))]
-    run = lambda x: ops.forward("gru", x, None, None, *tensors[1:], None, None, False, True)[0]  # noqa: E731
+    weights = [tensor[None] for tensor in tensors[1:]]
+    run = lambda x: ops.forward("gru", x, None, None, *weights, None, None, None, 0, True)[0]  # noqa: E731
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         jvp(run, (tensors[0].detach(),), (tensors[0].detach(),))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
