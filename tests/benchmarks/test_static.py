@@ -106,7 +106,7 @@ def check(table, arch, marked=False):
     return rows
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90, pytest.param(100, marks=pytest.mark.sweep)])
 def test_step_kernels(arch):
     """LSTM and GRU, every dtype, an odd size, another cell; a batch that fills a part of a tile, and one that takes two."""
     table = [

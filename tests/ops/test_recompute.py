@@ -205,7 +205,7 @@ def gradients(layer, x, hx, options):
 
 
 @pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
-@pytest.mark.parametrize("name, marked", [("LSTM", True), ("GRU", False)])
+@pytest.mark.parametrize("name, marked", [("LSTM", True), pytest.param("GRU", False, marks=pytest.mark.sweep)])
 def test_on_the_persistent_kernels(name, marked, monkeypatch):
     """Both directions on an H100's plans, backward in three calls: what the same kernels give with all gates kept."""
     monkeypatch.setenv("RNNFAST_KERNELS", "persistent")
