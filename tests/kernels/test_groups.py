@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from support import recurrence
 from support.recurrence import Layer, Members, steps_of
 
 from rnnfast.kernels import runtime, step
@@ -43,22 +44,9 @@ def layers_of(kind: str, cell: str, dtype: torch.dtype, T: int = T, H: int = H, 
     return layers
 
 
-def results(run, plan) -> list[tuple]:
-    """What forward, backward and inference give."""
-    forward = run.forward(step, plan)
-    backward = run.backward(step, plan, *(forward if isinstance(run, Layer) else (forward,)))
-    return [forward, backward, run.forward(step, plan, training=False)]
-
-
-def assert_as_alone(layers: list[Layer], *chunks, **options) -> None:
-    """Forward, backward and inference give each member the bits that it has alone, and nothing is NaN."""
+def assert_as_alone(layers: list[Layer], *chunks: int, **options) -> None:
     plan = steps_of(layers[0].shape[2], layers[0].w.dtype)
-    together = results(Members(layers, *chunks, **options), plan)
-    for m, layer in enumerate(layers):
-        for found, right in zip(together, results(layer, plan), strict=True):
-            for a, b in zip(found[m], right, strict=True):
-                assert (a is None) == (b is None)
-                assert a is None or (torch.equal(a, b) and not a.isnan().any())
+    recurrence.assert_as_alone(step, plan, layers, *chunks, **options)
 
 
 @pytest.mark.parametrize("N", [1, 32, 512])

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from support import recurrence
 from support.recurrence import Layer, Members
 
 from rnnfast.kernels import one_program, runtime
@@ -53,21 +54,7 @@ def layers_of(kind: str, cell: str, dtype: torch.dtype, H: int, B: int = 3, T: i
 
 
 def assert_as_alone(layers: list[Layer], plan: OneProgramPlan, *chunks: int, **options) -> None:
-    """Forward, backward and inference give each member the bits that it has alone, and nothing is NaN."""
-    members = Members(layers, *chunks, **options)
-    forward = members.forward(one_program, plan)
-    backward = members.backward(one_program, plan, forward)
-    inference = members.forward(one_program, plan, training=False)
-    for m, layer in enumerate(layers):
-        alone = layer.forward(one_program, plan)
-        for found, right in (
-            (forward[m], alone),
-            (backward[m], layer.backward(one_program, plan, *alone)),
-            (inference[m], layer.forward(one_program, plan, training=False)),
-        ):
-            for a, b in zip(found, right, strict=True):
-                assert (a is None) == (b is None)
-                assert a is None or (torch.equal(a, b) and not a.isnan().any())
+    recurrence.assert_as_alone(one_program, plan, layers, *chunks, **options)
 
 
 KIND_CASES = some(

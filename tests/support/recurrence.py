@@ -232,3 +232,20 @@ def steps_of(H: int, dtype: torch.dtype):
 def assert_close(ours, theirs, dtype):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], check_dtype=True)
+
+
+def assert_as_alone(family, plan, layers: list[Layer], *chunks: int, **options) -> None:
+    """Forward, backward and inference of a group give each member the bits that it has alone, and nothing is NaN. `chunks` and
+    `options`: those of `Members`."""
+
+    def results(run, is_alone: bool) -> list:
+        forward = run.forward(family, plan)
+        backward = run.backward(family, plan, *(forward if is_alone else (forward,)))
+        return [forward, backward, run.forward(family, plan, training=False)]
+
+    together = results(Members(layers, *chunks, **options), False)
+    for m, layer in enumerate(layers):
+        for found, right in zip(together, results(layer, True), strict=True):
+            for a, b in zip(found[m], right, strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or (torch.equal(a, b) and not a.isnan().any())
