@@ -74,3 +74,23 @@ def round_to(x, TYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
     return x.to(TYPE)
+
+
+@triton.jit
+def exp(x):
+    """exp(x), to the approximation that `_exp` is."""
+    return _exp(x)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), to a few roundings near 0 too."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.where(u > 1e7, tl.log(u), tl.log(u) * (x / (u - 1.0))))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1; where that cancels by 2 t / (1 - t) with t = tanh(x / 2)."""
+    t = tanh(0.5 * x)
+    return tl.where(tl.abs(x) < 1.0, 2.0 * t / (1.0 - t), _exp(x) - 1.0)

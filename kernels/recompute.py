@@ -56,7 +56,7 @@ def recompute_kernel(
     states = (state,)
     if CARRIES_C:
         states = states + (state,)
-    _, saved = CELL(x_gates, h_gates, states)
+    _, saved = CELL(x_gates, h_gates, states, ())
     for s in tl.static_range(SAVED):
         tile = round_to(saved[s], saved_ptr.dtype.element_ty, EMULATE_BF16)
         tl.store(saved_ptr + row * (SAVED * H) + s * H + offs_h, tile, mask=mask)
@@ -68,7 +68,7 @@ def _launcher(cell: Cell, has_bias: bool, dtype) -> Launcher:
         "CELL": cell.forward,
         "G": cell.gates,
         "SAVED": cell.saved,
-        "CARRIES_C": cell.carries_c,
+        "CARRIES_C": cell.carried > 0,
         "HAS_BIAS": has_bias,
         "EMULATE_BF16": emulates_bf16(dtype),
         "BLOCK_H": BLOCK_H,

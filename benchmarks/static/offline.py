@@ -167,7 +167,7 @@ def run_group(
         return torch.zeros(M, *shape, dtype=dtype)
 
     def cell_states(*shape):
-        return new(*shape, dtype=wide) if kind.carries_c else None
+        return new(*shape, dtype=wide) if kind.carried else None
 
     w, bias = new(kind.gates * hidden, hidden), new(kind.gates * hidden)
     h = torch.zeros(T, B, 2 * hidden, dtype=dtype) if directions == 2 else new(T, B, hidden)

@@ -13,7 +13,7 @@ from rnnfast.kernels.maths import sigmoid, tanh
 
 
 @triton.jit
-def forward(x_gates, h_gates, states):
+def forward(x_gates, h_gates, states, given):
     r = sigmoid(x_gates[0] + h_gates[0])
     z = sigmoid(x_gates[1] + h_gates[1])
     n = tanh(x_gates[2] + r * h_gates[2])
@@ -22,10 +22,10 @@ def forward(x_gates, h_gates, states):
 
 
 @triton.jit
-def backward(saved, states, new_states, d_states):
+def backward(saved, states, new_states, given, d_states):
     r, z, n, h_n = saved
     d_h = d_states[0]
     d_xn = d_h * (1.0 - z) * (1.0 - n * n)
     d_z = d_h * (states[0] - n) * z * (1.0 - z)
     d_r = d_xn * h_n * r * (1.0 - r)
-    return (d_xn, d_r, d_z, d_xn * r), d_h * z, d_h
+    return (d_xn, d_r, d_z, d_xn * r), (d_h * z,), ()

@@ -13,7 +13,7 @@ from rnnfast.kernels.maths import sigmoid, tanh
 
 
 @triton.jit
-def forward(x_gates, h_gates, states):
+def forward(x_gates, h_gates, states, given):
     i = sigmoid(x_gates[0] + h_gates[0])
     f = sigmoid(x_gates[1] + h_gates[1])
     g = tanh(x_gates[2] + h_gates[2])
@@ -23,7 +23,7 @@ def forward(x_gates, h_gates, states):
 
 
 @triton.jit
-def backward(saved, states, new_states, d_states):
+def backward(saved, states, new_states, given, d_states):
     i, f, g, o = saved
     tanh_c = tanh(new_states[1])
     d_h = d_states[0]
@@ -32,4 +32,4 @@ def backward(saved, states, new_states, d_states):
     d_f = d_c * states[1] * f * (1.0 - f)
     d_g = d_c * i * (1.0 - g * g)
     d_o = d_h * tanh_c * o * (1.0 - o)
-    return (d_i, d_f, d_g, d_o), d_h, d_c * f
+    return (d_i, d_f, d_g, d_o), (d_h, d_c * f), ()

@@ -283,7 +283,10 @@ def one_program_backward_kernel(
                 d_states = d_states + (d_c[0] + cells(dcs, W, R, PAIRED),)
             else:
                 d_states = d_states + (d_c[0],)
-        d_gates, d_through, d_c_before = CELL(kept, old, new, d_states)
+        d_gates, d_before, _ = CELL(kept, old, new, (), d_states)
+        d_through = d_before[0]
+        if CARRIES_C:
+            d_c_before = d_before[1]
 
         d_next = ()
         for d in tl.static_range(D):

@@ -227,7 +227,7 @@ def one_program_forward_kernel(
         states = (hf,)
         if CARRIES_C:
             states = states + (c,)
-        new_states, saved = CELL(x_sides, h_sides, states)
+        new_states, saved = CELL(x_sides, h_sides, states, ())
 
         written = mask
         if HAS_MARKS:

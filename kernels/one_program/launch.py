@@ -23,7 +23,7 @@ def _launcher(
     constants = {
         "H": H,
         "G": cell.gates,
-        "CARRIES_C": cell.carries_c,
+        "CARRIES_C": cell.carried > 0,
         "PRECISION": precision,
         "EMULATE_BF16": emulates_bf16(dtype),
         "W": plan.units // 16,

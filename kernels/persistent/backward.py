@@ -356,7 +356,10 @@ def persistent_backward_kernel(
                 d_states = d_states + (d_c[0] + dcs[0],)
             else:
                 d_states = d_states + (d_c[0],)
-        d_gates, d_h_through, d_c_before = CELL(saved_tiles, before, after, d_states)
+        d_gates, d_before, _ = CELL(saved_tiles, before, after, (), d_states)
+        d_h_through = d_before[0]
+        if CARRIES_C:
+            d_c_before = d_before[1]
 
         d_hidden = round_to(_side_by_side(d_gates, D, G, GATES, BLOCK_B, BLOCK_H), DTYPE, EMULATE_BF16)
         if UNITS_PADDED:

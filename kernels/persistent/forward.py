@@ -281,7 +281,7 @@ def persistent_forward_kernel(
             else:
                 x_sides = x_sides + (x_gates[g],)
                 h_sides = h_sides + (h_gates[g],)
-        new_states, saved = CELL(x_sides, h_sides, states)
+        new_states, saved = CELL(x_sides, h_sides, states, ())
 
         h = round_to(new_states[0], DTYPE, EMULATE_BF16)
         if UNITS_PADDED:

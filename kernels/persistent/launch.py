@@ -85,7 +85,7 @@ def _launcher(kernel, cell: Cell, plan: PersistentPlan, grouped: bool, direction
         "H": H,
         "G": cell.gates,
         "GATES": _power_of_two(cell.gates),
-        "CARRIES_C": cell.carries_c,
+        "CARRIES_C": cell.carried > 0,
         "PER_WORD": 4 // dtype.itemsize,
         "PRECISION": precision,
         "EMULATE_BF16": emulates_bf16(dtype),

@@ -163,7 +163,7 @@ def forward_step_kernel(
             c_rows = entering(c_rows, starts_c_ptr, mark, offs_b, B, H, ALIGNED)
         states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_prev, other=0.0),)
 
-    new_states, saved = CELL(x_gates, biased, states)
+    new_states, saved = CELL(x_gates, biased, states, ())
 
     new_h = round_to(new_states[0], h_ptr.dtype.element_ty, EMULATE_BF16)
     tl.store(h_ptr + row[:, None] * (DIRECTIONS * H) + offs_h[None, :], new_h, mask=mask)
@@ -335,14 +335,14 @@ def backward_step_kernel(
             d_c += tl.load(dcs_ptr + here, mask=mask, other=0.0)
         d_states = d_states + (d_c,)
 
-    d_gates, d_h_direct, d_c = CELL(saved, states, new_states, d_states)
+    d_gates, d_before, _ = CELL(saved, states, new_states, (), d_states)
 
     d_gates_out = d_gates_ptr + row[:, None] * (D * H) + offs_h[None, :]
     for g in tl.static_range(D):
         tl.store(d_gates_out + g * H, round_to(d_gates[g], d_gates_ptr.dtype.element_ty, EMULATE_BF16), mask=mask)
     if DIRECT:
-        tl.store(d_h_ptr + carried, d_h_direct, mask=mask)
+        tl.store(d_h_ptr + carried, d_before[0], mask=mask)
     if CARRIES_C:
-        tl.store(d_c_ptr + carried, d_c, mask=mask)
+        tl.store(d_c_ptr + carried, d_before[1], mask=mask)
         if NEEDS_STARTS:
-            hand_over(d_starts_c_ptr, d_c, mark, offs_b, offs_h, mask_h, B, H)
+            hand_over(d_starts_c_ptr, d_before[1], mark, offs_b, offs_h, mask_h, B, H)

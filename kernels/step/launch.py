@@ -23,14 +23,19 @@ def _launcher(kernel, plan: StepPlan, grouped: bool, directions: int, aligned: b
 @functools.lru_cache(MOST_LAUNCHERS)
 def _forward_launcher(cell: Cell, saves: bool, *kind) -> Launcher:
     return _launcher(
-        forward_step_kernel, *kind, CELL=cell.forward, G=cell.gates, SAVED=cell.saved if saves else 0, CARRIES_C=cell.carries_c
+        forward_step_kernel,
+        *kind,
+        CELL=cell.forward,
+        G=cell.gates,
+        SAVED=cell.saved if saves else 0,
+        CARRIES_C=cell.carried > 0,
     )
 
 
 @functools.lru_cache(MOST_LAUNCHERS)
 def _backward_launcher(cell: Cell, *kind) -> Launcher:
     return _launcher(
-        backward_step_kernel, *kind, CELL=cell.backward, G=cell.gates, D=cell.grads, SAVED=cell.saved, CARRIES_C=cell.carries_c,
+        backward_step_kernel, *kind, CELL=cell.backward, G=cell.gates, D=cell.grads, SAVED=cell.saved, CARRIES_C=cell.carried > 0,
         DIRECT=cell.direct,
     )  # fmt: skip
 

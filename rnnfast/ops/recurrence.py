@@ -171,14 +171,14 @@ def forward(
     with on_device(x):
         new = x.new_empty if lengths is None else x.new_zeros  # the kernels write nothing in padding
         h = new(M, T, B, H) if M > D else new(T, B, D * H)
-        c = new(M, T if save else 1, B, H, dtype=torch.float32) if spec.carries_c else None
+        c = new(M, T if save else 1, B, H, dtype=torch.float32) if spec.carried else None
         saved = new((M, T, B, spec.saved * H) if spec.saved and not recompute else (0,)) if save else None
         w, start_h, start_c, bias_x, bias_h = _dense(w_hh, h0, None if c0 is None else c0.float(), b_ih, b_hh)
         products = precision()
         choice = kernel_plan.pick(cell, T, B, H, x.dtype, products, False, save, x.device, marks is not None, M, M > D)
         given = None
         if marks is not None:
-            starts_c = (start_c, reset_c) if spec.carries_c else None
+            starts_c = (start_c, reset_c) if spec.carried else None
             given = for_kernels(marks, lengths, (start_h, reset_h), starts_c, by_member(h, D)[:, 0], choice.plan.BLOCK_B)
         members, stack = (w, bias_x, bias_h, start_h, start_c, c, saved), (h, w_up, seeds, dropout, CHUNK_ROWS) if M > D else ()
         for part, group in _groups(M, D, flips, choice.members, min(T, choice.chunk)):
@@ -274,7 +274,7 @@ def backward(
         choice = kernel_plan.pick(cell, T, B, H, h.dtype, products, True, True, h.device, marks is not None, M, M > D)
         given, d_starts = None, None
         if marks is not None:
-            starts_c = (start_c, reset_c) if spec.carries_c else None
+            starts_c = (start_c, reset_c) if spec.carried else None
             given = for_kernels(marks, lengths, (start_h, reset_h), starts_c, by_member(h, D)[:, 0], choice.plan.BLOCK_B)
             d_starts = empty_start_grads(given) if need_starts else None
         recompute = x is not None and spec.saved > 0
@@ -303,7 +303,7 @@ def backward(
             if d_starts is not None:
                 options["d_starts"] = type(d_starts)(*of_members(part, *d_starts))
             own_c, own_d_gates, own_d_h, own_d_c, own_dcs = of_members(
-                part, c if spec.carries_c else None, d_gates, d_h, d_c if spec.carries_c else None, dcs
+                part, c if spec.carried else None, d_gates, d_h, d_c if spec.carried else None, dcs
             )
             choice = kernel_plan.run(
                 "backward",
@@ -330,7 +330,7 @@ def backward(
             at_first = first_steps(marks, flips)
             grads = start_grads(first, w, direct, d_h, d_c, at_first, lengths, d_starts)
         else:
-            grads = [None if first is None else product(first, w), d_c if spec.carries_c else None, None, None]
+            grads = [None if first is None else product(first, w), d_c if spec.carried else None, None, None]
             if grads[0] is not None and direct is not None:
                 grads[0] = grads[0] + direct
     d_h0, d_c0, d_reset_h, d_reset_c = (h.new_empty(0) if grad is None else grad.to(h.dtype, copy=True) for grad in grads)

@@ -147,22 +147,22 @@ def test_nan_stays_in_its_row():
 
 
 @triton.jit
-def _mgu_forward(x_gates, h_gates, states):
+def _mgu_forward(x_gates, h_gates, states, given):
     f = sigmoid(x_gates[0] + h_gates[0])
     n = tanh(x_gates[1] + f * h_gates[1])
     return (n + (1.0 - f) * (states[0] - n),), (f, n, h_gates[1])
 
 
 @triton.jit
-def _mgu_backward(saved, states, new_states, d_states):
+def _mgu_backward(saved, states, new_states, given, d_states):
     f, n, h_n = saved
     d_h = d_states[0]
     d_xn = d_h * f * (1.0 - n * n)
     d_f = d_h * (n - states[0]) * f * (1.0 - f) + d_xn * h_n * f * (1.0 - f)
-    return (d_xn, d_f, d_xn * f), d_h * (1.0 - f), d_h
+    return (d_xn, d_f, d_xn * f), (d_h * (1.0 - f),), ()
 
 
-MGU = Cell(gates=2, saved=3, grads=3, carries_c=False, direct=True, forward=_mgu_forward, backward=_mgu_backward)
+MGU = Cell(gates=2, saved=3, grads=3, carried=0, direct=True, forward=_mgu_forward, backward=_mgu_backward)
 
 
 @pytest.mark.parametrize("rows", [8, 2])

@@ -182,22 +182,22 @@ def test_matches_reference(cell):
 
 
 @triton.jit
-def two_gates_forward(x_gates, h_gates, states):
+def two_gates_forward(x_gates, h_gates, states, given):
     f = sigmoid(x_gates[0] + h_gates[0])
     n = tanh(x_gates[1] + h_gates[1])
     return (n + f * (states[0] - n),), (f, n)
 
 
 @triton.jit
-def two_gates_backward(saved, states, new_states, d_states):
+def two_gates_backward(saved, states, new_states, given, d_states):
     f, n = saved
     d_h = d_states[0]
-    return (d_h * (states[0] - n) * f * (1.0 - f), d_h * (1.0 - f) * (1.0 - n * n)), d_h * f, d_h
+    return (d_h * (states[0] - n) * f * (1.0 - f), d_h * (1.0 - f) * (1.0 - n * n)), (d_h * f,), ()
 
 
 def test_a_cell_of_ones_own():
     """Of two gates, which none of the library's has."""
-    cell = Cell(2, 2, 2, carries_c=False, direct=True, forward=two_gates_forward, backward=two_gates_backward)
+    cell = Cell(2, 2, 2, carried=0, direct=True, forward=two_gates_forward, backward=two_gates_backward)
     layer = Layer(cell, torch.float16, 3, 3, 40)
     with together(11):
         ours = layer.both(persistent, tiles(40, block_h=16))

@@ -35,7 +35,7 @@ def run(cell, T, B, H, dtype, device, *, reverse=False, states=True, bias=True, 
     x, w = new(1, T, B, G * H), (new(1, G * H, H) / H**0.5).to(dtype)
     bias_x, bias_h = (new(1, G * H).to(dtype), new(1, G * H).to(dtype)) if bias else (None, None)
     h0 = new(1, B, H).to(dtype) if states else None
-    c0 = new(1, B, H) if states and spec.carries_c else None
+    c0 = new(1, B, H) if states and spec.carried else None
     tiles, guards = plan.step_plan(H, x.new_empty(0, dtype=dtype).element_size(), "ieee"), []
     options = {"group": Group(flips=int(reverse)), "precision": "ieee", "plan": tiles}
 
@@ -45,7 +45,7 @@ def run(cell, T, B, H, dtype, device, *, reverse=False, states=True, bias=True, 
         return tensor
 
     h = out(T, B, H, dtype=dtype)
-    c = out(1, T if training else 1, B, H, dtype=torch.float32) if spec.carries_c else None
+    c = out(1, T if training else 1, B, H, dtype=torch.float32) if spec.carried else None
     saved = out(1, T, B, spec.saved * H, dtype=dtype) if training else None
     n = chunk or T
     rounds = []
@@ -58,7 +58,7 @@ def run(cell, T, B, H, dtype, device, *, reverse=False, states=True, bias=True, 
     outputs = {"h": h, "c": c, "saved": saved}
     if training:
         dy = new(T, B, H).to(dtype)
-        d_h, d_c = new(1, B, H), new(1, B, H) if spec.carries_c else None
+        d_h, d_c = new(1, B, H), new(1, B, H) if spec.carried else None
         upstream = {"dy": dy, "d_h": d_h.clone(), "d_c": None if d_c is None else d_c.clone()}
         d_gates = out(1, T, B, spec.grads * H, dtype=dtype)
         step.backward(spec, lambda: [(0, T, dy, saved)], h, h0, c, c0, w, d_gates, d_h, d_c, **options)

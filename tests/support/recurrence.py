@@ -46,12 +46,12 @@ class Layer:
         self.w = normal(self.cell.gates * H, H, scale=H**-0.5)
         self.bias_x, self.bias_h = (normal(self.cell.gates * H) if bias else None for _ in range(2))
         self.h0 = normal(B, H) if h0 else None
-        self.c0 = normal(B, H).float() if h0 and self.cell.carries_c else None
+        self.c0 = normal(B, H).float() if h0 and self.cell.carried else None
         self.dy = normal(T, B, H) if dy else None
         self.d_h = normal(B, H).float()
-        self.d_c = normal(B, H).float() if self.cell.carries_c else None
+        self.d_c = normal(B, H).float() if self.cell.carried else None
         self.shape = T, B, H
-        self.dcs = normal(T, B, H).float() if dcs and self.cell.carries_c else None
+        self.dcs = normal(T, B, H).float() if dcs and self.cell.carried else None
         self.marks, self.starts = Marks(), starts
         if lengths is not None or resets is not None:
             given = {"lengths": None if lengths is None else torch.tensor(lengths), "resets": resets, "reverse": reverse}
@@ -60,7 +60,7 @@ class Layer:
                 codes=reference.marks(self.x, **given),
                 order=torch.arange(B - 1, -1, -1, dtype=torch.int32),
                 starts_h=starts_h,
-                starts_c=normal(2, B, H).float() * h0 if self.cell.carries_c else None,
+                starts_c=normal(2, B, H).float() * h0 if self.cell.carried else None,
             )
             self.h0 = self.c0 = None
             padded = self.marks.codes == reference.PADDED
@@ -159,7 +159,7 @@ class Members:
         """h, c and what is saved of each member; whatever is not written stays UNWRITTEN."""
         (B, H), T, M, N, dtype = self.sizes, self.T, len(self.layers), self.N, self.layers[0].w.dtype
         h = self._buffer(*self._together([torch.empty(T, B, H)] * M).shape, dtype=dtype)
-        c = self._buffer(M, T if training else 1, B, H) if self.cell.carries_c else None
+        c = self._buffer(M, T if training else 1, B, H) if self.cell.carried else None
         saved = self._buffer(M, T, B, self.cell.saved * H, dtype=dtype) if training else None
         bias_x, bias_h = (self._stacked(*(getattr(layer, name) for layer in self.layers)) for name in ("bias_x", "bias_h"))
         w, h0, c0 = self._given()
