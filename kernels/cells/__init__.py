@@ -38,9 +38,8 @@ class Cell:
         gates: blocks of H rows in W_ih and W_hh.
         saved: activations kept per unit and step for backward, in the dtype of the input.
         grads: blocks of gate gradients per unit and step. The first `gates` blocks belong to the input side, the last
-            `gates` blocks to the hidden side. They are the same blocks unless the cell keeps some gates' two sides apart. Of the
-            last k gates ``grads == gates + k``: the input sides of these come first and their hidden sides last. Without W_hh
-            ``grads == gates``.
+            `gates` blocks to the hidden side. They are the same blocks unless the cell keeps the two sides of its last k
+            gates apart. Then ``grads == gates + k``: the input sides of these gates come first and their hidden sides last.
         carried: states besides h, carried in float32. In memory they lie side by side: c is (..., B, carried * H).
         direct: whether h_{t-1} reaches h_t by a way other than W_hh.
         forward: the cell's forward function.

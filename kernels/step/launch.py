@@ -35,8 +35,8 @@ def _forward_launcher(cell: Cell, saves: bool, *kind) -> Launcher:
 @functools.lru_cache(MOST_LAUNCHERS)
 def _backward_launcher(cell: Cell, *kind) -> Launcher:
     return _launcher(
-        backward_step_kernel, *kind, CELL=cell.backward, G=cell.gates, D=cell.grads, SAVED=cell.saved, CARRIES_C=cell.carried > 0,
-        DIRECT=cell.direct,
+        backward_step_kernel, *kind, CELL=cell.backward, G=cell.gates, D=cell.grads, SAVED=cell.saved,
+        CARRIES_C=cell.carried > 0, DIRECT=cell.direct,
     )  # fmt: skip
 
 
