@@ -18,36 +18,32 @@ from rnnfast.kernels.given import noise_tiles
 from rnnfast.kernels.groups import place
 from rnnfast.kernels.marks import PADDED, RESETS, STARTS, anew, batch_rows
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.scan.tiles import below, blocks, chosen, entering, offsets, state_tiles, taken, window
+from rnnfast.kernels.scan.tiles import below, blocks, chosen, entering, pointers, start_states, states_at, taken, window
 
 __all__ = ["scan_backward_kernel"]
 
 
 @triton.jit
-def _added(at_ptr, offs, tile, mask):
-    tl.store(at_ptr + offs, tl.load(at_ptr + offs, mask=mask, other=0.0) + tile, mask=mask)
+def _added(at, tile, mask):
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + tile, mask=mask)
 
 
 @triton.jit
 def _inputs(
-    dy_ptr, saved_ptr, h_ptr, c_ptr, dcs_ptr, t, t_saved, t_dy, dt, step, is_first, off_h, off_c, off_s, mask, batch, H,
-    SAVED: tl.constexpr, CARRIED: tl.constexpr, DCS: tl.constexpr, DIRECTIONS: tl.constexpr,
-):  # fmt: skip
-    """What a step reads: the states before it (where it is the first, any that are there), the saved tiles, the gradients of
-    the carried states and of h."""
-    row_before = (t + tl.where(is_first, step, step + 1) * dt).to(tl.int64) * batch
-    row_saved = (t_saved + step * dt).to(tl.int64) * batch
-    tiles = blocks(h_ptr + row_before * (DIRECTIONS * H), off_h, mask, H, 1)
-    if CARRIED > 0:
-        tiles = tiles + blocks(c_ptr + row_before * (CARRIED * H), off_c, mask, H, CARRIED)
-    if SAVED > 0:
-        tiles = tiles + blocks(saved_ptr + row_saved * (SAVED * H), off_s, mask, H, SAVED)
-    if DCS > 0:
-        tiles = tiles + blocks(dcs_ptr + (t + step * dt).to(tl.int64) * batch * (CARRIED * H), off_c, mask, H, CARRIED)
-    if dy_ptr is not None:
-        row_dy = (t_dy + step * dt).to(tl.int64) * batch
-        tiles = tiles + blocks(dy_ptr + row_dy * (DIRECTIONS * H), off_h, mask, H, 1)
-    return tiles
+    at, mask, mask_before, H: tl.constexpr, CARRIED: tl.constexpr, SAVED: tl.constexpr, DCS: tl.constexpr, HAS_DY: tl.constexpr
+):
+    """What a step reads: the states before it, the saved tiles, the gradients of the carried states and of h."""
+    states = blocks(at[0], mask_before, H, 1) + blocks(at[1], mask_before, H, CARRIED)
+    return states + blocks(at[2], mask, H, SAVED) + blocks(at[3], mask, H, DCS) + blocks(at[4], mask, H, HAS_DY)
+
+
+@triton.jit
+def _advanced(
+    at, rows, H: tl.constexpr, CARRIED: tl.constexpr, SAVED: tl.constexpr, DCS: tl.constexpr, DIRECTIONS: tl.constexpr
+):
+    """The pointers of `_inputs` for the step processed next, `rows` batch rows on."""
+    h_rows = rows * (DIRECTIONS * H)
+    return (at[0] + h_rows, at[1] + rows * (CARRIED * H), at[2] + rows * (SAVED * H), at[3] + rows * (DCS * H), at[4] + h_rows)
 
 
 @triton.jit(do_not_specialize=["begin", "lag", "N", "T", "flips", "has_first", "saved_steps", "B"])
@@ -77,7 +73,7 @@ def scan_backward_kernel(
     has_first,  # 0 if every member of forward began from zeros
     saved_steps,  # T, or N: of the chunk's steps, in time
     B,
-    H,
+    H: tl.constexpr,
     # flags
     CELL: tl.constexpr,
     G: tl.constexpr,
@@ -96,168 +92,154 @@ def scan_backward_kernel(
     HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
     NEEDS_STARTS: tl.constexpr = d_start_ptrs.h is not None
     STATES: tl.constexpr = 1 + CARRIED
-    INPUTS: tl.constexpr = STATES + SAVED + DCS + (1 if HAS_DY else 0)
-    BLOCK_B: tl.constexpr = PLAN.BLOCK_B
-    BLOCK_H: tl.constexpr = PLAN.BLOCK_H
+    INPUTS: tl.constexpr = STATES + SAVED + DCS + HAS_DY
     AHEAD: tl.constexpr = PLAN.AHEAD
     batch = B.to(tl.int64)
     member = tl.program_id(2) if GROUPED else 0
     p, t, dt, steps, t_x = place(begin, lag, N, T, flips, member, True)
-    codes_ptr, starts_h_ptr, starts_c_ptr = mark_ptrs.codes, mark_ptrs.starts_h, mark_ptrs.starts_c
-    d_starts_h_ptr, d_starts_c_ptr = d_start_ptrs.h, d_start_ptrs.c
-    held_ptr, seed_ptr = given_ptrs.held, given_ptrs.seeds
+    codes_ptr, seed_ptr = mark_ptrs.codes, given_ptrs.seeds
+    others = batch * 0  # batch rows of the members before
     if GROUPED:
         if steps <= 0:
             return
-        states_size = member.to(tl.int64) * batch * H  # from the first member to this one, of (M, B, H)
+        others = member * batch
         if HAS_DY:
-            dy_ptr += member * H if DIRECTIONS > 1 else states_size * N
-        if SAVED > 0:
-            saved_ptr += states_size * saved_steps * SAVED
-        h_ptr += member * H if DIRECTIONS > 1 else states_size * T
-        h0_ptr += states_size
-        d_gates_ptr += states_size * T * G
-        d_h_ptr += states_size
-        if CARRIED > 0:
-            c_ptr += states_size * T * CARRIED
-            c0_ptr += states_size * CARRIED
-            d_c_ptr += states_size * CARRIED
-            if DCS > 0:
-                dcs_ptr += states_size * T * CARRIED
-        if HELD > 0:
-            held_ptr += states_size * HELD
-            d_held_ptr += states_size * HELD
+            dy_ptr += member * H if DIRECTIONS > 1 else others * N * H
+        h_ptr += member * H if DIRECTIONS > 1 else others * T * H
+        if HAS_MARKS:
+            codes_ptr += others * T
         if NOISE > 0:
             seed_ptr += member
-        if HAS_MARKS:
-            codes_ptr += member.to(tl.int64) * T * batch
-            starts_h_ptr += 2 * states_size
-            if CARRIED > 0:
-                starts_c_ptr += 2 * states_size * CARRIED
-        if NEEDS_STARTS:
-            d_starts_h_ptr += 2 * states_size
-            if CARRIED > 0:
-                d_starts_c_ptr += 2 * states_size * CARRIED
-    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), mark_ptrs.order, B)
+    offs_b = batch_rows(tl.program_id(0) * PLAN.BLOCK_B + tl.arange(0, PLAN.BLOCK_B), mark_ptrs.order, B)
     mask_b = offs_b < B
-    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_h = tl.program_id(1) * PLAN.BLOCK_H + tl.arange(0, PLAN.BLOCK_H)
     if HAS_MARKS:
         p, t, t_x, steps = window(codes_ptr, p, t, t_x, dt, steps, offs_b, mask_b, B)
         mask_b = below(mask_b, 0, steps)
-    t_saved = tl.where(saved_steps == T, t, t_x)
-    t_dy = t_x if GROUPED and DIRECTIONS == 1 else t
     mask = mask_b[:, None] & (offs_h < H)[None, :]
-    off = offsets(offs_b, offs_h, H)
-    off_g = offsets(offs_b, offs_h, G * H)
-    off_h = offsets(offs_b, offs_h, DIRECTIONS * H)
-    off_c = offsets(offs_b, offs_h, CARRIED * H)
-    off_s = offsets(offs_b, offs_h, SAVED * H)
-    off_e = offsets(offs_b, offs_h, HELD * H)
 
-    d_states = state_tiles(d_h_ptr, d_c_ptr, 0, off, off_c, mask, H, CARRIED)
-    starts = ()
-    d_starts = ()
+    d_states = states_at(d_h_ptr, d_c_ptr, others, others, offs_b, offs_h, mask, H, H, CARRIED)
     if HAS_MARKS:
-        for n in tl.static_range(2):
-            at = n * batch * H
-            starts = starts + state_tiles(starts_h_ptr + at, starts_c_ptr, at * CARRIED, off, off_c, mask, H, CARRIED)
+        starts = start_states(mark_ptrs, 2 * others, offs_b, offs_h, mask, B, H, CARRIED)
     else:
-        starts = state_tiles(h0_ptr, c0_ptr, 0, off, off_c, below(mask, 0, has_first), H, CARRIED)
+        starts = states_at(h0_ptr, c0_ptr, others, others, offs_b, offs_h, below(mask, 0, has_first), H, H, CARRIED)
+    d_starts = ()
     if NEEDS_STARTS:
         for _ in tl.static_range(2 * STATES):
-            d_starts = d_starts + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
-    held = blocks(held_ptr, off_e, mask, H, HELD)
+            d_starts = d_starts + (tl.zeros(mask.shape, tl.float32),)
+    held = ()
     d_held = ()
-    for _ in tl.static_range(HELD):
-        d_held = d_held + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+    if HELD > 0:
+        held = blocks(pointers(given_ptrs.held, others, offs_b, offs_h, HELD * H), mask, H, HELD)
+        for _ in tl.static_range(HELD):
+            d_held = d_held + (tl.zeros(mask.shape, tl.float32),)
 
-    row = t.to(tl.int64) * batch
-    new_states = state_tiles(h_ptr + row * (DIRECTIONS * H), c_ptr, row * (CARRIED * H), off_h, off_c, mask, H, CARRIED)
+    # the states after the step, and where the step reads and writes
+    row = t * batch
+    row_c = others * T + row
+    to_next = dt * batch
+    new_states = states_at(h_ptr, c_ptr, row, row_c, offs_b, offs_h, mask, DIRECTIONS * H, H, CARRIED)
+    d_gates_at = pointers(d_gates_ptr, row_c, offs_b, offs_h, G * H)
+    h_at = pointers(h_ptr, row + to_next, offs_b, offs_h, DIRECTIONS * H)  # before the step
+    c_at, saved_at, dcs_at, dy_at, code_at = h_at, h_at, h_at, h_at, offs_b
+    if CARRIED > 0:
+        c_at = pointers(c_ptr, row_c + to_next, offs_b, offs_h, CARRIED * H)
+    if SAVED > 0:
+        t_saved = tl.where(saved_steps == T, t, t_x)
+        saved_at = pointers(saved_ptr, others * saved_steps + t_saved * batch, offs_b, offs_h, SAVED * H)
+    if DCS > 0:
+        dcs_at = pointers(dcs_ptr, row_c, offs_b, offs_h, CARRIED * H)
+    if HAS_DY:
+        t_dy = t_x if GROUPED and DIRECTIONS == 1 else t
+        dy_at = pointers(dy_ptr, t_dy * batch, offs_b, offs_h, DIRECTIONS * H)
+    at = (h_at, c_at, saved_at, dcs_at, dy_at)
     ahead = ()
-    ahead_marks = ()
     for u in tl.static_range(AHEAD):
-        later = tl.minimum(u, steps - 1)
-        ahead = ahead + _inputs(
-            dy_ptr, saved_ptr, h_ptr, c_ptr, dcs_ptr, t, t_saved, t_dy, dt, later, p + later == T - 1, off_h, off_c, off_s,
-            mask, batch, H, SAVED, CARRIED, DCS, DIRECTIONS,
-        )  # fmt: skip
-        if HAS_MARKS:
-            at = (t + later * dt).to(tl.int64) * batch + offs_b
-            ahead_marks = ahead_marks + (tl.load(codes_ptr + at, mask=mask_b, other=PADDED),)
+        now = below(mask, u, steps)
+        ahead = ahead + _inputs(at, now, below(now, p + u, T - 1), H, CARRIED, SAVED, DCS, HAS_DY)
+        at = _advanced(at, to_next, H, CARRIED, SAVED, DCS, DIRECTIONS)
+    ahead_marks = ()
+    if HAS_MARKS:
+        code_at = codes_ptr + row + offs_b
+        for u in tl.static_range(AHEAD):
+            ahead_marks = ahead_marks + (tl.load(code_at, mask=below(mask_b, u, steps), other=PADDED),)
+            code_at += to_next
     for step in range(0, steps, AHEAD):
         following = ()
-        following_marks = ()
+        next_marks = ()
         for u in tl.static_range(AHEAD):
-            row = (t + (step + u) * dt).to(tl.int64) * batch
             is_first = p + step + u == T - 1  # of forward
-            runs = below(mask, step + u, steps)
             before = taken(ahead, u * INPUTS, STATES)
             if HAS_MARKS:
                 mark = ahead_marks[u].to(tl.int32)[:, None]
-                runs = runs & (mark != PADDED)
+                runs = mask & (mark != PADDED)
                 states = entering(mark, starts, before, STATES)
             else:
+                runs = below(mask, step + u, steps)
                 states = chosen(is_first, starts, before, STATES)
-            saved = taken(ahead, u * INPUTS + STATES, SAVED)
             d_outs = ()
             for s in tl.static_range(STATES):
                 d_out = d_states[s]
                 if s == 0 and HAS_DY:
-                    d_out += ahead[u * INPUTS + STATES + SAVED + DCS].to(tl.float32)
+                    d_out += ahead[u * INPUTS + INPUTS - 1].to(tl.float32)
                 if s > 0 and DCS > 0:
                     d_out += ahead[u * INPUTS + STATES + SAVED + s - 1]
                 d_outs = d_outs + (d_out,)
-            noise = noise_tiles(seed_ptr, row + offs_b.to(tl.int64)[:, None], offs_h[None, :], NOISE)
+            noise = noise_tiles(seed_ptr, (row + offs_b)[:, None], offs_h[None, :], NOISE)
+            saved = taken(ahead, u * INPUTS + STATES, SAVED)
             d_gates, d_before, d_tiles = CELL(saved, states, new_states, held + noise, d_outs)
 
             for g in tl.static_range(G):
-                tile = round_to(d_gates[g], d_gates_ptr.dtype.element_ty, EMULATE_BF16)
-                tl.store(d_gates_ptr + row * (G * H) + g * H + off_g, tile, mask=runs)
+                tl.store(d_gates_at + g * H, round_to(d_gates[g], d_gates_ptr.dtype.element_ty, EMULATE_BF16), mask=runs)
             d_nexts = ()
-            d_sums = ()
+            handed = ()
             for s in tl.static_range(STATES):
                 d_state = d_before[s]
                 if s == 0 and not DIRECT:
-                    d_state = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+                    d_state = tl.zeros(mask.shape, tl.float32)
                 if HAS_MARKS:  # h's gradient stays in d_h at the step that forward began with, as without marks
-                    hands_over = anew(mark) & ((s > 0) | (not is_first))
-                    if NEEDS_STARTS:
-                        d_sums = d_sums + (tl.where(runs & hands_over, d_state, 0.0),)
-                    d_state = tl.where(hands_over, 0.0, d_state)
+                    cut = runs & anew(mark)
+                    if s == 0:
+                        cut = below(cut, p + step + u, T - 1)
+                    handed = handed + (tl.where(cut, d_state, 0.0),)
+                    d_state = tl.where(cut, 0.0, d_state)
                 d_nexts = d_nexts + (tl.where(runs, d_state, d_states[s]),)
             d_states = d_nexts
             if NEEDS_STARTS:
-                d_added = ()
+                sums = ()
                 for n in tl.static_range(2):
                     for s in tl.static_range(STATES):
-                        own = tl.where(mark == (STARTS if n == 0 else RESETS), d_sums[s], 0.0)
-                        d_added = d_added + (d_starts[n * STATES + s] + own,)
-                d_starts = d_added
-            held_added = ()
+                        own = tl.where(mark == (STARTS if n == 0 else RESETS), handed[s], 0.0)
+                        sums = sums + (d_starts[n * STATES + s] + own,)
+                d_starts = sums
+            held_sums = ()
             for n in tl.static_range(HELD):
-                held_added = held_added + (d_held[n] + tl.where(runs, d_tiles[n], 0.0),)
-            d_held = held_added
+                held_sums = held_sums + (d_held[n] + tl.where(runs, d_tiles[n], 0.0),)
+            d_held = held_sums
             new_states = before
 
-            later = tl.minimum(step + AHEAD + u, steps - 1)
+            now = below(mask, step + AHEAD + u, steps)
             following = following + _inputs(
-                dy_ptr, saved_ptr, h_ptr, c_ptr, dcs_ptr, t, t_saved, t_dy, dt, later, p + later == T - 1, off_h, off_c,
-                off_s, mask, batch, H, SAVED, CARRIED, DCS, DIRECTIONS,
+                at, now, below(now, p + step + AHEAD + u, T - 1), H, CARRIED, SAVED, DCS, HAS_DY
             )  # fmt: skip
+            at = _advanced(at, to_next, H, CARRIED, SAVED, DCS, DIRECTIONS)
             if HAS_MARKS:
-                at = (t + later * dt).to(tl.int64) * batch + offs_b
-                following_marks = following_marks + (tl.load(codes_ptr + at, mask=mask_b, other=PADDED),)
+                next_marks = next_marks + (tl.load(code_at, mask=below(mask_b, step + AHEAD + u, steps), other=PADDED),)
+                code_at += to_next
+            d_gates_at += to_next * (G * H)
+            row += to_next
         ahead = following
-        ahead_marks = following_marks
+        ahead_marks = next_marks
 
-    tl.store(d_h_ptr + off, d_states[0], mask=mask)
+    tl.store(pointers(d_h_ptr, others, offs_b, offs_h, H), d_states[0], mask=mask)
     for s in tl.static_range(CARRIED):
-        tl.store(d_c_ptr + s * H + off_c, d_states[1 + s], mask=mask)
+        tl.store(pointers(d_c_ptr, others, offs_b, offs_h, CARRIED * H) + s * H, d_states[1 + s], mask=mask)
     for n in tl.static_range(HELD):
-        _added(d_held_ptr + n * H, off_e, d_held[n], mask)
+        _added(pointers(d_held_ptr, others, offs_b, offs_h, HELD * H) + n * H, d_held[n], mask)
     if NEEDS_STARTS:
         for n in tl.static_range(2):
-            _added(d_starts_h_ptr + n * batch * H, off, d_starts[n * STATES], mask)
+            first = 2 * others + n * batch
+            _added(pointers(d_start_ptrs.h, first, offs_b, offs_h, H), d_starts[n * STATES], mask)
             for s in tl.static_range(CARRIED):
-                at_c = d_starts_c_ptr + n * batch * (CARRIED * H) + s * H
-                _added(at_c, off_c, d_starts[n * STATES + 1 + s], mask)
+                at_c = pointers(d_start_ptrs.c, first, offs_b, offs_h, CARRIED * H) + s * H
+                _added(at_c, d_starts[n * STATES + 1 + s], mask)

@@ -18,7 +18,7 @@ from rnnfast.kernels.given import noise_tiles
 from rnnfast.kernels.groups import place
 from rnnfast.kernels.marks import PADDED, batch_rows
 from rnnfast.kernels.maths import round_to
-from rnnfast.kernels.scan.tiles import below, blocks, chosen, entering, offsets, state_tiles, taken, window
+from rnnfast.kernels.scan.tiles import below, blocks, chosen, entering, pointers, start_states, states_at, window
 
 __all__ = ["scan_forward_kernel"]
 
@@ -45,7 +45,7 @@ def scan_forward_kernel(
     flips,
     has_first,  # 0 if every member begins from zeros
     B,
-    H,
+    H: tl.constexpr,
     # flags
     CELL: tl.constexpr,
     G: tl.constexpr,
@@ -62,120 +62,113 @@ def scan_forward_kernel(
     HAS_BIAS: tl.constexpr = bias_ptr is not None
     HAS_MARKS: tl.constexpr = mark_ptrs.codes is not None
     STATES: tl.constexpr = 1 + CARRIED
-    BLOCK_B: tl.constexpr = PLAN.BLOCK_B
-    BLOCK_H: tl.constexpr = PLAN.BLOCK_H
     AHEAD: tl.constexpr = PLAN.AHEAD
     batch = B.to(tl.int64)
     member = tl.program_id(2) if GROUPED else 0
     p, t, dt, steps, t_x = place(begin, lag, N, T, flips, member, False)
-    codes_ptr, starts_h_ptr, starts_c_ptr = mark_ptrs.codes, mark_ptrs.starts_h, mark_ptrs.starts_c
-    held_ptr, seed_ptr = given_ptrs.held, given_ptrs.seeds
+    codes_ptr, seed_ptr = mark_ptrs.codes, given_ptrs.seeds
+    others = batch * 0  # batch rows of the members before
     if GROUPED:
         if steps <= 0:
             return
         t_x += tl.where(member == 0, x_first, (member - 1) * N)
-        states_size = member.to(tl.int64) * batch * H  # from the first member to this one, of (M, B, H)
+        others = member * batch
         if HAS_BIAS:
             bias_ptr += member * (G * H)
-        h_ptr += member * H if DIRECTIONS > 1 else states_size * T
-        h0_ptr += states_size
-        if SAVED > 0:
-            saved_ptr += states_size * T * SAVED
-        if CARRIED > 0:
-            c_ptr += states_size * CARRIED * (T if KEEP_C else 1)
-            c0_ptr += states_size * CARRIED
-        if HELD > 0:
-            held_ptr += states_size * HELD
+        h_ptr += member * H if DIRECTIONS > 1 else others * T * H
+        if HAS_MARKS:
+            codes_ptr += others * T
         if NOISE > 0:
             seed_ptr += member
-        if HAS_MARKS:
-            codes_ptr += member.to(tl.int64) * T * batch
-            starts_h_ptr += 2 * states_size
-            if CARRIED > 0:
-                starts_c_ptr += 2 * states_size * CARRIED
-    offs_b = batch_rows(tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), mark_ptrs.order, B)
+    offs_b = batch_rows(tl.program_id(0) * PLAN.BLOCK_B + tl.arange(0, PLAN.BLOCK_B), mark_ptrs.order, B)
     mask_b = offs_b < B
-    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_h = tl.program_id(1) * PLAN.BLOCK_H + tl.arange(0, PLAN.BLOCK_H)
     if HAS_MARKS:
         p, t, t_x, steps = window(codes_ptr, p, t, t_x, dt, steps, offs_b, mask_b, B)
         mask_b = below(mask_b, 0, steps)
     mask = mask_b[:, None] & (offs_h < H)[None, :]
-    off_x = offsets(offs_b, offs_h, G * H)
-    off_h = offsets(offs_b, offs_h, DIRECTIONS * H)
-    off_c = offsets(offs_b, offs_h, CARRIED * H)
-    off_s = offsets(offs_b, offs_h, SAVED * H)
 
     # the states that enter the first step
-    off = offsets(offs_b, offs_h, H)
-    before = (t - dt).to(tl.int64) * batch
-    before_c = before if KEEP_C else before * 0
-    states = state_tiles(
-        h_ptr + before * (DIRECTIONS * H), c_ptr, before_c * (CARRIED * H), off_h, off_c, below(mask, 0, p), H, CARRIED
-    )
+    row = t * batch
+    to_next = dt * batch
+    row_c = others * T + row if KEEP_C else others  # of the carried states
+    last_c = row_c - to_next if KEEP_C else others
+    states = states_at(
+        h_ptr, c_ptr, row - to_next, last_c, offs_b, offs_h, below(mask, 0, p), DIRECTIONS * H, H, CARRIED
+    )  # fmt: skip
     starts = ()
     if HAS_MARKS:
-        for n in tl.static_range(2):
-            at = n * batch * H
-            starts = starts + state_tiles(starts_h_ptr + at, starts_c_ptr, at * CARRIED, off, off_c, mask, H, CARRIED)
+        starts = start_states(mark_ptrs, 2 * others, offs_b, offs_h, mask, B, H, CARRIED)
     else:
-        first = state_tiles(h0_ptr, c0_ptr, 0, off, off_c, below(mask, 0, has_first), H, CARRIED)
+        first = states_at(h0_ptr, c0_ptr, others, others, offs_b, offs_h, below(mask, 0, has_first), H, H, CARRIED)
         states = chosen(p == 0, first, states, STATES)
-    held = blocks(held_ptr, offsets(offs_b, offs_h, HELD * H), mask, H, HELD)
+    held = ()
+    if HELD > 0:
+        held = blocks(pointers(given_ptrs.held, others, offs_b, offs_h, HELD * H), mask, H, HELD)
     bias = ()
     if HAS_BIAS:
         for g in tl.static_range(G):
             bias = bias + (tl.load(bias_ptr + g * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)[None, :],)
 
+    # where the step reads, and where it writes
+    x_at = pointers(x_ptr, t_x * batch, offs_b, offs_h, G * H)
+    h_at = pointers(h_ptr, row, offs_b, offs_h, DIRECTIONS * H)
+    c_at, saved_at, code_at = h_at, h_at, offs_b
+    if CARRIED > 0:
+        c_at = pointers(c_ptr, row_c, offs_b, offs_h, CARRIED * H)
+    if SAVED > 0:
+        saved_at = pointers(saved_ptr, others * T + row, offs_b, offs_h, SAVED * H)
     ahead_x = ()
     ahead_marks = ()
     for u in tl.static_range(AHEAD):
-        later = tl.minimum(u, steps - 1)
-        ahead_x = ahead_x + blocks(x_ptr + (t_x + later * dt).to(tl.int64) * batch * (G * H), off_x, mask, H, G)
-        if HAS_MARKS:
-            row = (t + later * dt).to(tl.int64) * batch + offs_b
-            ahead_marks = ahead_marks + (tl.load(codes_ptr + row, mask=mask_b, other=PADDED),)
+        ahead_x = ahead_x + blocks(x_at, below(mask, u, steps), H, G)
+        x_at += to_next * (G * H)
+    if HAS_MARKS:
+        code_at = codes_ptr + row + offs_b
+        for u in tl.static_range(AHEAD):
+            ahead_marks = ahead_marks + (tl.load(code_at, mask=below(mask_b, u, steps), other=PADDED),)
+            code_at += to_next
     for step in range(0, steps, AHEAD):
         next_x = ()
         next_marks = ()
         for u in tl.static_range(AHEAD):
-            row = (t + (step + u) * dt).to(tl.int64) * batch
-            runs = below(mask, step + u, steps)
+            entered = states
             if HAS_MARKS:
                 mark = ahead_marks[u].to(tl.int32)[:, None]
-                runs = runs & (mark != PADDED)
+                runs = mask & (mark != PADDED)
                 entered = entering(mark, starts, states, STATES)
             else:
-                entered = states
-            x_gates = taken(ahead_x, u * G, G)
-            if HAS_BIAS:
-                biased = ()
-                for g in tl.static_range(G):
-                    biased = biased + (x_gates[g] + bias[g],)
-                x_gates = biased
-            noise = noise_tiles(seed_ptr, row + offs_b.to(tl.int64)[:, None], offs_h[None, :], NOISE)
+                runs = below(mask, step + u, steps)
+            x_gates = ()
+            for g in tl.static_range(G):
+                x_gates = x_gates + (ahead_x[u * G + g] + bias[g] if HAS_BIAS else ahead_x[u * G + g],)
+            noise = noise_tiles(seed_ptr, (row + offs_b)[:, None], offs_h[None, :], NOISE)
             new_states, saved = CELL(x_gates, (), entered, held + noise)
 
             h = round_to(new_states[0], h_ptr.dtype.element_ty, EMULATE_BF16)
-            tl.store(h_ptr + row * (DIRECTIONS * H) + off_h, h, mask=runs)
+            tl.store(h_at, h, mask=runs)
             kept = (h.to(tl.float32),)
             for s in tl.static_range(CARRIED):
                 kept = kept + (new_states[1 + s],)
-                if KEEP_C:
-                    tl.store(c_ptr + row * (CARRIED * H) + s * H + off_c, new_states[1 + s], mask=runs)
-                elif HAS_MARKS:  # a row's last step may not be the program's
-                    tl.store(c_ptr + s * H + off_c, new_states[1 + s], mask=runs)
+                if KEEP_C or HAS_MARKS:  # a row's last step may not be the program's
+                    tl.store(c_at + s * H, new_states[1 + s], mask=runs)
             for s in tl.static_range(SAVED):
-                tile = round_to(saved[s], saved_ptr.dtype.element_ty, EMULATE_BF16)
-                tl.store(saved_ptr + row * (SAVED * H) + s * H + off_s, tile, mask=runs)
+                tl.store(saved_at + s * H, round_to(saved[s], saved_ptr.dtype.element_ty, EMULATE_BF16), mask=runs)
             states = chosen(runs, kept, states, STATES)
 
-            later = tl.minimum(step + AHEAD + u, steps - 1)
-            next_x = next_x + blocks(x_ptr + (t_x + later * dt).to(tl.int64) * batch * (G * H), off_x, mask, H, G)
+            next_x = next_x + blocks(x_at, below(mask, step + AHEAD + u, steps), H, G)
             if HAS_MARKS:
-                row = (t + later * dt).to(tl.int64) * batch + offs_b
-                next_marks = next_marks + (tl.load(codes_ptr + row, mask=mask_b, other=PADDED),)
+                next_marks = next_marks + (tl.load(code_at, mask=below(mask_b, step + AHEAD + u, steps), other=PADDED),)
+                code_at += to_next
+            x_at += to_next * (G * H)
+            h_at += to_next * (DIRECTIONS * H)
+            row += to_next
+            if CARRIED > 0 and KEEP_C:
+                c_at += to_next * (CARRIED * H)
+            if SAVED > 0:
+                saved_at += to_next * (SAVED * H)
         ahead_x = next_x
         ahead_marks = next_marks
     if not KEEP_C and not HAS_MARKS:
         for s in tl.static_range(CARRIED):
-            tl.store(c_ptr + s * H + off_c, states[1 + s], mask=mask)
+            tl.store(c_at + s * H, states[1 + s], mask=mask)

@@ -16,9 +16,10 @@ from rnnfast.kernels.scan.plan import ScanPlan
 __all__ = ["backward", "forward"]
 
 
-def _launcher(kernel, cell: Cell, plan: ScanPlan, grouped: bool, directions: int, dtype, **own) -> Launcher:
+def _launcher(kernel, cell: Cell, plan: ScanPlan, H: int, grouped: bool, directions: int, dtype, **own) -> Launcher:
     """`own`: constants that only one of the kernels has."""
     constants = {
+        "H": H,
         "G": cell.gates,
         "CARRIED": cell.carried,
         "HELD": cell.held,
@@ -59,12 +60,12 @@ def forward(
     H = w.size(-1)
     training = saved is not None
     saves = training and saved.numel() > 0
-    launcher = _forward_launcher(cell, saves, training, plan, group.members > 1, group.directions, h.dtype)
+    launcher = _forward_launcher(cell, saves, training, plan, H, group.members > 1, group.directions, h.dtype)
     h_first, c_first, has_first = h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
     grid = plan.grid(B, H, group.members)
     repeated = Repeated(launcher, grid, bias_x, h_first, c_first, marks, given, h, c, saved)
     for begin, N, x, first in rounds():
-        sizes = first, begin, -group.lag, N, T, group.flips, has_first, B, H
+        sizes = first, begin, -group.lag, N, T, group.flips, has_first, B
         repeated.of(x, sizes=sizes)(*sizes)
 
 
@@ -78,12 +79,12 @@ def backward(
     _checked(cell)
     *_, T, B, _ = h.shape
     H = w.size(-1)
-    launcher = _backward_launcher(cell, plan, group.members > 1, group.directions, h.dtype)
+    launcher = _backward_launcher(cell, plan, H, group.members > 1, group.directions, h.dtype)
     h_first, c_first, has_first = h if h0 is None else h0, c if c0 is None else c0, int(h0 is not None)
     grid = plan.grid(B, H, group.members)
     repeated = Repeated(
         launcher, grid, h, h_first, c, c_first, dcs, marks, given, d_gates, d_h, d_c, d_starts, d_held
     )  # fmt: skip
     for begin, N, dy, saved in rounds():
-        sizes = begin, group.lag, N, T, group.flips, has_first, saved.size(1) if cell.saved else T, B, H
+        sizes = begin, group.lag, N, T, group.flips, has_first, saved.size(1) if cell.saved else T, B
         repeated.of(dy, saved, sizes=sizes)(*sizes)

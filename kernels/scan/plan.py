@@ -1,6 +1,7 @@
 from __future__ import annotations
 from dataclasses import dataclass
 
+
 @dataclass(frozen=True)
 class ScanPlan:
     BLOCK_B: int
@@ -8,5 +9,6 @@ class ScanPlan:
     AHEAD: int
     num_warps: int
     steps: int = 0
+
     def grid(self, B, H, members=1):
         return -(-B // self.BLOCK_B), -(-H // self.BLOCK_H), members

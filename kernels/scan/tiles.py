@@ -1,9 +1,9 @@
 """What the scan kernels share: tiles of BLOCK_B batch rows by BLOCK_H units, one cell a thread.
 
-A tile's address is a pointer to its step, the same for all threads, plus an offset of each cell that no step changes. Several
-tiles of a step lie side by side, in blocks of H columns.
+A tile of pointers for each tensor goes from step to step. Several tiles of a step lie side by side, in blocks of H columns,
+which are constants of the machine code.
 
-What a step needs is loaded `AHEAD` steps before it is used: a kernel keeps the tiles of so many steps in registers, and loads
+What a step needs is loaded AHEAD steps before it is used: a kernel keeps the tiles of so many steps in registers, and loads
 those of another step in place of what it has used. Such tuples are flat: the tiles of step u begin at u * COUNT. Tiles keep
 the dtype of memory until they are used, because a conversion would wait for the load.
 """
@@ -15,9 +15,9 @@ from rnnfast.kernels.marks import PADDED, RESETS, STARTS
 
 
 @triton.jit
-def offsets(offs_b, offs_h, width):
-    """Of each cell, in one step of a tensor with `width` columns."""
-    return offs_b.to(tl.int64)[:, None] * width + offs_h[None, :]
+def pointers(ptr, row, offs_b, offs_h, width):
+    """To each cell's element of the batch rows from `row` on, of a tensor with `width` columns."""
+    return ptr + (row + offs_b.to(tl.int64))[:, None] * width + offs_h[None, :]
 
 
 @triton.jit
@@ -27,11 +27,11 @@ def below(mask, a, b):
 
 
 @triton.jit
-def blocks(at_ptr, offs, mask, H, COUNT: tl.constexpr):
+def blocks(at, mask, H: tl.constexpr, COUNT: tl.constexpr):
     """COUNT tiles, side by side in memory."""
     tiles = ()
     for n in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(at_ptr + n * H + offs, mask=mask, other=0.0),)
+        tiles = tiles + (tl.load(at + n * H, mask=mask, other=0.0),)
     return tiles
 
 
@@ -45,12 +45,21 @@ def taken(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def state_tiles(h_ptr, c_ptr, at_c, off_h, off_c, mask, H, CARRIED: tl.constexpr):
-    """The states in float32: h, then the carried ones at c_ptr + at_c; without any, c_ptr is None."""
-    tiles = taken(blocks(h_ptr, off_h, mask, H, 1), 0, 1)
+def states_at(h_ptr, c_ptr, row_h, row_c, offs_b, offs_h, mask, WIDTH: tl.constexpr, H: tl.constexpr, CARRIED: tl.constexpr):
+    """The states in float32: h of the batch rows from row_h on, of a tensor with WIDTH columns, then the carried ones from row_c
+    on. Without any, c_ptr is None."""
+    tiles = taken(blocks(pointers(h_ptr, row_h, offs_b, offs_h, WIDTH), mask, H, 1), 0, 1)
     if CARRIED > 0:
-        tiles = tiles + blocks(c_ptr + at_c, off_c, mask, H, CARRIED)
+        tiles = tiles + blocks(pointers(c_ptr, row_c, offs_b, offs_h, CARRIED * H), mask, H, CARRIED)
     return tiles
+
+
+@triton.jit
+def start_states(mark_ptrs, row, offs_b, offs_h, mask, B, H: tl.constexpr, CARRIED: tl.constexpr):
+    """The initial states, then those of a reset; row: the first batch row of the initial ones."""
+    h_ptr, c_ptr = mark_ptrs.starts_h, mark_ptrs.starts_c
+    initial = states_at(h_ptr, c_ptr, row, row, offs_b, offs_h, mask, H, H, CARRIED)
+    return initial + states_at(h_ptr, c_ptr, row + B, row + B, offs_b, offs_h, mask, H, H, CARRIED)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Cells without W_hh for the tests of the scan kernels, as in `support.cells`.
 
-    indrnn      a learned vector in place of W_hh (Li et al., 2018)
-    quasi       h reaches the step after it through the cell state only, as in a quasi-recurrent net (Bradbury et al., 2017)
-    mixed       two carried states, two held tiles, noise, and h on two ways
+indrnn      a learned vector in place of W_hh (Li et al., 2018)
+quasi       h reaches the step after it through the cell state only, as in a quasi-recurrent net (Bradbury et al., 2017)
+mixed       two carried states, two held tiles, noise, and h on two ways
 """
 
 import torch
