@@ -283,6 +283,7 @@ class Recomputed:
 
     def chunk(self, starts: list[int], N: int) -> Tensor:
         """(M, N, B, S * H), of the steps starts[m], ..., starts[m] + N - 1."""
+        from rnnfast.kernels.given import Given
         from rnnfast.kernels.recompute import compute
 
         M, T, B, H = self.h.shape
@@ -295,7 +296,7 @@ class Recomputed:
         h_side = wide_product(before.view(M, N * B, H), self.w.mT).view(M, N, B, -1)
         x, first = self.sides.chunk(starts, N)
         x = torch.cat([x[first : first + N], x[: (M - 1) * N]]).view(M, N, B, -1) if M > 1 else x[None]
-        compute(self.cell, x, h_side, *self.biases, saved)
+        compute(self.cell, x, h_side, *self.biases, saved, before, None, Given(), starts)
         return saved
 
     def _entering(self, m: int, first: int, last: int) -> Tensor:
