@@ -54,8 +54,8 @@ def _split(rows, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.constex
 
 @triton.jit
 def side_by_side(tiles, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.constexpr):
-    """Tiles (BLOCK_B, BLOCK_H) as one (BLOCK_B, GATES * BLOCK_H), tile after tile: one change of layout, not one a tile. The last
-    tile takes the places that are left."""
+    """Tiles (BLOCK_B, BLOCK_H) as one (BLOCK_B, GATES * BLOCK_H), tile after tile, by one change of layout. The last tile takes
+    the places that are left."""
     if GATES == 1:
         return tiles[0]
     else:

@@ -10,9 +10,9 @@ from support.cells import CELLS
 from support.equations import assert_right
 from support.recurrence import Layer, assert_as_alone, tiles
 from support.side_by_side import Fault, together
-from test_persistent_parts import parts
 
 from rnnfast.kernels import cells, persistent, runtime
+from rnnfast.kernels.persistent.plan import PersistentPlan
 
 pytestmark = [
     pytest.mark.numerical,
@@ -20,6 +20,7 @@ pytestmark = [
 ]
 NEW = sorted(set(CELLS) - set(cells.CELLS))
 T, B = 3, 3
+SHARED = PersistentPlan(8, 8, 16, 1, 32, 4, 64, 1 << 20, PARTS=2, IN_REGISTERS=1)  # 4 programs, 2 share their units' sums
 LENGTHS, RESETS = [3, 0, 2], torch.tensor([[0, 0, 1], [1, 0, 0], [0, 0, 1]]) > 0
 
 
@@ -65,19 +66,19 @@ def test_marks(cell, reverse):
         equal(*([tensor for tensor in each if tensor is not None] for each in (ours, again)))
 
 
-@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("marked", [pytest.param(False, marks=pytest.mark.sweep), True])
 @pytest.mark.parametrize("cell", [*(pytest.param(cell, marks=pytest.mark.sweep) for cell in NEW if cell != "five"), "five"])
 def test_parts(cell, marked):
     """Programs that share their units' sums."""
-    layer = made(cell, H=16, **({"lengths": LENGTHS, "resets": RESETS} if marked else {}))
+    layer = made(cell, **({"lengths": LENGTHS, "resets": RESETS} if marked else {}))
     with together(2):
-        forward = layer.forward(persistent, tiles(16))
-        backward = layer.backward(persistent, parts(16, 2, IN_REGISTERS=1), *forward, chunk=2)
+        forward = layer.forward(persistent, plan(32, False))
+        backward = layer.backward(persistent, SHARED, *forward, chunk=2)
     assert_right(layer, forward, backward)
 
 
-@pytest.mark.parametrize("marked", [False, pytest.param(True, marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("marked", [pytest.param(False, marks=pytest.mark.sweep), True])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.sweep), 3])
 def test_members(count, marked):
     """Both directions, or three members side by side, as heads are: each has the bits that it has alone, its own noise too."""
     options = {"lengths": LENGTHS, "resets": RESETS} if marked else {}
@@ -103,20 +104,18 @@ def test_half_precision(cell, dtype):
 def test_a_lost_word_is_found_in_all_that_depends_on_it(direction):
     """All programs end. Each number is as without the fault, or NaN: of every carried state, and of the gradients of the
     carried states before and of what is held."""
-    layer = made("five", torch.float16, H=16)
-    tiled = parts(16, 2) if "parts" in direction else tiles(16)
-    fault = Fault("skipped word", (1, 0, 0), step=1, within="_exchange_sums" if "parts" in direction else None)
+    layer = made("five", torch.float16)
+    tiled = SHARED if "parts" in direction else tiles(32)
+    fault = Fault("skipped word", (2, 0, 0), step=1, within="_exchange_sums" if "parts" in direction else None)
 
-    def run(fault, forward=None):
+    def run(family_plan, fault, *forward):
         with together(5, fault) as happened:
-            found = layer.backward(persistent, tiled, *forward) if forward else layer.forward(persistent, tiled)
+            found = layer.backward(persistent, family_plan, *forward) if forward else layer.forward(persistent, family_plan)
         return happened, found
 
-    forward = None if direction == "forward" else run(None)[1]
-    if "parts" in direction:
-        tiled = parts(16, 2)
-    _, right = run(None, forward)
-    happened, ours = run(fault, forward)
+    forward = () if direction == "forward" else run(tiles(32), None)[1]
+    _, right = run(tiled, None, *forward)
+    happened, ours = run(tiled, fault, *forward)
     assert f"{direction.split()[0]} of" in happened.gave_up
     for a, b in zip(ours, right, strict=True):
         assert ((a == b) | a.isnan()).all() and not b.isnan().any()
