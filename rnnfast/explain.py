@@ -18,7 +18,7 @@ from rnnfast.nn.base import cell_of
 from rnnfast.nn.cells import Cell
 from rnnfast.nn.options import CallOptions
 from rnnfast.nn.sequence import Sequence
-from rnnfast.reference import GATES, SAVED
+from rnnfast.reference import SAVED
 from rnnfast.settings import CANARY, strict
 
 __all__ = ["Explanation", "explain"]
@@ -206,7 +206,7 @@ def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, 
         choice = kernel_plan.pick(
             cell, steps, rows, units, dtype, precision, backward, keeps, tensor.device, marked, group.members, group.layers
         )
-        sizes = pipeline.Sizes(GATES[cell], rows, units, dtype.itemsize, precision, backward, marked)
+        sizes = pipeline.sizes_of(cell, rows, units, dtype.itemsize, precision, backward, marked)
         interpreted = ", interpreted" if runtime.mode() == "interpreted" else ""
         return (
             f"{choice.family} kernels{interpreted}, {choice.plan.launch_words(choice.chunk or steps)}: {times} {steps} steps"
