@@ -94,7 +94,7 @@ def run(
         start = tuple(state[own] for state in states) or None
         if given.get("reset_to") is not None:
             given = given | {"reset_to": tuple(state[own] for state in options.reset_to)}  # type: ignore[union-attr]
-        inner: dict[str, Any] = {"dropout": p} if last - first > 1 and p else {}
+        inner: dict[str, Any] = {"dropout": p, "stacked": True} if last - first > 1 else {}
         if noise is not None:
             inner["noise"] = noise[own]
         found.append(one(cell, x, start, members[own], flips=flips, **given, **inner))
