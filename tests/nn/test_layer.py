@@ -15,6 +15,7 @@ from rnnfast.functional import run
 pytestmark = pytest.mark.numerical
 
 I, H, T, B = 3, 4, 3, 3
+KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "w")
 THEIRS = [("LSTM", own_cells.lstm), ("GRU", own_cells.gru), ("RNN", own_cells.rnn_tanh)]
 
 
@@ -53,36 +54,36 @@ def test_is_torchs(name, cell, options, device):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def by_hand(layer, x, mask, hx, lengths, resets, reset_to):
-    """`own_cells.everything` in two layers and directions, with 2 heads: one row after another, one step after another."""
-    cell, h = own_cells.everything, layer.hidden_size // 2
-    last = [torch.zeros_like(state) for state in hx]
+def by_hand(weights, x, mask, hx, lengths, resets, reset_to):
+    """`own_cells.everything` in two layers and directions, with 2 heads: one row after another, one step after another.
+
+    Returns the output and the last states. weights: of the parameters by name.
+    """
+    cell, last = own_cells.everything, [torch.zeros_like(state) for state in hx]
     for place in range(4):
         suffix = f"_l{place // 2}{'_reverse' * (place % 2)}"
-        w_ih, w_hh, b_ih, b_hh, w = (
-            getattr(layer, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "w")
-        )
-        if place % 2 == 0:
-            below, x = (x if place == 0 else x_next), None  # noqa: F821
-            x_next = below.new_zeros(T, B, 2 * layer.hidden_size)
+        w_ih, w_hh, b_ih, b_hh, w = (weights[f"{name}{suffix}"] for name in KINDS)
+        outputs = [[x.new_zeros(H)] * B for _ in range(T)]
         for b in range(B):
-            state = [part[place, b] for part in hx]
-            anew = [part[place, b] for part in reset_to]
-            steps = range(int(lengths[b]))
-            for t in reversed(steps) if place % 2 else steps:
-                boundary = t + 1 if place % 2 else t
-                if boundary < int(lengths[b]) and resets[boundary, b]:
-                    state = anew
-                x_sides = linear(below[t, b], w_ih, b_ih).view(2, -1)  # the gates f and n
-                h_sides = torch.stack([linear(state[0][k * h : k * h + h], w_hh[k]).view(2, h) for k in range(2)], 1)
-                h_sides = h_sides.reshape(2, -1) + b_hh.view(2, -1)
-                state, _ = cell.step(x_sides.view(1, -1), h_sides.view(1, -1), tuple(s[None] for s in state), (w[None], mask[b : b + 1]))
-                state = [each[0] for each in state]
-                width = layer.hidden_size * (place % 2)
-                x_next[t, b, width : width + layer.hidden_size] = state[2]
+            state, n = [part[place, b] for part in hx], lengths[b]
+            for t in reversed(range(n)) if place % 2 else range(n):
+                boundary = t + place % 2  # in reverse it is the one after the step
+                if boundary < n and resets[boundary, b]:
+                    state = [part[place, b] for part in reset_to]
+                x_sides = linear(x[t, b], w_ih, b_ih)
+                heads = [linear(h, own).view(2, -1) for h, own in zip(state[0].chunk(2), w_hh, strict=True)]
+                h_sides = torch.cat(heads, 1).flatten() + b_hh
+                rows = tuple(each[None] for each in state)
+                new, _ = cell.step(x_sides[None], h_sides[None], rows, (w[None], mask[b : b + 1]), {"leak": 0.5})
+                state = [each[0] for each in new]
+                outputs[t][b] = state[2]
             for part, found in zip(last, state, strict=True):
                 part[place, b] = found
-    return [x_next, *last]
+        y = torch.stack([torch.stack(row) for row in outputs])
+        if place % 2:
+            x = torch.cat([before, y], -1)
+        before = y
+    return [x, *last]
 
 
 def tensors_of(layer, **rows):
@@ -122,25 +123,17 @@ MARKS = {"lengths": [3, 0, 2], "resets": torch.tensor([[0, 0, 1], [1, 0, 0], [0,
 def test_equals_a_loop(backend, device):
     """All that a cell may have, in two layers, directions and heads, with lengths and resets: outputs and all gradients."""
     layer = Layer(own_cells.everything, I, H, 2, bidirectional=True, heads=2, leak=0.5, device=device, backend=backend)
-    layer.cell.constants["leak"], before = 0.5, layer.cell.constants["leak"]  # what the loop calls
     tensors = tensors_of(layer, mask=(B, H))
     options = {"lengths": MARKS["lengths"], "resets": MARKS["resets"].to(device)}
 
     def loop(given):
-        copy = torch.nn.Module()
-        copy.hidden_size = H
-        for name, _ in layer.named_parameters():
-            setattr(copy, name, given[name])
         hx, reset_to = ([given[f"{kind}{n}"] for n in range(3)] for kind in ("hx", "reset_to"))
-        return by_hand(copy, given["x"], given["mask"], hx, MARKS["lengths"], MARKS["resets"], reset_to)
+        return by_hand(given, given["x"], given["mask"], hx, MARKS["lengths"], MARKS["resets"], reset_to)
 
-    try:
-        common = results(loop, tensors, torch.float32, "cpu")
-        found = results(lambda given: called(layer, given, ["mask"], **options), tensors, torch.float32, device)
-        found = {name: tensor.cpu() for name, tensor in found.items()}
-        assert not numerics.fault(found, common, lambda: results(loop, tensors, torch.float64, "cpu"), torch.float32)
-    finally:
-        layer.cell.constants["leak"] = before
+    common = results(loop, tensors, torch.float32, "cpu")
+    found = results(lambda given: called(layer, given, ["mask"], **options), tensors, torch.float32, device)
+    found = {name: tensor.cpu() for name, tensor in found.items()}
+    assert not numerics.fault(found, common, lambda: results(loop, tensors, torch.float64, "cpu"), torch.float32)
 
 
 CASES = {
@@ -203,7 +196,7 @@ def test_functions(backend, device):
     x, mask = torch.randn(T, B, I, device=device), torch.rand(B, H, device=device)
     y, states, (all_states,) = layer(x, mask=mask, return_all_states=True)
     for place, suffix in enumerate(("_l0", "_l0_reverse")):
-        weights = [getattr(layer, f"{name}{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "w")]
+        weights = [getattr(layer, f"{name}{suffix}") for name in KINDS]
         found = run(
             own_cells.everything, x, None, *weights[:4], reverse=place == 1, backend=backend, return_all_states=True,
             mask=mask, w=weights[4], leak=0.5,
@@ -301,7 +294,7 @@ X, ZEROS = torch.randn(T, B, I), tuple(torch.zeros(1, B, H) for _ in range(3))
         (ValueError, "backend should be one of", lambda _: Layer(CELL, I, H, backend="cuda")),
         (ValueError, "divisible by heads", lambda _: Layer(CELL, I, H, heads=3)),
         (ValueError, "has no W_hh", lambda _: Layer(own_cells.indrnn, I, H, heads=2)),
-        (RuntimeError, "w_hh must be", lambda _: run(CELL, X, None, torch.ones(8, I), torch.ones(3, 4, 2), w=torch.ones(4), **OWN)),
+        (RuntimeError, "w_hh must be", lambda _: run(CELL, X, None, torch.ones(8, I), torch.ones(4, 4), w=torch.ones(4), **OWN)),
         (TypeError, "learned vector 'w'", lambda _: run(CELL, X, None, torch.ones(8, I), torch.ones(8, 4), **OWN)),
         (RuntimeError, "must be None", lambda _: run(own_cells.indrnn, X, None, torch.ones(4, I), torch.ones(4, 4), u=torch.ones(4))),
     ],
