@@ -147,7 +147,7 @@ def _recompute(module: Sequence | Layer, chosen: Decision, options: CallOptions)
         return "" if chosen.inside else "; backward runs it once more"
     if not spec_of(_cell(module)).saved:
         return "; backward needs no gates, so recompute changes nothing"
-    if options.details:
+    if _details(module, options):
         return "; gates are kept, as states or gates are returned, whatever recompute says"
     return "; backward computes the gates again"
 
@@ -176,6 +176,11 @@ def _torch(module: Any, input: Tensor | PackedSequence, runner: str) -> str:
     cudnn = tensor.is_cuda and torch.backends.cudnn.is_acceptable(tensor)
     lengths = ", on rows packed by their lengths, which are read on the CPU" if runner == "packed" else ""
     return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}{lengths}"
+
+
+def _details(module: Any, options: CallOptions) -> bool:
+    """Whether the call needs the states of every step, as a cell does that has another output than h."""
+    return options.details or (isinstance(module, Layer) and module.cell.output > 0)
 
 
 def _cell(module: Any) -> str:
@@ -207,8 +212,7 @@ def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, 
     cell, units = _cell(module), int(module.hidden_size) // heads
     times = f"{layers} layers x {directions} directions x{f' {heads} heads x' if heads > 1 else ''}"
     dropped = over_time and module.dropout > 0 and module.training and bool(torch_private.inside())
-    details = options.details or (isinstance(module, Layer) and module.cell.output > 0)
-    by_layer = details or dropped or projected or not spec_of(cell).recurrent
+    by_layer = _details(module, options) or dropped or projected or not spec_of(cell).recurrent
     group = pipeline.grouping(layers, directions * heads, by_layer)
     precision = kernel_plan.precision()
 
