@@ -143,7 +143,8 @@ def backward_step_kernel(
 
     at_h = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
     if STAGE == "cell":
-        d_h = tl.load(product_ptr + at_h, mask=(multiplied & (has_product > 0))[:, None] & mask_h[None, :], other=0.0)
+        came = multiplied if HAS_MARKS else offs_b < B * has_next
+        d_h = tl.load(product_ptr + at_h, mask=came[:, None] & mask_h[None, :], other=0.0)
     else:
         d_h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
         d_next = d_gates_ptr + row_next[:, None] * (D * H) + (D - G) * H  # the hidden side is the last G blocks

@@ -25,7 +25,7 @@ from rnnfast.choice import pipeline, trust, tuned, tuning_file
 from rnnfast.choice.forecast import MARGIN, Forecast, forecast
 from rnnfast.choice.gpu import cooperative, known, limits, pretend_gpu
 from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
-from rnnfast.reference import GATES
+from rnnfast.reference import CELLS
 from rnnfast.settings import CANARY, KERNELS, STRICT, strict
 from rnnfast.torch_private import environment, rnn_precision
 
@@ -163,7 +163,7 @@ def pick(
     if choice is None:
         if len(known) >= MOST_KNOWN:
             known.clear()
-        sizes = pipeline.Sizes(GATES[cell], B, H, dtype.itemsize, precision, backward, marked)
+        sizes = pipeline.Sizes(CELLS[cell].gates, B, H, dtype.itemsize, precision, backward, marked)
         names = cell, 1 << (T.bit_length() - 1), *tuning_file.names(dtype, precision), training
         choice = known[key] = _choice(names, sizes, members, layers, device)
     if _refused and not choice.strict and (refusal := _refused.get((device, choice.plan))):
