@@ -133,8 +133,8 @@ def spec_of(cell: str | Cell) -> Cell:
         return cell
     if cell not in CELLS:
         raise RuntimeError(
-            f"this process does not know the cell {cell!r}: make an rnnfast.Layer of it, with the same numbers, before a program "
-            "that was compiled or exported with the cell runs"
+            f"this process does not know the cell {cell!r}: make an rnnfast.Layer of it, with the same numbers, before a "
+            "program runs that was compiled or exported with the cell"
         )
     return CELLS[cell]
 

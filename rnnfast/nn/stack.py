@@ -79,7 +79,7 @@ def run(
         start = tuple(state[own] for state in states) or None
         if given.get("reset_to") is not None:
             given = given | {"reset_to": tuple(state[own] for state in options.reset_to)}  # type: ignore[union-attr]
-        inner: dict[str, Any] = {"dropout": p} if last - first > 1 and p else {}
+        inner: dict[str, Any] = {"dropout": p, "stacked": True} if last - first > 1 else {}
         found.append(one(cell, x, start, members[own], flips=2 if directions == 2 else 0, **given, **inner))
         x = found[-1].y
         if p and last < layer.num_layers:

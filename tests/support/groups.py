@@ -83,7 +83,9 @@ class Stack:
         x, starts, weights, options = self._parts(tensors)
         torch.manual_seed(self.seed)
         options |= {"recompute": self.recompute, "dropout": self.dropout}
-        found = ops.group(self.cell, x, starts, weights, flips=self.flips, **options)
+        found = ops.group(
+            self.cell, x, starts, weights, flips=self.flips, stacked=self.directions == 1 and self.members > 1, **options
+        )
         return [found.y, *found.last]
 
     def masks(self, like):

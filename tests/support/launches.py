@@ -194,7 +194,7 @@ def layers(library: ctypes.CDLL) -> dict:
         y, _ = ops.layer("lstm", x, None, *weights, None, None, reverse=True)
         y.sum().backward()
         ops.group("lstm", x, None, directions, flips=2).y.sum().backward()
-        ops.group("lstm", x, None, stack).y.sum().backward()
+        ops.group("lstm", x, None, stack, stacked=True).y.sum().backward()
         return [shown(launch) for launch in launches.take()]
 
     for family in FAMILIES:
