@@ -61,14 +61,12 @@ MOST_FLIPS = 31  # members of a launch that have a bit of `Group.flips`, which i
 
 
 def kernel_cell(name: str) -> Cell:
-    """What the kernels know of the cell of this name, which `rnnfast.reference.CELLS` has."""
+    """What the kernels know of the cell of this name, which is none of PyTorch's; from then on `CELLS` has it."""
+    from rnnfast.derive import registry
     from rnnfast.kernels.cells import CELLS
 
     spec_of(name)
-    if name not in CELLS:
-        from rnnfast.derive import registry
-
-        CELLS[name] = registry.kernel_cell(name)
+    CELLS[name] = registry.kernel_cell(name)
     return CELLS[name]
 
 
@@ -85,10 +83,8 @@ def no_autocast(kind: str) -> contextlib.AbstractContextManager:
     return torch.autocast(kind, enabled=False) if is_on else contextlib.nullcontext()
 
 
-def _given(cell: Cell, held: Tensor | None, noise: Tensor | None) -> Given | None:
-    """What the kernels give to a cell besides its gates and states; None for a cell that is given nothing."""
-    if not cell.held and not cell.noise:
-        return None
+def _given(cell: Cell, held: Tensor | None, noise: Tensor | None) -> Given:
+    """What the kernels give to a cell besides its gates and states."""
     from rnnfast.kernels.given import Given
 
     held, noise = _dense(None if held is None else held.float(), noise)
@@ -194,9 +190,11 @@ def forward(
         several; the saved activations (M, T, B, `Cell.saved` * H); all carried states (M, T, B, C*H) in float32. The saved ones
         are zero in padding. Each is empty where there is none or it is not saved.
     """
+    from rnnfast.kernels.cells import CELLS
+
     if forward_level() >= 0:
         _refuse_forward_mode()
-    spec = kernel_cell(cell)
+    spec = CELLS[cell] if cell in CELLS else kernel_cell(cell)
     (T, B, _), (M, _, H), D = x.shape, w_hh.shape, w_ih.shape[0]
     if flips and M > D:
         raise RuntimeError("the layers of a stack run from the first step to the last, and flips must be 0")
@@ -212,7 +210,7 @@ def forward(
         if marks is not None:
             starts_c = (start_c, reset_c) if spec.carried else None
             marked = for_kernels(marks, lengths, (start_h, reset_h), starts_c, (M, B, H), x, spec.carried, choice.plan.BLOCK_B)
-        own_tiles = _given(spec, held, noise)
+        own_tiles = None if held is None and noise is None else _given(spec, held, noise)
         members, stack = (w, bias_x, bias_h, start_h, start_c, c, saved), (h, w_up, seeds, dropout, CHUNK_ROWS) if M > D else ()
         for part, group in _groups(M, D, flips, choice.members, min(T, choice.chunk)):
             N = group.lag or min(T, choice.plan.steps or max(1, CHUNK_ROWS // (B * group.members)))
@@ -287,9 +285,11 @@ def backward(
         The gate gradients (M, T, B, `Cell.grads` * H), zero in padding, and the gradients of h0, c0, reset_h, reset_c and held,
         in their shapes, or empty where there is none or it is not wanted.
     """
+    from rnnfast.kernels.cells import CELLS
+
     if forward_level() >= 0:
         _refuse_forward_mode()
-    spec = kernel_cell(cell)
+    spec = CELLS[cell] if cell in CELLS else kernel_cell(cell)
     M, _, H = w_hh.shape
     D = h.shape[-1] // H
     T, B = h.shape[-3:-1]
@@ -311,7 +311,7 @@ def backward(
             starts_c = (start_c, reset_c) if spec.carried else None
             marked = for_kernels(marks, lengths, (start_h, reset_h), starts_c, (M, B, H), h, spec.carried, choice.plan.BLOCK_B)
             d_starts = empty_start_grads(marked) if need_starts else None
-        own_tiles = _given(spec, held, noise)
+        own_tiles = None if held is None and noise is None else _given(spec, held, noise)
         d_held = torch.zeros(M, B, spec.held * H, dtype=torch.float32, device=h.device) if spec.held else None
         recompute = x is not None and spec.saved > 0
         for part, group in reversed(_groups(M, D, flips, choice.members, min(T, choice.chunk))):
@@ -377,4 +377,5 @@ def backward(
             if grads[0] is not None and direct is not None:
                 grads[0] = grads[0] + direct
     found = [h.new_empty(0) if grad is None else grad.to(h.dtype, copy=True) for grad in (*grads, d_held)]
-    return d_gates, *found
+    d_h0, d_c0, d_reset_h, d_reset_c, d_held = found
+    return d_gates, d_h0, d_c0, d_reset_h, d_reset_c, d_held

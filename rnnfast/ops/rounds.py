@@ -289,6 +289,7 @@ class Recomputed:
 
     def chunk(self, starts: list[int], N: int) -> Tensor:
         """(M, N, B, S * H), of the steps starts[m], ..., starts[m] + N - 1."""
+        from rnnfast.kernels.given import Given
         from rnnfast.kernels.recompute import compute
 
         M, _, B, H = self.h.shape
@@ -300,7 +301,7 @@ class Recomputed:
             h_side = wide_product(before_h.view(M, N * B, H), self.w.mT).view(M, N, B, -1)
         x, first = self.sides.chunk(starts, N)
         x = torch.cat([x[first : first + N], x[: (M - 1) * N]]).view(M, N, B, -1) if M > 1 else x[None]
-        compute(self.cell, x, h_side, *self.biases, saved, before_h, before_c, self.given, starts)
+        compute(self.cell, x, h_side, *self.biases, saved, before_h, before_c, self.given or Given(), starts)
         return saved
 
     def _entering(self, states: Tensor, kind: int, starts: list[int], N: int) -> Tensor:

@@ -116,7 +116,7 @@ def slstm_backward(saved, states, new_states, given, d_states):
     by = 1.0 / tl.maximum(tl.abs(new_n), 1.0, tl.PropagateNan.ALL)
     d_o = d_states[0] * new_c * by * o * (1.0 - o)
     d_c = d_states[1] + d_states[0] * o * by
-    d_n = d_states[2] - tl.where(tl.abs(new_n) > 1.0, d_states[0] * o * new_c * by / new_n, 0.0)
+    d_n = d_states[2] - tl.where(tl.abs(new_n) >= 1.0, d_states[0] * o * new_c * by / new_n, 0.0)
     d_log_i = (d_c * z + d_n) * i
     d_log_f = (d_c * states[1] + d_n * states[2]) * f
     d_z = d_c * i * (1.0 - z * z)

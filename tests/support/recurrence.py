@@ -14,7 +14,7 @@ from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.persistent.plan import PersistentPlan
 from rnnfast.kernels.step import plan
 
-from .cells import CELLS
+from .cells import CELLS  # relative: tests import this as support.recurrence, tests.ptx as tests.support.recurrence
 
 UNWRITTEN = 77.0
 ADDED_TO = 0.5
