@@ -126,8 +126,9 @@ class _Problem:
             loss = sum((grad * weigh(grad)).sum() for grad in first)
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True)
             return {f"second derivative by {name}": grad for name, grad in zip(tensors, grads, strict=True)}
-        upstream = [weigh(out) for out in outputs.values()]
-        grads = torch.autograd.grad(list(outputs.values()), leaves, upstream, materialize_grads=True, allow_unused=True)
+        pairs = [(out, weigh(out)) for out in outputs.values()]
+        with_gradient, upstream = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)  # a cell may detach
+        grads = torch.autograd.grad(with_gradient, leaves, upstream, materialize_grads=True, allow_unused=True)
         return outputs | {f"gradient of {name}": grad for name, grad in zip(tensors, grads, strict=True)}
 
 
