@@ -46,8 +46,8 @@ def taken(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def states_at(h_ptr, c_ptr, row_h, row_c, offs_b, offs_h, mask, WIDTH: tl.constexpr, H: tl.constexpr, CARRIED: tl.constexpr):
-    """The states in float32: h of the batch rows from row_h on, of a tensor with WIDTH columns, then the carried ones from row_c
-    on. Without any, c_ptr is None."""
+    """The states in float32: h of the batch rows from row_h on, of a tensor with WIDTH columns, then the carried ones, from
+    row_c on. Without any, c_ptr is None."""
     tiles = taken(blocks(pointers(h_ptr, row_h, offs_b, offs_h, WIDTH), mask, H, 1), 0, 1)
     if CARRIED > 0:
         tiles = tiles + blocks(pointers(c_ptr, row_c, offs_b, offs_h, CARRIED * H), mask, H, CARRIED)

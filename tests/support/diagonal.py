@@ -1,8 +1,8 @@
-"""Cells without W_hh for the tests of the scan kernels, as in `support.cells`.
+"""Cells without W_hh for the tests of the scan kernels: as in `support.cells`, by hand in Triton and in plain PyTorch.
 
-indrnn      a learned vector in place of W_hh (Li et al., 2018)
-quasi       h reaches the step after it through the cell state only, as in a quasi-recurrent net (Bradbury et al., 2017)
-mixed       two carried states, two held tiles, noise, and h on two ways
+indrnn  a learned vector in place of W_hh (Li et al., 2018)
+quasi   h reaches the step after it through the cell state only, as in a quasi-recurrent net (Bradbury et al., 2017)
+mixed   two carried states, two held tiles, noise; h reaches the step after it in two ways
 """
 
 import torch
@@ -79,7 +79,7 @@ def mixed_forward(x_gates, h_gates, states, given):
 @triton.jit
 def mixed_backward(saved, states, new_states, given, d_states):
     f, z = saved
-    h, c, n = states
+    h, c = states[0], states[1]
     w, v, u = given
     tanh_y = tanh(new_states[1] + new_states[2])
     d_y = d_states[0] * f * (1.0 - tanh_y * tanh_y)
