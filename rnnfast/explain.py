@@ -20,7 +20,6 @@ from rnnfast.nn.layer import Layer
 from rnnfast.nn.options import CallOptions
 from rnnfast.nn.sequence import Sequence
 from rnnfast.reference import spec_of
-from rnnfast.reference import SAVED
 from rnnfast.settings import CANARY, strict
 
 __all__ = ["Explanation", "explain"]

@@ -159,7 +159,7 @@ def start_grads(
         empty = (lengths == 0)[:, None]
         d_starts.h[:, 0] += torch.where(empty, d_h, nothing)
         if d_starts.c is not None:
-            d_starts.c[:, 0] += torch.where(empty, d_c, nothing)
+            d_starts.c[:, 0] += torch.where(empty, d_c, torch.zeros_like(d_c))
     c = (None, None) if d_starts.c is None else d_starts.c.unbind(1)
     return [d_starts.h[:, 0], c[0], d_starts.h[:, 1], c[1]]
 
