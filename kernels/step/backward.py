@@ -141,8 +141,8 @@ def backward_step_kernel(
     mask_prev = entered[:, None] & mask_h[None, :]
     mask_carries = carries[:, None] & mask_h[None, :]
 
-    at_h = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
     if STAGE == "cell":
+        at_h = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
         d_h = tl.load(product_ptr + at_h, mask=(multiplied & (offs_b < B * has_next))[:, None] & mask_h[None, :], other=0.0)
     else:
         d_h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
@@ -155,6 +155,7 @@ def backward_step_kernel(
                 w_ptr + offs_k.to(tl.int64)[:, None] * H + offs_h[None, :], mask=mask_k[:, None] & mask_h[None, :], other=0.0
             )
             d_h = dot(d_chunk, w_chunk, d_h, PRECISION, EMULATE_BF16)
+    at_h = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
     if STAGE == "product":
         tl.store(product_ptr + at_h, d_h, mask=multiplied[:, None] & mask_h[None, :])
         return
