@@ -19,7 +19,7 @@ def backward_step_kernel(
     # inputs
     dy_ptr,  # (T, B, D_H) gradient of the outputs, as h; of layers (M, N, B, H), of the chunk's steps, in time
     saved_ptr,  # (M, saved_steps, B, SAVED * H) activations that forward saved
-    h_ptr,  # (T, B, D_H) h_t, the directions side by side; of layers (M, T, B, H)
+    h_ptr,  # (T, B, D_H) h_t, the members side by side; of layers (M, T, B, H)
     h0_ptr,  # (M, B, H) h before each member's first step of forward
     c_ptr,  # (M, T, B, CARRIED * H) float32, c_t
     c0_ptr,  # (M, B, CARRIED * H) float32, likewise
