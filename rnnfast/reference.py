@@ -23,88 +23,115 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, relu, sigmoid, stack, tanh
+from torch import Tensor, stack
 from torch.nn.functional import linear
 
+from rnnfast.cells import builtin
+
 __all__ = [
-    "CELLS", "GATES", "Cell", "Traced", "Weights", "alone", "group", "gru_step", "joined", "layer", "lstm_step", "marks",
-    "rnn_relu_step", "rnn_tanh_step", "trace",
+    "CELLS", "GATES", "Cell", "Traced", "Weights", "alone", "group", "joined", "layer", "marks", "noise", "spec_of", "trace",
 ]  # fmt: skip
 
 States = tuple[Tensor, ...]
-Step = tuple[States, States]  # the new states, and the gate activations in gate order
+Step = tuple[States, States]  # the new states, and what the cell keeps: its gate activations in gate order
 
 CONTINUES, STARTS, RESETS, PADDED = range(4)  # the marks: see `marks`
 
 
-def lstm_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Step:
-    """i, f, o = sigmoid(.), g = tanh(.); c' = f c + i g; h' = o tanh(c')."""
-    h, c = states
-    i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, dim=-1)
-    i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
-    c = f * c + i * g
-    return (o * tanh(c), c), (i, f, g, o)
-
-
-def gru_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Step:
-    """r, z = sigmoid(.); n = tanh(x_n + r h_n) with h_n = W_hn h + b_hn; h' = (1 - z) n + z h."""
-    (h,) = states
-    x_r, x_z, x_n = linear(x, w_ih, b_ih).chunk(3, dim=-1)
-    h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, dim=-1)
-    r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
-    n = tanh(x_n + r * h_n)
-    return ((1 - z) * n + z * h,), (r, z, n)
-
-
-def rnn_tanh_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Step:
-    """h' = tanh(W_ih x + b_ih + W_hh h + b_hh)."""
-    h = tanh(linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh))
-    return (h,), (h,)
-
-
-def rnn_relu_step(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Step:
-    """h' = relu(W_ih x + b_ih + W_hh h + b_hh)."""
-    h = relu(linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh))
-    return (h,), (h,)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """What the code around the kernels has to know of a cell. Only `step` is an equation.
 
-    `saved` and `grads` repeat `rnnfast.kernels.cells.Cell`, because PyTorch asks for the shapes of results where there is no
-    Triton. `rnnfast.kernels.cells` explains them.
+    What it has in common with `rnnfast.kernels.cells.Cell` is here too, because PyTorch asks for the shapes of results where
+    there is no Triton. `rnnfast.kernels.cells` explains it.
 
     Attributes:
-        step: the equations of one time step.
-        states: the number of states: 2 if there is a cell state besides h, else 1.
+        step: the equations of one time step, ``step(x, h, states, given) -> (new_states, kept)``. x (B, G * H) is W_ih x_t +
+            b_ih; h (B, G * H) is W_hh h_{t-1} + b_hh, None without W_hh; the states, those given (held, then noise) and what is
+            kept are tuples of (B, H).
+        states: the states that a caller sees: h, then those carried in float32.
         gates: blocks of H rows in the weights.
         saved: blocks of H that the kernels save for backward, for each batch row and step.
         grads: blocks of H of gate gradients.
+        held, noise: tiles that no step changes, and tiles of random numbers.
+        recurrent: whether there is a W_hh. Without, it has the shape (0, H).
+        rows: whether a step needs the means of whole rows.
+        kept32: blocks of H that the kernels save in float32: further carried states, which nothing reads before the step.
         reads_h_before: whether backward of a step reads h_{t-1}.
         allows_edits: whether the input, the biases and the output may be edited in place before backward, where it does not
             read the values that were. As in torch.nn on a CPU: its LSTM (oneDNN) refuses, its GRU and RNN accept.
     """
 
-    step: Callable[..., Step]
+    step: Callable[[Tensor, Any, States, States], Step]
     states: int
     gates: int
     saved: int
     grads: int
+    held: int = 0
+    noise: int = 0
+    recurrent: bool = True
+    rows: bool = False
+    kept32: int = 0
     reads_h_before: bool = False
     allows_edits: bool = True
 
+    @property
+    def carried(self) -> int:
+        """States that the kernels carry in float32."""
+        return self.states - 1 + self.kept32
+
+    @property
+    def apart(self) -> int:
+        """How many gates, the last ones, have two sides with gradients of their own."""
+        return self.grads - self.gates
+
 
 CELLS = {
-    "lstm": Cell(lstm_step, states=2, gates=4, saved=4, grads=4, allows_edits=False),
-    "gru": Cell(gru_step, states=1, gates=3, saved=4, grads=4, reads_h_before=True),
-    "rnn_tanh": Cell(rnn_tanh_step, states=1, gates=1, saved=0, grads=1),
-    "rnn_relu": Cell(rnn_relu_step, states=1, gates=1, saved=0, grads=1),
+    "lstm": Cell(builtin.lstm.step, states=2, gates=4, saved=4, grads=4, allows_edits=False),
+    "gru": Cell(builtin.gru.step, states=1, gates=3, saved=4, grads=4, reads_h_before=True),
+    "rnn_tanh": Cell(builtin.rnn_tanh.step, states=1, gates=1, saved=0, grads=1),
+    "rnn_relu": Cell(builtin.rnn_relu.step, states=1, gates=1, saved=0, grads=1),
 }
-STEPS = {name: cell.step for name, cell in CELLS.items()}
+"""The cells by name. `rnnfast.derive.registry` adds those that a user defines."""
 STATES = {name: cell.states for name, cell in CELLS.items()}
 GATES = {name: cell.gates for name, cell in CELLS.items()}
 SAVED = {name: cell.saved for name, cell in CELLS.items()}
+
+
+def spec_of(cell: str | Cell) -> Cell:
+    """The cell of this name.
+
+    Raises:
+        RuntimeError: there is none, as in a process that loads a program with a user's cell before it made a layer of it.
+    """
+    if not isinstance(cell, str):
+        return cell
+    if cell not in CELLS:
+        raise RuntimeError(
+            f"this process does not know the cell {cell!r}: make an rnnfast.Layer of it, with the same numbers, before a "
+            "program runs that was compiled or exported with the cell"
+        )
+    return CELLS[cell]
+
+
+def noise(seed: Tensor, T: int, B: int, H: int, count: int) -> Tensor:
+    """The random numbers of a cell, (count, T, B, H) in float32: those of `rnnfast.kernels.given`, where the method is named.
+
+    Args:
+        seed: one int64.
+    """
+    low32 = 0xFFFFFFFF
+    row = torch.arange(T * B, device=seed.device)[:, None]
+    seed = seed.reshape(())
+    c = [torch.arange(H, device=seed.device) + 0 * row, row & low32, row >> 32, 0 * row]
+    k0, k1 = seed & low32, seed >> 32 & low32
+    for _ in range(10):
+        products = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # int64 wraps, which leaves the 64 bits right
+        (high0, low0), (high2, low2) = ((product >> 32 & low32, product & low32) for product in products)
+        c = [high2 ^ c[1] ^ k0, low2, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = k0 + 0x9E3779B9 & low32, k1 + 0xBB67AE85 & low32
+    words = [(word.expand(T * B, H) >> 8).float() / (1 << 24) for word in c[:count]]
+    return stack(words).view(count, T, B, H)
 
 
 def marks(x: Tensor, lengths: Tensor | None, resets: Tensor | None, reverse: bool) -> Tensor:
@@ -148,6 +175,7 @@ class Weights(NamedTuple):
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
+    held: Tensor | None = None
 
 
 class Traced(NamedTuple):
@@ -156,8 +184,9 @@ class Traced(NamedTuple):
     Attributes:
         y: (T, B, D * H), the hidden states of all steps, of D directions side by side.
         last: the states after the last step of each row, (members, B, H).
-        cells: with ``details``, the cell states of all steps, ``(c,)`` with c (T, B, D * H), or ``()``.
-        gates: with ``details``, the gate activations of all steps, (T, B, D, G, H), without gradient.
+        cells: with ``details``, the states besides h of all steps, (T, B, D * H) each.
+        gates: with ``details``, the gate activations of all steps, (T, B, D, G, H), without gradient; None for a cell that
+            does not keep them.
     """
 
     y: Tensor
@@ -167,7 +196,7 @@ class Traced(NamedTuple):
 
 
 def group(
-    cell: str,
+    cell: str | Cell,
     x: Tensor,
     states: States | None,
     weights: Sequence[Weights],
@@ -175,28 +204,32 @@ def group(
     flips: int = 0,
     details: bool = False,
     reset_to: States | None = None,
+    noise: Tensor | None = None,
     **options: Any,
 ) -> Traced:
-    """A layer in one direction or in both.
+    """Members that read one input and lie side by side: the directions of a layer, or its heads.
 
     Args:
         cell, x: as for `trace`.
-        states, reset_to: as for `trace`, but of all directions, (D, B, H) each.
-        weights: those of each direction.
-        flips: bit m is 1 if direction m runs from the last step to the first.
-        details: whether the cell states and the gates are wanted.
+        states, reset_to: as for `trace`, but of all members, (M, B, H) each.
+        weights: those of each member.
+        flips: bit m is 1 if member m runs from the last step to the first.
+        details: whether the states besides h and the gates are wanted.
+        noise: (M,) int64, a seed for each member, for a cell with noise.
         options: the others of `trace`.
     """
     ys, lasts, cells, gates = [], [], [], []
     for m, own in enumerate(weights):
         starts = [None if given is None else tuple(state[m] for state in given) for given in (states, reset_to)]
-        found = trace(cell, x, starts[0], *own, reverse=bool(flips >> m & 1), reset_to=starts[1], **options)
+        seed = None if noise is None else noise[m]
+        found = trace(cell, x, starts[0], *own, reverse=bool(flips >> m & 1), reset_to=starts[1], seed=seed, **options)
         for results, result in zip((ys, lasts, cells, gates), found, strict=True):
             results.append(result)
     last = tuple(stack(state) for state in zip(*lasts, strict=True))
     if not details:
         return Traced(joined(ys), last, (), None)
-    return Traced(joined(ys), last, tuple(joined(each) for each in zip(*cells, strict=True)), stack(gates, dim=2))
+    others = tuple(joined(each) for each in zip(*cells, strict=True))
+    return Traced(joined(ys), last, others, None if gates[0] is None else stack(gates, dim=2))
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -206,7 +239,7 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def alone(
     run: Callable[..., Traced],
-    cell: str,
+    cell: str | Cell,
     x: Tensor,
     states: States | None,
     *weights: Any,
@@ -228,7 +261,7 @@ def layer(*args, **options) -> tuple[Tensor, States]:
 
 
 def trace(
-    cell: str,
+    cell: str | Cell,
     x: Tensor,
     states: States | None,
     w_ih: Tensor,
@@ -236,37 +269,46 @@ def trace(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     w_hr: Tensor | None = None,
+    held: Tensor | None = None,
     *,
     reverse: bool = False,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_to: States | None = None,
     codes: Tensor | None = None,
-) -> tuple[Tensor, States, tuple[Tensor, ...], Tensor]:
+    seed: Tensor | None = None,
+) -> tuple[Tensor, States, tuple[Tensor, ...], Tensor | None]:
     """One layer in one direction: the step, unrolled over time.
 
     Args:
-        cell: a name in `CELLS`.
+        cell: a name in `CELLS`, or a cell.
         x: (T, B, I).
-        states: ``(h0, c0)`` for the LSTM, ``(h0,)`` for the others, each (B, H). None for zeros.
-        w_ih, w_hh, b_ih, b_hh: weights, with the shapes above.
+        states: ``(h0, c0)`` for the LSTM, ``(h0,)`` for a cell with one state, each (B, H). None for zeros.
+        w_ih, w_hh, b_ih, b_hh: weights, with the shapes above. For a cell without W_hh w_hh is (0, H) and b_hh is None.
         w_hr: (P, H), for an LSTM with h_t = W_hr (o tanh(c_t)). Then h0 and ``y`` have P units instead of H, and w_hh is
             (G*H, P).
+        held: (B, E*H), or (1, E*H) for all rows: the E tiles that no step changes, side by side.
         reverse: from the last step to the first; ``y[t]`` still belongs to ``x[t]``.
         lengths, resets: as in `marks`. A padded step gives zeros and leaves the states as they are.
         reset_to: the states after a reset, like `states`. None for zeros.
         codes: the result of `marks`, instead of lengths and resets.
+        seed: one int64, for a cell with noise.
 
     Returns:
-        ``y`` (T, B, H); the states after the last step of each row; the cell states of all steps, ``(c,)`` with c (T, B, H),
-        or ``()``; the gate activations of all steps (T, B, G, H), without gradient.
+        ``y`` (T, B, H); the states after the last step of each row; the states besides h of all steps, (T, B, H) each; the gate
+        activations of all steps (T, B, G, H), without gradient, or None for a cell that does not keep them.
     """
     T, B, _ = x.shape
     if codes is None and (lengths is not None or resets is not None):
         codes = marks(x, lengths, resets, reverse)
-    spec = CELLS[cell]
-    zeros = (x.new_zeros(B, w_hh.shape[1]), *[x.new_zeros(B, w_hh.shape[0] // spec.gates)] * (spec.states - 1))
+    spec = spec_of(cell)
+    H = w_ih.shape[0] // spec.gates
+    zeros = (x.new_zeros(B, w_hh.shape[1]), *[x.new_zeros(B, H)] * (spec.states - 1))
     start, reset = states or zeros, reset_to or zeros
+    tiles = () if held is None else held.expand(B, -1).chunk(spec.held, -1)
+    if spec.noise:
+        assert seed is not None
+        random = noise(seed, T, B, H, spec.noise).to(x.dtype)
     if codes is not None:
         codes = codes[..., None]
         x = x.masked_fill(codes == PADDED, 0)  # a NaN in padding would reach gradients as 0 * NaN
@@ -276,16 +318,20 @@ def trace(
         before = states
         if codes is not None:
             states = _select(codes[t] == STARTS, start, _select(codes[t] == RESETS, reset, states))
-        states, gates = spec.step(x[t], states, w_ih, w_hh, b_ih, b_hh)
+        hidden = linear(states[0], w_hh, b_hh) if spec.recurrent else None
+        given = (*tiles, *random[:, t]) if spec.noise else tiles
+        states, kept = spec.step(linear(x[t], w_ih, b_ih), hidden, states, given)
         if w_hr is not None:
             states = (linear(states[0], w_hr), *states[1:])
-        steps[t] = (*states, torch.cat(gates, dim=1).detach())
+        kept = kept[: spec.gates] or states[:1]
+        steps[t] = (*states, torch.cat(kept, dim=1).detach())
         if codes is not None:
             padded = codes[t] == PADDED
             steps[t] = tuple(tensor.masked_fill(padded, 0) for tensor in steps[t])
             states = _select(padded, before, states)
     y, *cells, gates = (stack(tensors) for tensors in zip(*steps, strict=True))
-    return y, states, tuple(cells), gates.view(T, B, spec.gates, -1)
+    keeps_gates = gates.shape[-1] == spec.gates * H
+    return y, states, tuple(cells), gates.view(T, B, spec.gates, -1) if keeps_gates else None
 
 
 def _select(condition: Tensor, where: States, otherwise: States) -> States:

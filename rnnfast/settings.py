@@ -12,7 +12,7 @@ from contextvars import ContextVar
 
 from rnnfast.torch_private import environment
 
-__all__ = ["BACKEND", "BACKENDS", "CANARY", "KERNELS", "STRICT", "TUNING_FILE", "Setting", "strict"]
+__all__ = ["BACKEND", "BACKENDS", "CANARY", "CELL_CACHE", "KERNELS", "STRICT", "TUNING_FILE", "Setting", "strict"]
 
 
 class Setting:
@@ -58,8 +58,9 @@ BACKENDS = ("triton", "torch", "reference")
 BACKEND = Setting("RNNFAST_BACKEND", (*BACKENDS, "auto"))
 STRICT = Setting("RNNFAST_STRICT", ("0", "1"))
 CANARY = Setting("RNNFAST_CANARY", ("auto", "off", "trust"))
-KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent", "one_program"))
+KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent", "one_program", "scan"))
 TUNING_FILE = Setting("RNNFAST_TUNING_FILE")
+CELL_CACHE = Setting("RNNFAST_CELL_CACHE")
 
 
 def strict() -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import loops
 
 from rnnfast import check, numerics, reference
 
@@ -39,13 +40,13 @@ def test_one_step_by_hand():
     """A one-unit LSTM and GRU whose arithmetic is written out here, with other gates than the code's chunks."""
     one = torch.ones(1, 1, dtype=torch.float64)
     w = torch.tensor([[0.1], [0.2], [0.3], [0.4]], dtype=torch.float64)
-    (h, c), gates = reference.lstm_step(one, (2 * one, 3 * one), w, 2 * w, None, None)
+    (h, c), gates = loops.step("lstm", one, (2 * one, 3 * one), w, 2 * w, None, None)
     i, f, g, o = (weight + 2 * weight * 2 for weight in (0.1, 0.2, 0.3, 0.4))
     sigmoid = lambda v: 1 / (1 + torch.tensor(-v, dtype=torch.float64).exp())  # noqa: E731
     expected = sigmoid(f) * 3 + sigmoid(i) * torch.tensor(g, dtype=torch.float64).tanh()
     assert torch.allclose(torch.cat(gates), torch.stack([sigmoid(i), sigmoid(f), torch.tensor(g).tanh(), sigmoid(o)])[:, None])
     assert torch.allclose(c, expected) and torch.allclose(h, sigmoid(o) * expected.tanh())
-    (h,), gates = reference.gru_step(one, (2 * one,), w[:3], w[:3], None, w[:3, 0])
+    (h,), gates = loops.step("gru", one, (2 * one,), w[:3], w[:3], None, w[:3, 0])
     r, z = sigmoid(0.1 + 0.2 + 0.1), sigmoid(0.2 + 0.4 + 0.2)
     n = (0.3 + r * (0.6 + 0.3)).tanh()
     assert torch.allclose(h, (1 - z) * n + z * 2)

@@ -3,8 +3,15 @@
 import copy
 
 import torch
+from torch.nn.functional import linear
 
-from rnnfast.reference import STEPS
+from rnnfast.reference import CELLS
+
+
+def step(cell, x, states, w_ih, w_hh, b_ih=None, b_hh=None):
+    """The states after one step of a layer, and the gate activations."""
+    states, gates = CELLS[cell].step(linear(x, w_ih, b_ih), linear(states[0], w_hh, b_hh), states, ())
+    return states, gates[: CELLS[cell].gates] or states[:1]
 
 
 def row(cell, x, start, reset_to, weights, w_hr, reverse, length, resets):
@@ -18,7 +25,7 @@ def row(cell, x, start, reset_to, weights, w_hr, reverse, length, resets):
             state = reset_to
         if not reverse and resets[t]:
             state = reset_to
-        state, gates = STEPS[cell](x[t], state, *weights)
+        state, gates = step(cell, x[t], state, *weights)
         if w_hr is not None:
             state = (state[0] @ w_hr.t(), *state[1:])
         outputs[t] = (*state, torch.cat(gates, 1))
