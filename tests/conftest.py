@@ -8,8 +8,6 @@ from importlib.util import find_spec
 
 import torch
 
-gc.set_threshold(100_000, 20, 20)  # looking for cycles as often as Python does took a seventh of the time
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
 
@@ -25,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
 # PyTorch's own module checks need expecttest, which a GPU machine may lack.
 collect_ignore_glob = [] if find_spec("expecttest") else ["*/test_module_db.py"]
+gc.set_threshold(100_000, 20, 20)  # looking for cycles as often as Python does took a seventh of the time
 settings.register_profile("rnnfast", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("rnnfast")
 

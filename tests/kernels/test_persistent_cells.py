@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.numerical,
     pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1"),
 ]
-NEW = sorted(set(CELLS) - set(cells.CELLS))
+NEW = sorted(name for name in set(CELLS) - set(cells.CELLS) if not CELLS[name].rows)  # means over rows are none of theirs
 T, B = 3, 3
 SHARED = PersistentPlan(8, 8, 16, 1, 32, 4, 64, 1 << 20, PARTS=2, IN_REGISTERS=1)  # 4 programs, 2 share their units' sums
 LENGTHS, RESETS = [3, 0, 2], torch.tensor([[0, 0, 1], [1, 0, 0], [0, 0, 1]]) > 0
