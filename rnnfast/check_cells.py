@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rnnfast import numerics
 from rnnfast.cells.loading import NoCell, load_all
-from rnnfast.check import products_in_tf32
 from rnnfast.choice import kernel_plan
 from rnnfast.derive.definition import Cell
 from rnnfast.derive.registry import CannotFuse, fused
@@ -155,12 +154,12 @@ def obstacle(case: CellCase, device: str) -> str:
 
 
 def compare(case: CellCase, device: str = "cpu") -> list[numerics.Verdict]:
-    """Of each tensor the figure that is nearest to its limit.
+    """Of each tensor the figure that is nearest to its limit. Products of float32 are not to be in TF32.
 
     Raises:
         CannotFuse: the kernels cannot run the cell.
     """
-    with products_in_tf32(False), KERNELS.within(case.family):
+    with KERNELS.within(case.family):
         problem, contract = _prepared(replace(case, family=""), device)
         return contract.judge(problem.run(case.dtype, "triton"))
 
