@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--family", choices=kernel_plan.FAMILIES, help="step: the step kernels everywhere")
     cells = parser.add_mutually_exclusive_group()
     cells.add_argument("--cells", nargs="+", metavar="CELL", help=f"of torch.nn: {', '.join(CELLS)}")
-    cells.add_argument("--cell", nargs="+", metavar="CELL", help="others: my_file.py:my_cell, a name in rnnfast.cells, or library")
+    cells.add_argument(
+        "--cell", nargs="+", metavar="CELL", help="others: my_file.py:my_cell, a name in rnnfast.cells, or library"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
     parser.add_argument("--hidden", type=_positive, nargs="+")
     parser.add_argument("--batch", type=_positive, nargs="+")

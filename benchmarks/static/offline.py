@@ -204,6 +204,8 @@ def run_group(
         else:
             kept = (c, saved) if phase == "training" else (last_c, None)
             bias_h = bias if kind.recurrent else None
-            family.forward(kind, lambda: [(0, N, x, (M - 1) * N)], w, bias, bias_h, h0, c0, h, *kept, plan=choice.plan, **options)
+            family.forward(
+                kind, lambda: [(0, N, x, (M - 1) * N)], w, bias, bias_h, h0, c0, h, *kept, plan=choice.plan, **options
+            )
         launches[phase] = driver.launches[begin:]
     return launches
