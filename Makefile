@@ -33,8 +33,8 @@ help: ## this list
 demo: $(VENV)/demo.done ## train a character model on real English, check the kernels (examples/char_lm.py)
 	@$(RUN) examples/char_lm.py $(ARGS)
 
-examples: $(VENV)/examples.done ## three real uses, about a minute each on a CPU (docs/examples.md)
-	@for name in pronounce unfolded recall; do echo "examples/$$name.py"; $(RUN) examples/$$name.py $(ARGS) || exit 1; echo; done
+examples: $(VENV)/examples.done ## four real uses, about a minute each on a CPU (docs/examples.md)
+	@for name in pronounce unfolded recall new_cell; do echo "examples/$$name.py"; $(RUN) examples/$$name.py $(ARGS) || exit 1; echo; done
 
 test: $(VENV)/test.done ## all tests, on a CPU
 	@$(RUN) -m pytest $(WORKERS) $(ARGS)

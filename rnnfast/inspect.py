@@ -70,8 +70,8 @@ class Inspection:
     families: tuple[str, ...] = ()
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """What training keeps of a unit and step for backward besides the output, for an input of this dtype: what is saved, and
-        the carried states."""
+        """What training keeps of a unit and step for backward besides the output, for an input of this dtype: what is saved,
+        and the carried states."""
         return sum(tile.bytes(dtype) for tile in self.saved) + 4 * len(self.carried)
 
     def __str__(self) -> str:

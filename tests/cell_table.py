@@ -31,7 +31,6 @@ from rnnfast.choice import kernel_plan
 from rnnfast.kernels.families import FAMILIES
 from rnnfast.kernels.persistent.limits import GPUS
 
-
 HELPERS = ("clear_kernel", "pack_kernel")
 
 

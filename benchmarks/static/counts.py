@@ -175,8 +175,8 @@ def one_program_row(
 def scan_row(
     code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: ScanPlan, limits: GpuLimits, rows: int, training: bool
 ) -> dict:
-    """A row of a scan kernel for `rows` batch rows of all members. Its loop is over AHEAD steps, and `rnnfast.kernels.scan.plan`
-    has the model: the slowest of bytes, instructions and the trip to memory."""
+    """A row of a scan kernel for `rows` batch rows of all members. Its loop is over AHEAD steps. The model is that of
+    `rnnfast.kernels.scan.plan`: the slowest of bytes, instructions and the trip to memory."""
     warps = rows * H / 32 / limits.sms / 4  # that share a scheduler, if all were resident
     moved = cell_bytes(cell.gates, cell.saved, cell.carried, itemsize, backward, training)
     bound = {
@@ -198,9 +198,10 @@ def step_row(
 ) -> dict:  # fmt: skip
     """A row of a step kernel for a batch of `B` rows of each of `members`.
 
-    Its loop is over chunks of the summed axis. A step takes its launches, the trips to L2, and the slowest of bytes, product and
-    instructions. Bytes and product are as in the model of the persistent kernels. In eager mode it takes at least the time that
-    the launches cost the host. A cell that needs means over rows has a second launch, of which no more than that is counted.
+    Its loop is over chunks of the summed axis. A step takes its launches, the trips to L2, and the slowest of bytes, product
+    and instructions. Bytes and product are as in the model of the persistent kernels. In eager mode it takes at least the time
+    that the launches cost the host. A cell that needs means over rows has a second launch, of which no more than that is
+    counted.
     """
     rows = plan.BLOCK_H * (1 if backward else cell.gates)
     columns = H * (cell.gates if backward else 1)

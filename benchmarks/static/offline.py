@@ -137,7 +137,8 @@ def run_layer(
 ) -> dict[str, list[Launch]]:
     """The launches of a layer: "training" (forward) and "backward", its two halves, and "inference".
 
-    `cell`: a name in `rnnfast.reference.CELLS`. `marked`: with lengths and resets, and gradients of the states from which they begin.
+    `cell`: a name in `rnnfast.reference.CELLS`. `marked`: with lengths and resets, and gradients of the states from which they
+    begin.
     """
     spec = spec_of(cell)
     rows = spec.gates * hidden

@@ -45,8 +45,8 @@ def ours(cell, given: dict, constants: dict):
     held = torch.cat([given[name].expand(B, H) for name in cell.held], -1) if cell.held else None
     w_hh = given["w_hh"] if cell.recurrent else given["w_ih"].new_empty(0, H)
     y, last, others, _ = reference.trace(
-        registry.spec(cell, **constants), windows(cell, given["x"]), start, given["w_ih"], w_hh, given["b_ih"], given.get("b_hh"),
-        held=held, seed=torch.tensor(SEED) if cell.noise else None,
+        registry.spec(cell, **constants), windows(cell, given["x"]), start, given["w_ih"], w_hh, given["b_ih"],
+        given.get("b_hh"), held=held, seed=torch.tensor(SEED) if cell.noise else None,
     )  # fmt: skip
     return (y, *others)[cell.output], *last
 
