@@ -3,7 +3,7 @@
 The input is a sine with noise for 24 steps, with a period of 8 to 24 steps, and then nothing for 48 steps. The output is to go
 on as the sine would have. A mean over the silence of the squared error of 0.5 is that of an output of zero.
 
-The cell `ringing` is written here, in eight lines. Each of its units is an oscillator: two states, c and d, that turn by a
+The cell `ringing` is written here, in nine lines. Each of its units is an oscillator: two states, c and d, that turn by a
 learned angle at each step and slowly fade. docs/new-cell.md builds it step by step.
 
     python examples/new_cell.py                  # half a minute on one CPU core
@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: th
 
 import torch
 from char_lm_support import example_parser, positive, prepare_folder, pyplot_for, run_main, write_atomically
-from torch import Tensor, cos, nn, sigmoid, sin, tanh
+from torch import Tensor, nn, sigmoid, tanh
 
 import rnnfast
 
@@ -36,12 +36,14 @@ NAMES = {"ringing": "the new cell", "lstm": "LSTM"}
 
 
 @rnnfast.cell(gates="i z o", states="h c d")
-def ringing(x, h, s, *, angle, fading: rnnfast.Learned(4.0)):  # type: ignore
-    """Units that ring: c and d turn by `angle`, and fade by sigmoid(`fading`), which begins at 0.98."""
-    i, o = sigmoid(x.i + h.i), sigmoid(x.o + h.o)
-    left = sigmoid(fading)
-    c = left * (cos(angle) * s.c - sin(angle) * s.d) + i * tanh(x.z + h.z)
-    d = left * (sin(angle) * s.c + cos(angle) * s.d)
+def ringing(x, h, s, *, turn, fading: rnnfast.Learned(4.0)):  # type: ignore
+    """Units that ring: c and d turn by twice the angle whose tangent is `turn`, and fade by sigmoid(`fading`), which begins at
+    0.98."""
+    i, o, z = sigmoid(x.i + h.i), sigmoid(x.o + h.o), tanh(x.z + h.z)
+    left = sigmoid(fading) / (1 + turn * turn)
+    cos, sin = left * (1 - turn * turn), left * 2 * turn
+    c = cos * s.c - sin * s.d + i * z
+    d = sin * s.c + cos * s.d
     return o * tanh(c), c, d
 
 
@@ -54,7 +56,7 @@ class Model(nn.Module):
             self.layer: nn.Module = rnnfast.LSTM(1, size)
         else:
             self.layer = rnnfast.Layer(ringing, 1, size)
-            nn.init.uniform_(self.layer.angle_l0, *(2 * math.pi / period for period in reversed(PERIODS)))
+            nn.init.uniform_(self.layer.turn_l0, *(math.tan(math.pi / period) for period in reversed(PERIODS)))
         self.out = nn.Linear(size, 1)
 
     def forward(self, heard: Tensor) -> Tensor:

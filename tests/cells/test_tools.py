@@ -1,6 +1,7 @@
 """The experimenter's tools: finding a cell, `rnnfast.inspect`, and the check of its gradients."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -107,7 +108,10 @@ def test_no_such_cell(text, words, file, capsys, monkeypatch):
     assert f"argument --cell: {error.value.args[0]}" in capsys.readouterr().err
 
 
-def test_loads(file):
+def test_loads(file, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (file.parent / "beside_mine.py").touch()
+    file.write_text("import beside_mine\n" + SOURCE)
     assert loading.load("rnnfast.cells.gated:mgu") is cells.mgu is loading.load("mgu")
     assert loading.load(f"{file}:mine").gates == ("f", "z")
     assert [cell.name for cell in loading.load_all("library")] == cells.__all__
