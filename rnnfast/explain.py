@@ -221,7 +221,7 @@ def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, 
         choice = kernel_plan.pick(
             cell, steps, rows, units, dtype, precision, backward, keeps, tensor.device, marked, group.members, group.layers
         )
-        sizes = pipeline.Sizes(spec_of(cell).gates, rows, units, dtype.itemsize, precision, backward, marked)
+        sizes = pipeline.sizes_of(cell, rows, units, dtype.itemsize, precision, backward, marked)
         interpreted = ", interpreted" if runtime.mode() == "interpreted" else ""
         return (
             f"{choice.family} kernels{interpreted}, {choice.plan.launch_words(choice.chunk or steps)}: {times} {steps} steps"

@@ -143,8 +143,7 @@ def backward_step_kernel(
 
     at_h = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
     if STAGE == "cell":
-        came = multiplied if HAS_MARKS else offs_b < B * has_next
-        d_h = tl.load(product_ptr + at_h, mask=came[:, None] & mask_h[None, :], other=0.0)
+        d_h = tl.load(product_ptr + at_h, mask=(multiplied & (offs_b < B * has_next))[:, None] & mask_h[None, :], other=0.0)
     else:
         d_h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
         d_next = d_gates_ptr + row_next[:, None] * (D * H) + (D - G) * H  # the hidden side is the last G blocks
@@ -200,10 +199,10 @@ def backward_step_kernel(
     if NOISE:
         given = given + noise_tiles(seed_ptr, row[:, None], offs_h[None, :], NOISE)
 
-    if STAGE == "cell":
-        d_gates, d_before, d_held = CELL(saved, states, new_states, given, d_states, (mask_h[None, :], H), row_mean)
-    else:
+    if STAGE == "whole":
         d_gates, d_before, d_held = CELL(saved, states, new_states, given, d_states)
+    else:
+        d_gates, d_before, d_held = CELL(saved, states, new_states, given, d_states, (mask_h[None, :], H), row_mean)
 
     d_gates_out = d_gates_ptr + row[:, None] * (D * H) + offs_h[None, :]
     for g in tl.static_range(D):

@@ -182,10 +182,10 @@ def forward_step_kernel(
     if NOISE:
         given = given + noise_tiles(seed_ptr, row[:, None], offs_h[None, :], NOISE)
 
-    if STAGE == "cell":
-        new_states, saved = CELL(x_gates, biased, states, given, (mask_h[None, :], H), row_mean)
-    else:
+    if STAGE == "whole":
         new_states, saved = CELL(x_gates, biased, states, given)
+    else:
+        new_states, saved = CELL(x_gates, biased, states, given, (mask_h[None, :], H), row_mean)
 
     new_h = round_to(new_states[0], h_ptr.dtype.element_ty, EMULATE_BF16)
     tl.store(h_ptr + row[:, None] * (DIRECTIONS * H) + offs_h[None, :], new_h, mask=mask)

@@ -4,6 +4,7 @@
     slstm       three carried states, exponential gates
     five        five gates, the last two with sides of their own; two carried states, two held tiles, two tiles of noise; and h
                 before the step reaches the one after it by a way other than W_hh
+    normed      a layer normalisation in the cell, so that it needs whole rows
 
 `CELLS` has what kernels know of each, `STEPS` its plain function ``step(x, h, states, given) -> new states``. x and h are
 tuples of the input and hidden sides of the gates, biases included; states are h and the carried ones; given are the held tiles
@@ -169,11 +170,38 @@ def five_backward(saved, states, new_states, given, d_states):
     return d_gates, d_before, (d_b * c, d_c * a * d)
 
 
+EPS = tl.constexpr(1e-5)
+
+
+def normed(x, h, states, given):
+    """tanh of a normalised sum, without gain and offset."""
+    return (torch.tanh(torch.nn.functional.layer_norm(x[0] + h[0], x[0].shape[-1:], eps=EPS.value)),)
+
+
+@triton.jit
+def normed_forward(x_gates, h_gates, states, given, row, row_mean):
+    a = x_gates[0] + h_gates[0]
+    centred = a - row_mean(a, 0, row)
+    scale = 1.0 / tl.sqrt(row_mean(centred * centred, 1, row) + EPS)
+    n = centred * scale
+    return (tanh(n),), (n, scale)
+
+
+@triton.jit
+def normed_backward(saved, states, new_states, given, d_states, row, row_mean):
+    n, scale = saved
+    d_n = d_states[0] * (1.0 - new_states[0] * new_states[0])
+    d_a = scale * (d_n - row_mean(d_n, 0, row) - n * row_mean(d_n * n, 1, row))
+    return (d_a,), (tl.zeros_like(d_a),), ()
+
+
 CELLS = cells.CELLS | {
     "peephole": Cell(4, 4, 4, 1, False, peephole_forward, peephole_backward, held=3),
     "slstm": Cell(4, 4, 4, 3, False, slstm_forward, slstm_backward),
     "five": Cell(5, 7, 7, 2, True, five_forward, five_backward, held=2, noise=2),
+    "normed": Cell(1, 2, 1, 0, False, normed_forward, normed_backward, rows=True),
 }
 STEPS = {
     "lstm": lstm, "gru": gru, "rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu, "peephole": peephole, "slstm": slstm, "five": five,
+    "normed": normed,
 }  # fmt: skip

@@ -40,7 +40,7 @@ class Right(NamedTuple):
         d_h0: (B, H), or with marks (2, B, H), of the initial and the reset state.
         d_c0: likewise.
         d_held: (B, held * H).
-        d_w: (gates * H, H).
+        d_w: (gates * H, H); without W_hh empty.
     """
 
     h: Tensor
@@ -88,9 +88,13 @@ def right(layer: Layer, step: Any = None) -> Right:
                 torch.where(code == STARTS, a, torch.where(code == RESETS, b, c))
                 for a, b, c in zip(begin(0), begin(1), states, strict=True)
             )
-        hidden = linear(states[0], w) + bias_h + hidden_sides[t]
+        side, hidden = x[t] + bias_x, ()
+        if cell.recurrent:
+            hidden = (linear(states[0], w) + bias_h + hidden_sides[t]).chunk(G, -1)
+        else:  # both sides are one
+            side = side + hidden_sides[t]
         given = (*_blocks(held, cell.held), *(() if noise is None else noise[:, t]))
-        h, *c = step((x[t] + bias_x).chunk(G, -1), hidden.chunk(G, -1), states, given)
+        h, *c = step(side.chunk(G, -1), hidden, states, given)
         states = h + (h.to(dtype).double() - h).detach(), *c
         steps[t] = states
         if codes is not None:
@@ -127,8 +131,8 @@ def assert_right(layer: Layer, forward, backward, *, step: Any = None, tolerance
         check("c", c[runs], theirs.c[runs])
     check("d_gates", d_gates[runs], theirs.d_gates[runs])
     hidden = d_gates[..., k * H :].double() * runs[..., None]  # the kernels write nothing where a step is padded
-    entered = hidden[-1 if layer.reverse else 0] @ layer.w.double()
-    direct = 0 if d_h is None else d_h.double()
+    entered = hidden[-1 if layer.reverse else 0] @ layer.w.double() if cell.recurrent else 0.0
+    direct = torch.zeros(B, H) if d_h is None else d_h.double()
     if cell.held:
         *rest, d_held = rest
         check("d_held", d_held - ADDED_TO, theirs.d_held)

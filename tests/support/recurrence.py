@@ -50,8 +50,9 @@ class Layer:
         self.cell = CELLS[cell] if isinstance(cell, str) else cell
         carried = self.cell.carried
         self.x = normal(T, B, self.cell.gates * H).float()
-        self.w = normal(self.cell.gates * H, H, scale=H**-0.5)
+        self.w = normal(self.cell.gates * H * self.cell.recurrent, H, scale=H**-0.5)
         self.bias_x, self.bias_h = (normal(self.cell.gates * H) if bias else None for _ in range(2))
+        self.bias_h = self.bias_h if self.cell.recurrent else None
         self.h0 = normal(B, H) if h0 else None
         self.c0 = normal(B, carried * H).float() if h0 and carried else None
         self.dy = normal(T, B, H) if dy else None
