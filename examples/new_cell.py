@@ -56,7 +56,8 @@ class Model(nn.Module):
             self.layer: nn.Module = rnnfast.LSTM(1, size)
         else:
             self.layer = rnnfast.Layer(ringing, 1, size)
-            nn.init.uniform_(self.layer.turn_l0, *(math.tan(math.pi / period) for period in reversed(PERIODS)))
+            least, most = (math.tan(math.pi / period) for period in reversed(PERIODS))
+            nn.init.uniform_(self.layer.get_parameter("turn_l0"), least, most)
         self.out = nn.Linear(size, 1)
 
     def forward(self, heard: Tensor) -> Tensor:

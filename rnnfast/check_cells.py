@@ -121,9 +121,9 @@ class _Problem:
 
         leaves = list(tensors.values())
         if self.case.second:
-            loss = sum((out.square() * weigh(out)).sum() for out in outputs.values())
+            loss = torch.stack([(out.square() * weigh(out)).sum() for out in outputs.values()]).sum()
             first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True, allow_unused=True)
-            loss = sum((grad * weigh(grad)).sum() for grad in first)
+            loss = torch.stack([(grad * weigh(grad)).sum() for grad in first]).sum()
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True)
             return {f"second derivative by {name}": grad for name, grad in zip(tensors, grads, strict=True)}
         pairs = [(out, weigh(out)) for out in outputs.values()]

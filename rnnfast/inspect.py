@@ -189,7 +189,7 @@ def _needs(cell: Cell, found: Derived, backward: str) -> dict[tuple[str, int], t
 
     def of(node: ast.AST) -> set[tuple[str, int]]:
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in arguments:
-            assert isinstance(node.slice, ast.Constant)
+            assert isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, int)
             return {(node.value.id, node.slice.value)}
         names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
         return set().union(*(known.get(name, set()) for name in names))

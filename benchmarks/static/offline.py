@@ -21,12 +21,13 @@ from benchmarks.timing.problem import tf32
 from rnnfast import ops
 from rnnfast.choice import kernel_plan
 from rnnfast.derive import registry
-from rnnfast.kernels import dropout, one_program, persistent, recompute, runtime, scan, step
+from rnnfast.kernels import dropout, one_program, persistent, recompute, runtime, step
 from rnnfast.kernels.families import FAMILIES
 from rnnfast.kernels.given import Given
 from rnnfast.kernels.groups import Group
 from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.persistent.plan import GPUS, GpuLimits
+from rnnfast.kernels.scan import launch as scan
 from rnnfast.reference import spec_of
 
 GPU_OF_ARCH = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200"}
@@ -92,7 +93,7 @@ class StandInDriver(DriverBase):
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that a layer can launch."""
-    modules = (step, persistent, one_program, scan.launch, recompute, dropout)
+    modules = (step, persistent, one_program, scan, recompute, dropout)
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
     # pack_kernel is in two
     return list({kernel.fn: kernel for kernel in found if isinstance(kernel, triton.JITFunction)}.values())

@@ -60,14 +60,15 @@ def theirs(cell, given: dict, constants: dict):
     noise = reference.noise(torch.tensor(SEED), T, B, H, len(cell.noise)).double() if cell.noise else ()
     v = {name: given[name] for name in cell.held} | dict(zip(cell.noise, noise, strict=True))
     start = {name: given[f"start {name}"] for name in cell.states}
-    parts = (by_gate(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh"))
-    return LOOPS[cell.name](Numbers(windows(cell, given["x"]), *parts, start, v), **constants)
+    W, U, b, d = (by_gate(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh"))
+    return LOOPS[cell.name](Numbers(windows(cell, given["x"]), W, U, b, d, start, v), **constants)
 
 
 def with_gradients(results, given: dict) -> list[torch.Tensor]:
     """The results, and the gradients of everything under upstream gradients that are the same each time."""
     draw = torch.Generator().manual_seed(5)
-    loss = sum((result * torch.randn(result.shape, dtype=torch.float64, generator=draw)).sum() for result in results)
+    weights = [torch.randn(result.shape, dtype=torch.float64, generator=draw) for result in results]
+    loss = torch.stack([(result * weight).sum() for result, weight in zip(results, weights, strict=True)]).sum()
     return [*results, *torch.autograd.grad(loss, list(given.values()), allow_unused=True, materialize_grads=True)]
 
 
