@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.paper_loops import LOOPS, Numbers
 
+import rnnfast
 from rnnfast import cells, reference
 from rnnfast.derive import registry
 
@@ -86,4 +87,37 @@ def test_equals_the_paper(name, constants):
         y, h, c, n, m = found
         found = y, h, c * m.exp(), n * m.exp()
     results = [f"result {k}" for k in range(len(right))]
+    assert_equal(with_gradients(found, given), with_gradients(right, given), [*results, *given])
+
+
+@pytest.mark.parametrize("name", ["slstm", "layer_norm_lstm"])
+def test_heads(name):
+    """A layer with heads is the loop with a block-diagonal U; a cell with means over rows has those of each head."""
+    cell, k, part = getattr(cells, name), 2, 3
+    layer = rnnfast.Layer(cell, I, k * part, heads=k, dtype=torch.float64, backend="reference")
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    given = {"x": torch.randn(T, B, I, dtype=torch.float64, requires_grad=True), **dict(layer.named_parameters())}
+    start = {state: torch.rand(B, k * part, dtype=torch.float64) for state in cell.states}
+    y, last = layer(given["x"], tuple(state[None] for state in start.values()))
+    G = len(cell.gates)
+    blocks = {g: torch.stack([block.chunk(G)[n] for block in given["weight_hh_l0"]]) for n, g in enumerate(cell.gates)}
+    kinds = ("weight_ih", "bias_ih", "bias_hh")
+    whole = [dict(zip(cell.gates, given[f"{kind}_l0"].chunk(G), strict=True)) for kind in kinds]
+    v = {learned: given[f"{learned}_l0"] for learned in cell.learned}
+
+    def run(units: slice, U: dict):
+        W, b, d = ({g: rows[units] for g, rows in parts.items()} for parts in whole)
+        states = {state: tensor[:, units] for state, tensor in start.items()}
+        return LOOPS[name](Numbers(given["x"], W, U, b, d, states, {own: vector[units] for own, vector in v.items()}))
+
+    if name == "slstm":
+        right = run(slice(None), {g: torch.block_diag(*block) for g, block in blocks.items()})
+    else:
+        heads = [run(slice(m * part, (m + 1) * part), {g: block[m] for g, block in blocks.items()}) for m in range(k)]
+        right = [torch.cat(results, -1) for results in zip(*heads, strict=True)]
+    found = y, *(state[0] for state in last[: len(right) - 1])
+    if name == "slstm":
+        found = y, found[1], *(state[0] * last[3][0].exp() for state in last[1:3])
+    results = [f"result {n}" for n in range(len(right))]
     assert_equal(with_gradients(found, given), with_gradients(right, given), [*results, *given])

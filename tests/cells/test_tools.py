@@ -1,7 +1,10 @@
 """The experimenter's tools: finding a cell, `rnnfast.inspect`, and the check of its gradients."""
 
 import itertools
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,8 @@ def summed(x, h, s):
 
 number = 3
 """
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "cells.md").read_text(encoding="utf-8")
 CASES = list(itertools.product(check_cells.DTYPES, (False, True)))
 
 
@@ -124,6 +129,19 @@ def test_static_names_the_other_option(capsys, monkeypatch):
     assert "another cell is --cell my_file.py:mgu" in capsys.readouterr().err
 
 
+def test_static(file):
+    """In a process that compiles: a cell of the scan kernels, from a file."""
+    file.write_text(SOURCE.replace('states="h c")', 'states="h c", recurrent=False)').replace("x, h, s, *, w", "x, s, *, w"))
+    file.write_text(file.read_text().replace(" + h.f", "").replace("w * h.z", "w"))
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    sizes = ["--hidden", "32", "--batch", "2", "--jobs", "1"]
+    command = [sys.executable, "-m", "benchmarks.static", "--cell", f"{file}:mine", *sizes]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sm_90 (H100, 132 SMs), mine float16" in done.stdout and "3 rows, 3 kernels" in done.stdout
+    assert "scan backward" in done.stdout and done.stdout.rstrip().endswith("variants: 0 rows")
+
+
 @pytest.mark.parametrize("name", cells.__all__)
 def test_inspects(name):
     """What it says agrees with what the kernels are told."""
@@ -136,6 +154,10 @@ def test_inspects(name):
     able = [family for family, own in FAMILIES.items() if not own.refusal(kernel.recurrent, kernel.rows)]
     assert sorted(found.families) == sorted(able)
     assert found.bytes(torch.float16) == 2 * kernel.saved + 4 * kernel.carried
+    families = ", ".join(found.families).replace("_", "-")
+    (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |") and line.endswith(f"| {families} |")]
+    assert row.split(" | ")[2:4] == [str(kernel.gates), " ".join(cell.states)]
+    assert row.split(" | ")[5] == str(found.bytes(torch.float16)), row
 
 
 def test_inspection_in_words(file):
