@@ -22,6 +22,7 @@ from rnnfast.choice.calls import Seen
 from rnnfast.choice.tuning_file import Entry, Shape
 from rnnfast.commands import tune as command
 from rnnfast.commands.measure import MODULES, measure
+from rnnfast.nn.layer import Layer
 from rnnfast.nn.sequence import Sequence
 from rnnfast.torch_private import tree_leaves
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Row", "TuningReport", "tune"]
 
-_Recurrent = torch.nn.RNNBase | torch.nn.RNNCellBase
+_Recurrent = torch.nn.RNNBase | torch.nn.RNNCellBase | Layer
 FUNCTION = "rnnfast.functional"
 
 
@@ -190,6 +191,8 @@ def _other(module: torch.nn.Module, device: Any) -> str:
     """Why a module is not measured that ran without rnnfast's decision."""
     if isinstance(module, torch.nn.RNNCellBase):
         return "a cell, which runs one step a call: there is nothing to choose"
+    if isinstance(module, Layer):
+        return f"a layer of the cell `{module.cell.name}`: only layers that torch.nn has are measured"
     if isinstance(module, Sequence):
         return f"it ran on {device} without a choice: move the model and its inputs to the GPU"
     return "not rnnfast's: rnnfast.accelerate(model) exchanges it, or says why not"

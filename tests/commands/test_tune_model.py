@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from support import own_cells
 
 import rnnfast
 from rnnfast import functional
@@ -241,12 +242,14 @@ def test_other_calls(path, monkeypatch):
             self.projected = rnnfast.LSTM(32, 32, proj_size=8)
             self.named = rnnfast.GRU(32, 32, backend="reference")
             self.wide = rnnfast.GRU(32, 32, dtype=torch.float64)
+            self.own = rnnfast.Layer(own_cells.gru, 32, 32, backend="reference")
 
         def forward(self, x):
             self.projected(x)
             self.named(x)
             self.wide(x.double())
             functional.gru(x, None, torch.randn(96, 32), torch.randn(96, 32), lengths=[3, 2])
+            self.own(x)
             self.packed = rnnfast.RNN(32, 32)
             self.packed(torch.nn.utils.rnn.pack_padded_sequence(x, [3, 1]))
 
@@ -257,6 +260,7 @@ def test_other_calls(path, monkeypatch):
     assert {(row.shape.T, row.shape.B) for row in report.rows} == {(3, 2)}
     assert dict(report.skipped)["named"] == "'reference' is asked for by backend=, so there is nothing to choose"
     assert "the dtype is torch.float64" in dict(report.skipped)["wide"]
+    assert dict(report.skipped)["own"] == "a layer of the cell `gru`: only layers that torch.nn has are measured"
 
 
 def test_on_the_cpu(path, monkeypatch):

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     quick_interpreter.install()
 
 import pytest
-from support import programs
+from support import own_cells, programs
 
 import rnnfast
 
@@ -42,6 +42,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(WORDS, H)
+        self.own = rnnfast.Layer(own_cells.peephole, H, H, heads=2)
         self.lstm = rnnfast.LSTM(H, H, backend="triton")
         self.gru = nn.GRU(H, H, num_layers=2, bidirectional=True)
         self.head = nn.Linear(2 * H, WORDS)
@@ -49,7 +50,7 @@ class Model(nn.Module):
 
     def forward(self, tokens):
         with rnnfast.use_backend("triton"):
-            return self.head(self.gru(self.lstm(self.embedding(tokens))[0])[0])
+            return self.head(self.gru(self.lstm(self.own(self.embedding(tokens))[0])[0])[0])
 
 
 def data():
@@ -79,7 +80,7 @@ def train_every_way(folder):
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh("cpu", (2,))
-            for part in (model.lstm, model.gru, model):
+            for part in (model.own, model.lstm, model.gru, model):
                 fully_shard(part, mesh=mesh)
             assert isinstance(model.lstm, rnnfast.LSTM) and isinstance(model.gru, rnnfast.GRU)
             train(model, chunks)

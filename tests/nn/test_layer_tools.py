@@ -31,7 +31,12 @@ def gradients(call, layer, x, seed=2):
     torch.manual_seed(seed)
     x = x.detach().clone().requires_grad_()
     y = call(x)[0]
-    return [y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum(), [x, *layer.parameters()])]
+    return [
+        y,
+        *torch.autograd.grad(
+            (y * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum(), [x, *layer.parameters()]
+        ),
+    ]
 
 
 def same(found, expected):
