@@ -8,8 +8,6 @@ from importlib.util import find_spec
 
 import torch
 
-gc.set_threshold(100_000, 20, 20)  # looking for cycles as often as Python does took a seventh of the time
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
 
@@ -23,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
     quick_interpreter.install()
 
+gc.set_threshold(100_000, 20, 20)  # looking for cycles as often as Python does took a seventh of the time
 # PyTorch's own module checks need expecttest, which a GPU machine may lack.
 collect_ignore_glob = [] if find_spec("expecttest") else ["*/test_module_db.py"]
 settings.register_profile("rnnfast", deadline=None, derandomize=True, print_blob=True)
@@ -53,6 +52,10 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     gc.freeze()  # modules and tests stay, and need no look
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else what Triton's libraries hold counts as leaked when Python ends
 
 
 @pytest.fixture(scope="session")
