@@ -9,7 +9,7 @@ ARGS ?=
 OUT ?= out/gpu-check
 
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install -qq --disable-pip-version-check
+PIP := $(RUN) -m pip install -qq --disable-pip-version-check --no-compile
 WORKERS := -n 2 --dist worksteal
 CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 
@@ -110,6 +110,8 @@ endif
 	@printf '%s\n' 'PYTHON ?= $(PYTHON)' 'TORCH ?= $(TORCH)' 'TRITON ?= $(TRITON)' 'INSTALLED := $(CHOICE)' > $(VENV)/choice.mk
 	@touch $@
 
+# pip would compile on one core. Some packages have templates that are not Python, which makes compileall fail.
 $(VENV)/%.done: $(VENV)/base.done setup.py pyproject.toml
 	@$(PIP) --editable '.[$*]'
+	@$(RUN) -W ignore -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compileall.log 2>&1 || true
 	@touch $@

@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
     quick_interpreter.install()
 
+gc.set_threshold(100_000, 20, 20)  # looking for cycles as often as Python does took a seventh of the time
 # PyTorch's own module checks need expecttest, which a GPU machine may lack.
 collect_ignore_glob = [] if find_spec("expecttest") else ["*/test_module_db.py"]
 gc.set_threshold(100_000, 20, 20)  # looking for cycles as often as Python does took a seventh of the time
@@ -52,6 +53,10 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     gc.freeze()  # modules and tests stay, and need no look
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else what Triton's libraries hold counts as leaked when Python ends
 
 
 @pytest.fixture(scope="session")

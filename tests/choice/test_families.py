@@ -371,7 +371,7 @@ from rnnfast import ops
 from rnnfast.kernels.persistent import plan
 
 plan.ROWS = 8 * 3
-x, w_ih, w_hh = (torch.zeros(*shape, dtype=torch.float16) for shape in ((20, 3, 4), (512, 4), (512, 128)))
+x, w_ih, w_hh = (torch.zeros(*shape, dtype=torch.float16) for shape in ((20, 3, 4), (64, 4), (64, 16)))
 found = {}
 for reverse in (False, True):
     with settings("persistent", False), pretend_gpu(90) as driver:
