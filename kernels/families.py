@@ -1,4 +1,7 @@
-"""The families of kernels, each an entry of `FAMILIES`. A family is a way to run the recurrence of every cell.
+"""The families of kernels, each an entry of `FAMILIES`. A family is a way to run the recurrence of cells.
+
+"step" runs every cell that has a W_hh, "scan" every cell without, at any size: one of the two stands in where another family
+has no plan.
 
 To add one, write a package with host functions `forward` and `backward`, which take what those of `rnnfast.kernels.step` take,
 and a class of plans. Then add its entry here and its name to `rnnfast.settings.KERNELS`.
@@ -14,12 +17,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
-from rnnfast.kernels import one_program, persistent, step
+from rnnfast.kernels import one_program, persistent, scan, step
 from rnnfast.kernels.one_program.plan import OneProgramPlan, one_program_clocks, one_program_plan, one_program_plans
-from rnnfast.kernels.persistent.plan import GpuLimits, NoPlan, PersistentPlan, persistent_clocks, persistent_plans
+from rnnfast.kernels.persistent.limits import GpuLimits, NoPlan
+from rnnfast.kernels.persistent.plan import PersistentPlan, persistent_clocks, persistent_plans
+from rnnfast.kernels.scan.plan import ScanPlan, scan_clocks, scan_plan
 from rnnfast.kernels.step.plan import StepPlan, step_clocks, step_plan
 
-__all__ = ["FAMILIES", "Family", "Plan", "family_of", "plans_to_measure"]
+__all__ = ["FAMILIES", "Family", "Plan", "family_of", "for_any_size", "plans_to_measure"]
 
 
 class Plan(Protocol):
@@ -55,15 +60,18 @@ class Family:
     Attributes:
         package: has the host functions `forward` and `backward`, which take a group and a plan.
         kind: of its plans.
-        plan: (gates, B, H, itemsize, precision, backward, limits of the GPU, marked, members=1) to a plan, or to why there is
-            none. Arguments as in `rnnfast.kernels.persistent.plan.persistent_plan`. On a CPU, which has no limits, a family
-            that does not wait gets None.
-        plans: (gates, B, H, itemsize, precision, backward, limits of the GPU, how many at most), and `members` by name, to the
-            plans worth measuring, the fastest by the family's model first. None for a family that has one plan for each size.
+        plan: (gates, B, H, itemsize, precision, backward, limits of the GPU, marked, members=1, extra=0) to a plan, or to why
+            there is none. Arguments as in `rnnfast.kernels.persistent.plan.persistent_plan`. On a CPU, which has no limits, a
+            family that does not wait gets None.
+        plans: (gates, B, H, itemsize, precision, backward, limits of the GPU, how many at most), and `members` and `extra` by
+            name, to the plans worth measuring, the fastest by the family's model first. None for a family that has one plan
+            for each size.
         waits: whether the programs of a grid wait for one another. Such a grid has to be resident as a whole, which takes a GPU
             with cooperative launch. The package then has `gave_up`, which says whether a wait on a device was in vain.
         many_steps: whether a launch runs many time steps; if not, a step takes at least what its launch costs the host.
         clocks: predicted SM clocks of a time step of all members, from the arguments of `plan` for a GPU; None without a plan.
+        recurrent: whether it runs the cells that have a W_hh; else it runs those that have none.
+        rows: whether it runs cells that need means over whole rows.
     """
 
     package: ModuleType
@@ -73,9 +81,23 @@ class Family:
     waits: bool
     many_steps: bool
     clocks: Callable[..., float | None]
+    recurrent: bool = True
+    rows: bool = True
+
+    def refusal(self, recurrent: bool, rows: bool) -> str:
+        """Why the family does not run cells like this one, whatever the size, in words; empty if it does. Arguments as in
+        `rnnfast.kernels.cells.Cell`."""
+        if self.recurrent != recurrent:
+            return "the cell has no W_hh, so that the scan kernels run it" if self.recurrent else "the cell has a W_hh"
+        return "the cell needs means over whole rows, and a program has a part of a row" if rows and not self.rows else ""
 
 
-def _any_size(gates, B, H, itemsize, precision, backward, limits, marked, members: int = 1) -> StepPlan:
+def for_any_size(recurrent: bool) -> str:
+    """The family that runs a cell with a W_hh, or without, at any size."""
+    return "step" if recurrent else "scan"
+
+
+def _any_size(gates, B, H, itemsize, precision, backward, limits, marked, members: int = 1, extra: int = 0) -> StepPlan:
     return step_plan(H, itemsize, precision)
 
 
@@ -83,7 +105,7 @@ def _by_limits(*sizes) -> PersistentPlan | NoPlan:
     return persistent.plan.persistent_plan(*sizes)
 
 
-def _step_clocks(gates, B, H, itemsize, precision, backward, limits, marked, members: int = 1) -> float:
+def _step_clocks(gates, B, H, itemsize, precision, backward, limits, marked, members: int = 1, extra: int = 0) -> float:
     return step_clocks(gates, B, H, itemsize, precision, backward, limits.sms, members)
 
 
@@ -93,11 +115,15 @@ FAMILIES = {
     ),
     "persistent": Family(
         persistent, kind=PersistentPlan, plan=_by_limits, plans=persistent_plans, clocks=persistent_clocks, waits=True,
-        many_steps=True,
+        many_steps=True, rows=False,
     ),
     "one_program": Family(
         one_program, kind=OneProgramPlan, plan=one_program_plan, plans=one_program_plans, clocks=one_program_clocks,
         waits=False, many_steps=True,
+    ),
+    "scan": Family(
+        scan, kind=ScanPlan, plan=scan_plan, plans=None, clocks=scan_clocks, waits=False, many_steps=True, recurrent=False,
+        rows=False,
     ),
 }  # fmt: skip
 
@@ -106,7 +132,7 @@ def plans_to_measure(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, most: int = 4,
     members: int = 1,
 ) -> list[Plan]:  # fmt: skip
-    """The plans of all families for `members` at once that are worth measuring, at most `most` of each."""
+    """The plans of all families for `members` at once that are worth measuring for torch.nn's cells, at most `most` of each."""
     sizes = gates, B, H, itemsize, precision, backward, limits, most
     return [plan for family in FAMILIES.values() if family.plans for plan in family.plans(*sizes, members=members)]
 

@@ -5,6 +5,7 @@ held    values of each batch row and unit: a learned vector, as of a peephole, o
 noise   numbers of each step, batch row and unit, uniform in [0, 1): words of Philox4x32-10 (Salmon et al., 2011) with the
         64 bits of the member's seed as key, for the counter (unit, low and high word of t * B + b, 0). Tile n is word n,
         its upper 24 bits. So backward makes them again from the seed
+rows    the mean of a row over all units, for a cell that needs it (`row_mean`)
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["Given", "held_tiles", "noise_tiles"]
+__all__ = ["Given", "held_tiles", "noise_tiles", "row_mean"]
 
 
 class Given(NamedTuple):
@@ -29,7 +30,8 @@ class Given(NamedTuple):
 
 @triton.jit
 def held_tiles(held_rows, offs_h, mask, H, HELD: tl.constexpr):
-    """HELD tiles. held_rows: pointers to the batch rows of this member's (B, HELD * H)."""
+    """HELD tiles that lie side by side in memory, as held values do and carried states. held_rows: pointers to the batch rows
+    of this member's (B, HELD * H)."""
     tiles = ()
     for n in tl.static_range(HELD):
         tiles = tiles + (tl.load(held_rows[:, None] + (n * H + offs_h)[None, :], mask=mask, other=0.0),)
@@ -50,3 +52,12 @@ def noise_tiles(seed_ptr, row, unit, NOISE: tl.constexpr):
         for n in tl.static_range(NOISE):
             tiles = tiles + ((words[n].to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * (1.0 / (1 << 24)),)
     return tiles
+
+
+@triton.jit
+def row_mean(tile, n, row):
+    """The mean of each row over all units, of the shape of `tile` (rows, units), for a program that has whole rows. row: which
+    of the tile's units there are, (1, units), and their number. n: not needed here (see `rnnfast.kernels.cells`)."""
+    exists, H = row
+    mean = tl.sum(tl.where(exists, tile, 0.0), 1, keep_dims=True) / H
+    return tl.broadcast_to(mean, tile.shape)

@@ -23,6 +23,7 @@ REGISTER_BYTES = 256 << 10  # an SM's register file, all GPUs above (CUDA progra
 
 # Latencies in clocks
 L2_TRIP = 300  # a load that hits L2. H100 SXM: 295 from the near half, 470 from the far one (arXiv 2607.19922); H800: 258, 414
+MEMORY_TRIP = 600  # a load that misses L2. H100: about 480 on an idle GPU (arXiv 2402.13499); on a busy one an estimate
 HOP = 1100  # a word from SM to SM through L2, store and load. H800: 1110, which is 632 ns at 1.755 GHz (arXiv 2501.12084 v2)
 CLUSTER_HOP = 180  # the same through distributed shared memory, the fastest way known. H100: 180 (arXiv 2402.13499)
 BARRIER = 35  # of 4 to 8 warps that arrive together. B300: 37 for 8 warps (notes of others); an estimate

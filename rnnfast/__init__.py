@@ -21,8 +21,10 @@ from rnnfast.choice.decide import use_backend
 from rnnfast.choice.obstacles import FallbackWarning
 from rnnfast.choice.trust import CanaryWarning
 from rnnfast.choice.tuned import TuningWarning
+from rnnfast.derive.definition import Cell, Learned, Noise, Row, cell, keep, row_mean, row_norm
+from rnnfast.derive.recording import CannotFuse
 from rnnfast.explain import Explanation, explain
-from rnnfast.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from rnnfast.nn import GRU, LSTM, RNN, GRUCell, Layer, LSTMCell, RNNCell
 from rnnfast.ops import FLOP_FORMULAS
 from rnnfast.settings import BACKENDS
 from rnnfast.version import __version__ as __version__
@@ -38,19 +40,29 @@ __all__ = [
     "LSTM",
     "RNN",
     "CanaryWarning",
+    "CannotFuse",
+    "Cell",
     "Explanation",
     "FallbackWarning",
     "GRUCell",
     "LSTMCell",
+    "Layer",
+    "Learned",
+    "Noise",
     "RNNCell",
     "Report",
+    "Row",
     "TuningWarning",
     "accelerate",
     "as_default",
+    "cell",
     "enable_compile",
     "explain",
     "functional",
+    "keep",
     "restore",
+    "row_mean",
+    "row_norm",
     "tune",
     "use_backend",
 ]

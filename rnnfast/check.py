@@ -1,9 +1,12 @@
 """Checks the Triton kernels on this machine against the float64 reference, beside torch.nn's own error.
 
-    python -m rnnfast.check [--device cpu|cuda]
+    python -m rnnfast.check [--device cpu|cuda] [--cell CELL ...]
 
 On a GPU it runs the compiled kernels. On a CPU it runs small cases in Triton's interpreter. The exit code is 0 if every tensor
 meets the contract of `rnnfast.numerics`, 1 if one does not, and 2 if the kernels cannot run here.
+
+With --cell it checks cells in place of torch.nn's layers: my_file.py:my_cell, my_package.my_module:my_cell, the name of one in
+`rnnfast.cells`, or library for all of those. `rnnfast.check_cells` says what is checked.
 """
 
 from __future__ import annotations
@@ -236,7 +239,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rnnfast.check", description=(__doc__ or "").split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, choices=("cpu", "cuda"))
-    device = parser.parse_args(argv).device
+    parser.add_argument("--cell", nargs="+", metavar="CELL", help="my_file.py:my_cell, a name in rnnfast.cells, or library")
+    args = parser.parse_args(argv)
+    device = args.device
     if device == "cuda" and not torch.cuda.is_available():
         print("no GPU is visible to PyTorch: use --device cpu", file=sys.stderr)
         return 2
@@ -251,6 +256,10 @@ def main(argv: list[str] | None = None) -> int:
 
         found = trust.examine(torch.empty(1, device=device).device, again=True)
         print(f"each family of kernels, in a process of its own: {found}")
+    if args.cell:
+        from rnnfast import check_cells
+
+        return check_cells.main(args.cell, device)
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, interpreted"
     print(f"Triton kernels on {where}. Each line has the tensor nearest to its limit, and that figure (docs/numerics.md)")
     print(f"{'case':58} {'tensor':28} {'figure':>8} {'rnnfast':>9} {'torch.nn':>9} {'allowed':>9}")

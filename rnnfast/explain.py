@@ -13,12 +13,13 @@ from rnnfast import torch_private
 from rnnfast.choice import kernel_plan, pipeline, trust, tuned, tuning_file
 from rnnfast.choice.decide import Decision, unknown_to_torch
 from rnnfast.choice.obstacles import autocast
-from rnnfast.nn import cells, sequence
+from rnnfast.nn import cells, layer, sequence
 from rnnfast.nn.base import cell_of
 from rnnfast.nn.cells import Cell
+from rnnfast.nn.layer import Layer
 from rnnfast.nn.options import CallOptions
 from rnnfast.nn.sequence import Sequence
-from rnnfast.reference import GATES, SAVED
+from rnnfast.reference import spec_of
 from rnnfast.settings import CANARY, strict
 
 __all__ = ["Explanation", "explain"]
@@ -59,7 +60,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
     """Say which backend will run ``module(input, hx, **options)`` as things stand now, and why not another. Runs nothing.
 
     Args:
-        module: an `rnnfast.LSTM`, `rnnfast.GRU` or `rnnfast.RNN`, or a cell of these.
+        module: an `rnnfast.LSTM`, `rnnfast.GRU` or `rnnfast.RNN`, a cell of these, or an `rnnfast.Layer`.
         input, hx, options: as for the call.
 
     Returns:
@@ -76,8 +77,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
           how: PyTorch's own layer, on ATen
           not triton: the tensors are on the CPU, where the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)
     """
-    if not isinstance(module, (Sequence, Cell)):
-        raise TypeError(f"module should be an rnnfast.LSTM, GRU or RNN, or a cell, got {type(module).__name__}")
+    if not isinstance(module, (Sequence, Cell, Layer)):
+        raise TypeError(f"module should be an rnnfast.LSTM, GRU or RNN, a cell or a Layer, got {type(module).__name__}")
     tensor = input.data if isinstance(input, PackedSequence) else input
     shape = f"{'packed ' if isinstance(input, PackedSequence) else ''}{tuple(tensor.shape)}"
     call = f"{module}, input {shape} {tensor.dtype} on {tensor.device}"
@@ -89,6 +90,9 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
             if options:
                 raise TypeError(f"{type(module).__name__} takes no {', '.join(options)}")
             chosen, read_options = cells.decision(module, input, hx), CallOptions()
+        elif isinstance(module, Layer):
+            prepared = layer.prepared(module, input, hx, *layer.read_keywords(options))
+            chosen, read_options = layer.decision(module, input, prepared), prepared.options
         else:
             found, chosen = sequence.decision(module, input, hx, CallOptions(**options) if options else None)
             read_options = found.options or CallOptions()
@@ -134,16 +138,16 @@ def _how(chosen: Decision, module: Any, input: Any, options: CallOptions, traini
         text += f": {chosen.stands_in}" if chosen.stands_in else ""
     else:
         text = _torch(module, input, chosen.runner)
-    recompute = isinstance(module, Sequence) and training and module._rnnfast_recompute
-    return text + (_recompute(module, chosen, options) if recompute else "")
+    recompute = module.recompute if isinstance(module, Layer) else isinstance(module, Sequence) and module._rnnfast_recompute
+    return text + (_recompute(module, chosen, options) if recompute and training else "")
 
 
-def _recompute(layer: Sequence, chosen: Decision, options: CallOptions) -> str:
+def _recompute(module: Sequence | Layer, chosen: Decision, options: CallOptions) -> str:
     if chosen.runner != "kernels":
         return "" if chosen.inside else "; backward runs it once more"
-    if not SAVED[cell_of(layer)]:
+    if not spec_of(_cell(module)).saved:
         return "; backward needs no gates, so recompute changes nothing"
-    if options.details:
+    if _details(module, options):
         return "; gates are kept, as states or gates are returned, whatever recompute says"
     return "; backward computes the gates again"
 
@@ -174,12 +178,23 @@ def _torch(module: Any, input: Tensor | PackedSequence, runner: str) -> str:
     return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}{lengths}"
 
 
+def _details(module: Any, options: CallOptions) -> bool:
+    """Whether the call needs the states of every step, as a cell does that has another output than h."""
+    return options.details or (isinstance(module, Layer) and module.cell.output > 0)
+
+
+def _cell(module: Any) -> str:
+    """The name of the module's cell in `rnnfast.reference.CELLS`."""
+    return layer.fused(module) if isinstance(module, Layer) else cell_of(module)
+
+
 def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, training: bool) -> str:
     from rnnfast.kernels import runtime
 
-    layer = module if isinstance(module, Sequence) else None
-    layers, directions = (layer.num_layers, 2 if layer.bidirectional else 1) if layer else (1, 1)
-    extras = "; the projection is one matrix with the recurrent weights" if layer and layer.proj_size else ""
+    over_time, heads = not isinstance(module, Cell), module.heads if isinstance(module, Layer) else 1
+    layers, directions = (module.num_layers, 2 if module.bidirectional else 1) if over_time else (1, 1)
+    projected = isinstance(module, Sequence) and module.proj_size > 0
+    extras = "; the projection is one matrix with the recurrent weights" if projected else ""
     marked = options.marked
     if isinstance(input, PackedSequence):
         tensor, sizes = input.data, input.batch_sizes
@@ -188,17 +203,17 @@ def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, 
         extras += "; packed rows are padded inside" if marked else ""
     else:
         tensor = input
-        sizes = tensor.shape[:-1] if layer else (1, *tensor.shape[:-1])
+        sizes = tensor.shape[:-1] if over_time else (1, *tensor.shape[:-1])
         steps, rows = (*sizes, 1)[:2]
-        if tensor.dim() == 3 and layer and layer.batch_first:
+        if tensor.dim() == 3 and over_time and module.batch_first:
             steps, rows = rows, steps
     kind = tensor.device.type
     dtype = torch.get_autocast_dtype(kind) if autocast(kind) else tensor.dtype
-    cell, units = cell_of(module), int(module.hidden_size)
-    times = f"{layers} layers x {directions} directions x"
-    dropped = layer is not None and layer.dropout > 0 and layer.training and bool(torch_private.inside())
-    by_layer = options.details or dropped or bool(layer and layer.proj_size)
-    group = pipeline.grouping(layers, directions, by_layer)
+    cell, units = _cell(module), int(module.hidden_size) // heads
+    times = f"{layers} layers x {directions} directions x{f' {heads} heads x' if heads > 1 else ''}"
+    dropped = over_time and module.dropout > 0 and module.training and bool(torch_private.inside())
+    by_layer = _details(module, options) or dropped or projected or not spec_of(cell).recurrent
+    group = pipeline.grouping(layers, directions * heads, by_layer)
     precision = kernel_plan.precision()
 
     def words(backward: bool) -> str:
@@ -206,7 +221,7 @@ def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, 
         choice = kernel_plan.pick(
             cell, steps, rows, units, dtype, precision, backward, keeps, tensor.device, marked, group.members, group.layers
         )
-        sizes = pipeline.Sizes(GATES[cell], rows, units, dtype.itemsize, precision, backward, marked)
+        sizes = pipeline.sizes_of(cell, rows, units, dtype.itemsize, precision, backward, marked)
         interpreted = ", interpreted" if runtime.mode() == "interpreted" else ""
         return (
             f"{choice.family} kernels{interpreted}, {choice.plan.launch_words(choice.chunk or steps)}: {times} {steps} steps"
@@ -229,6 +244,8 @@ def _grouped(
     if at_once < group.members:
         why = f": {kernel_plan.why_fewer(choice, sizes, steps, group.members, group.layers, device)}"
     if not group.layers:
+        if group.members > 2:
+            return f", {at_once} of {group.members} at once{why}"
         return f", {'both directions at once' if at_once > 1 else 'one direction after the other'}{why}"
     if at_once == 1:
         return f", one layer after another{why}"

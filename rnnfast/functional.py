@@ -13,6 +13,8 @@ each, and the gate activations (T, B, G, H), without gradient. On "torch" a call
 
 Errors, of the types torch.nn raises: `RuntimeError` for a wrong rank or size, `ValueError` for a wrong dtype or an unknown
 backend, `TypeError` for a ``recompute`` that is no bool.
+
+`run` is the same for a cell of the user's own (`rnnfast.cell`).
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ from torch import Tensor
 from rnnfast import ops, reference, torch_private
 from rnnfast.choice import calls, kernel_plan, tuning_file
 from rnnfast.choice.decide import Decision, check_backend, decide, tell
+from rnnfast.derive.definition import Cell
+from rnnfast.nn import heads, layer_checks, variants
 from rnnfast.nn.base import checkpointed
 from rnnfast.nn.checks import ONEDNN, check_function, check_recompute
 from rnnfast.nn.options import CallOptions, read
-from rnnfast.reference import STATES
+from rnnfast.ops.dropout import seeds
+from rnnfast.reference import STATES, Weights, spec_of
 
-__all__ = ["gru", "lstm", "rnn"]
+__all__ = ["gru", "lstm", "rnn", "run"]
 
 _States = tuple[Tensor, ...]
 
@@ -134,6 +139,96 @@ def rnn(
     start, cell = None if hx is None else (hx,), f"rnn_{nonlinearity}"
     y, states, *details = _layer(cell, x, start, w_ih, w_hh, b_ih, b_hh, reverse, backend, recompute, options)
     return y, states[0], *details
+
+
+def run(
+    cell: Cell,
+    x: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor | None = None,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    backend: str | None = None,
+    recompute: bool = False,
+    lengths: Any = None,
+    resets: Tensor | None = None,
+    reset_to: Any = None,
+    return_all_states: bool = False,
+    **given: Any,
+) -> Any:
+    """A layer of any cell (`rnnfast.cell`), with G gates in the order of its definition.
+
+    Args:
+        cell: what `rnnfast.cell` made of a function. Its kernels are derived at the first call, which may take a second.
+        hx: a tensor (B, H) for a cell with one state, else a tuple of one for each state, in its order; None for zeros.
+        w_hh: (G*H, H); or (heads, G*H/heads, H/heads), the blocks of a block-diagonal W_hh, of which each belongs to the units
+            of one head. None for a cell without W_hh, which has no ``b_hh``.
+        given: the arguments of the cell by their names: a learned vector (H,), a `rnnfast.Row` (B, H) or (H,), and numbers that
+            are not to be the cell's own, among them ``training`` if the cell has it.
+        x, w_ih, b_ih, b_hh and the others: as the module says.
+
+    Returns:
+        ``y, states``: y (T, B, H), the cell's output state of each step, and the last states in the form of ``hx``. With
+        ``return_all_states`` also a tuple of the states of every step, (T, B, H) each. All are differentiable with respect to
+        every tensor given.
+
+    Raises:
+        TypeError: for a learned vector or row that is missing, and for a name that the cell does not have; and what the module
+            says.
+
+    A cell with noise draws a seed for each head from PyTorch's generator of the device, as `rnnfast.Layer` does.
+
+    Example:
+        >>> @rnnfast.cell(gates="a", states="h")
+        ... def leaky(x, h, s, *, leak: float = 0.3):
+        ...     return (1 - leak) * s.h + leak * torch.tanh(x.a + h.a)
+        >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(5, 3), torch.randn(5, 5)
+        >>> y, h_n = rnnfast.functional.run(leaky, x, None, w_ih, w_hh, leak=0.1)
+        >>> y.shape, h_n.shape
+        (torch.Size([7, 2, 5]), torch.Size([2, 5]))
+    """
+    if not isinstance(cell, Cell):
+        raise TypeError(f"cell should be what rnnfast.cell makes of a function, got: {type(cell).__name__}")
+    layer_checks.own_names(cell, run)
+    check_backend(backend)
+    check_recompute(recompute)
+    constants = {name: value for name, value in given.items() if name not in cell.held}
+    found = variants.variant(cell, layer_checks.checked_constants(cell, constants, modes=False))
+    spec, single = spec_of(found.cell), len(cell.states) == 1
+    start = (hx,) if single and hx is not None else hx
+    check_function(found.cell, x, start, w_ih, w_hh, b_ih, b_hh, heads=True)
+    B = x.shape[1]
+    count, H = w_hh.shape[0] if w_hh is not None and w_hh.dim() == 3 else 1, w_ih.shape[0] // spec.gates
+    tiles = layer_checks.rows_of(cell, {name: given[name] for name in given if name in cell.rows}, x, B, H, 1)
+    learned = layer_checks.learned_of(cell, given, x, H)
+    options = CallOptions(lengths, resets, reset_to, bool(return_all_states))
+    options = read(x, options, shapes=((B, H),) * spec.states)
+    own = Weights(w_ih, w_ih.new_empty(0, H) if w_hh is None else w_hh, b_ih, b_hh, None, variants.held(learned, tiles, 0))
+    members = heads.members(own, count, spec.gates, len(cell.held))
+    chosen = variants.decided(cell, found, backend, x)
+    variants.announce(cell, chosen)
+    group: Any = {"kernels": ops.group, "equations": reference.group}[chosen.runner]
+    if chosen.runner == "equations" and torch.jit.is_tracing():
+        x = torch.stack(x.unbind(0))  # the trace fails on another number of steps
+    keywords: dict[str, Any] = {"flips": ((1 << count) - 1) * reverse} | options.of_layer()
+    keywords |= {"details": True} if cell.output else {}
+    keywords |= {"noise": seeds(x, 0.0, count)} if spec.noise else {}
+    if variants.checkpoints(recompute, chosen):
+        keywords |= {"recompute": True} if chosen.runner == "kernels" else {}
+        group = group if chosen.runner == "kernels" else partial(checkpointed, group)
+
+    def of_members(states: Any) -> tuple[Tensor, ...] | None:
+        return None if states is None else tuple(heads.apart(state[None], count) for state in states)
+
+    if options.reset_to is not None:
+        keywords["reset_to"] = of_members(options.reset_to)
+    traced = group(found.cell, x, of_members(start), members, **keywords)
+    states = (traced.y, *traced.cells)
+    last = tuple(heads.joined(state, count)[0] for state in traced.last)
+    return (states[cell.output], last[0] if single else last, *options.returned(states, None))
 
 
 def _layer(

@@ -44,9 +44,12 @@ SIGNS = 64  # doubtful signs of relu: up to so many are judged both ways, one by
 
 # how operations round; all others are exact
 KINDS = dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"), "product")
-KINDS |= {"sum": "sum", "add": "add", "relu": "relu", "relu_": "relu"}
+KINDS |= {"sum": "sum", "mean": "sum", "add": "add", "relu": "relu", "relu_": "relu"}
 KINDS |= dict.fromkeys(("add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "addcmul", "pow", "exp"), "other")
-KINDS |= dict.fromkeys(("sigmoid_backward", "tanh_backward"), "other")
+KINDS |= dict.fromkeys(("sigmoid_backward", "tanh_backward", "sqrt", "rsqrt", "reciprocal", "hardsigmoid"), "other")
+KINDS |= dict.fromkeys(("hardsigmoid_backward", "log_sigmoid_backward", "softplus_backward"), "other")
+KINDS |= dict.fromkeys(("log", "log1p", "expm1", "softplus", "sin", "cos", "erf"), "function")
+KINDS["log_sigmoid_forward"] = "whole"  # it returns a buffer besides
 KINDS |= dict.fromkeys(("sigmoid", "sigmoid_", "tanh", "tanh_"), "function")
 KINDS |= dict.fromkeys(("_cudnn_rnn", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"), "whole")
 KINDS |= dict.fromkeys(("_cudnn_rnn_backward", "_thnn_fused_lstm_cell_backward_impl", "_thnn_fused_gru_cell_backward"), "whole")
@@ -118,7 +121,8 @@ class _Arithmetic(TorchDispatchMode):
 
     def _sum(self, func, args: tuple, kwargs: dict, result: Tensor) -> Tensor:
         terms = args[0].numel() // max(1, result.numel())
-        return self._terms(result, terms, lambda: func(args[0].square(), *args[1:], **kwargs))
+        part = 1 / terms if func.overloadpacket.__name__ == "mean" else 1.0
+        return self._terms(result, terms, lambda: func(args[0].square(), *args[1:], **kwargs).mul_(part))
 
     def _terms(self, result: Tensor, terms: int, squares: Callable[[], Tensor]) -> Tensor:
         """Rounds sums of so many terms, one after another. Of random signs, partial sums grow as a random walk does."""

@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, relu, sigmoid, stack, tanh
+from torch import Tensor, stack
 from torch.nn.functional import linear
+
+from rnnfast.cells import builtin
 
 __all__ = [
     "CELLS", "GATES", "Cell", "Traced", "Weights", "alone", "group", "joined", "layer", "marks", "noise", "spec_of", "trace",
@@ -34,33 +36,6 @@ States = tuple[Tensor, ...]
 Step = tuple[States, States]  # the new states, and what the cell keeps: its gate activations in gate order
 
 CONTINUES, STARTS, RESETS, PADDED = range(4)  # the marks: see `marks`
-
-
-def _lstm(x: Tensor, h: Any, states: States, given: States) -> Step:
-    """i, f, o = sigmoid(.), g = tanh(.); c' = f c + i g; h' = o tanh(c')."""
-    i, f, g, o = (x + h).chunk(4, dim=-1)
-    i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
-    c = f * states[1] + i * g
-    return (o * tanh(c), c), (i, f, g, o)
-
-
-def _gru(x: Tensor, h: Any, states: States, given: States) -> Step:
-    """r, z = sigmoid(.); n = tanh(x_n + r h_n) with h_n = W_hn h + b_hn; h' = (1 - z) n + z h."""
-    x_r, x_z, x_n = x.chunk(3, dim=-1)
-    h_r, h_z, h_n = h.chunk(3, dim=-1)
-    r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
-    n = tanh(x_n + r * h_n)
-    return ((1 - z) * n + z * states[0],), (r, z, n)
-
-
-def _rnn_tanh(x: Tensor, h: Any, states: States, given: States) -> Step:
-    """h' = tanh(W_ih x + b_ih + W_hh h + b_hh)."""
-    return (tanh(x + h),), ()
-
-
-def _rnn_relu(x: Tensor, h: Any, states: States, given: States) -> Step:
-    """h' = relu(W_ih x + b_ih + W_hh h + b_hh)."""
-    return (relu(x + h),), ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +87,10 @@ class Cell:
 
 
 CELLS = {
-    "lstm": Cell(_lstm, states=2, gates=4, saved=4, grads=4, allows_edits=False),
-    "gru": Cell(_gru, states=1, gates=3, saved=4, grads=4, reads_h_before=True),
-    "rnn_tanh": Cell(_rnn_tanh, states=1, gates=1, saved=0, grads=1),
-    "rnn_relu": Cell(_rnn_relu, states=1, gates=1, saved=0, grads=1),
+    "lstm": Cell(builtin.lstm.step, states=2, gates=4, saved=4, grads=4, allows_edits=False),
+    "gru": Cell(builtin.gru.step, states=1, gates=3, saved=4, grads=4, reads_h_before=True),
+    "rnn_tanh": Cell(builtin.rnn_tanh.step, states=1, gates=1, saved=0, grads=1),
+    "rnn_relu": Cell(builtin.rnn_relu.step, states=1, gates=1, saved=0, grads=1),
 }
 """The cells by name. `rnnfast.derive.registry` adds those that a user defines."""
 STATES = {name: cell.states for name, cell in CELLS.items()}
@@ -133,8 +108,8 @@ def spec_of(cell: str | Cell) -> Cell:
         return cell
     if cell not in CELLS:
         raise RuntimeError(
-            f"this process does not know the cell {cell!r}: make an rnnfast.Layer of it, with the same numbers, before a program "
-            "that was compiled or exported with the cell runs"
+            f"this process does not know the cell {cell!r}: make an rnnfast.Layer of it, with the same numbers, before a "
+            "program runs that was compiled or exported with the cell"
         )
     return CELLS[cell]
 

@@ -58,7 +58,7 @@ BACKENDS = ("triton", "torch", "reference")
 BACKEND = Setting("RNNFAST_BACKEND", (*BACKENDS, "auto"))
 STRICT = Setting("RNNFAST_STRICT", ("0", "1"))
 CANARY = Setting("RNNFAST_CANARY", ("auto", "off", "trust"))
-KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent", "one_program"))
+KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent", "one_program", "scan"))
 TUNING_FILE = Setting("RNNFAST_TUNING_FILE")
 CELL_CACHE = Setting("RNNFAST_CELL_CACHE")
 

@@ -25,6 +25,7 @@ before are meant in forward's order: this kernel comes from the next step and go
 import triton
 import triton.language as tl
 
+from rnnfast.kernels.given import held_tiles, noise_tiles
 from rnnfast.kernels.groups import place
 from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, RESETS, STARTS, anew, unpacked
 from rnnfast.kernels.maths import round_to
@@ -47,7 +48,8 @@ from rnnfast.kernels.persistent.exchange import (
     vector,
     zero_sums,
 )
-from rnnfast.kernels.persistent.tile import load_new_states, load_step, packed_marks, program_tile
+from rnnfast.kernels.persistent.gates import side_by_side
+from rnnfast.kernels.persistent.tile import load_new_states, load_step, load_tiles, packed_marks, program_tile, store_tiles
 
 
 @triton.jit
@@ -66,22 +68,6 @@ def _load_both(pointers, size, mask):
 def _store_both(pointers, size, tiles, mask):
     tl.store(pointers, tiles[0], mask=mask)
     tl.store(pointers + size, tiles[1], mask=mask)
-
-
-@triton.jit
-def _side_by_side(d_gates, D: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The last G of the D tiles as one (BLOCK_B, GATES * BLOCK_H), gate by gate: one change of layout, not one a gate."""
-    tl.static_assert(GATES == 1 or GATES == 2 or GATES == 4)
-    if GATES == 1:
-        return d_gates[D - 1]
-    else:
-        if GATES == 2:
-            joined = tl.join(d_gates[D - 2], d_gates[D - 1])
-        else:
-            # the last of three gates takes the fourth place too, which is not stored
-            joined = tl.join(tl.join(d_gates[D - G], d_gates[D - G + 2]), tl.join(d_gates[D - G + 1], d_gates[D - 1]))
-            joined = tl.reshape(joined, (BLOCK_B, BLOCK_H, 4))
-        return tl.reshape(tl.permute(joined, (0, 2, 1)), (BLOCK_B, GATES * BLOCK_H))
 
 
 @triton.jit
@@ -109,13 +95,14 @@ def persistent_backward_kernel(
     # inputs
     dy_ptr,  # (M, N, B, H) gradient of the chunk's outputs; of one member or directions (T, B, DIRECTIONS * H), of all
     saved_ptr,  # (M, T, B, SAVED * H) activations that forward saved; if `of_chunk` (M, N, B, SAVED * H)
-    h_ptr,  # (M, T, B, H) h_t; of two directions (T, B, 2 * H)
+    h_ptr,  # (M, T, B, H) h_t; with DIRECTIONS > 1 (T, B, DIRECTIONS * H)
     h0_ptr,  # (M, B, H) the hidden state before a member's first step
-    c_ptr,  # (M, T, B, H) float32, c_t
-    c0_ptr,  # (M, B, H) float32, the cell state before it
+    c_ptr,  # (M, T, B, CARRIED * H) float32, the carried states
+    c0_ptr,  # (M, B, CARRIED * H) float32, those before it
     w_ptr,  # (M, G * H, H) W_hh
-    dcs_ptr,  # (M, T, B, H) float32, gradient of c_t from outside, besides the last one's
+    dcs_ptr,  # (M, T, B, CARRIED * H) float32, gradient of the carried states from outside, besides the last ones'
     mark_ptrs,  # `Marks`, its codes (M, T, tiles) words
+    given_ptrs,  # `Given`
     give_up_ptrs,  # `GiveUp`
     # outputs
     # (M, N, B, X_ROW) hidden-side gate gradients from X_OFFSET on of the chunk's steps, EMPTY on entry; unless APART
@@ -124,7 +111,8 @@ def persistent_backward_kernel(
     sums_ptr,  # (M, N, B, PARTS * H_PAD) float32 partial sums, EMPTY on entry; unused with PARTS = 1
     d_gates_ptr,  # (M * T * B, D * H) gate gradients
     d_h_ptr,  # (M, B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
-    d_c_ptr,  # (M, B, H) float32, carried likewise: gradient of c_t
+    d_c_ptr,  # (M, B, CARRIED * H) float32, carried likewise: gradient of the carried states
+    d_held_ptr,  # (M, B, HELD * H) float32, added to: gradient of what is held
     d_start_ptrs,  # `StartGrads`
     # sizes
     begin,  # these five as `place` has them
@@ -144,7 +132,9 @@ def persistent_backward_kernel(
     GATES: tl.constexpr,
     D: tl.constexpr,
     SAVED: tl.constexpr,
-    CARRIES_C: tl.constexpr,
+    CARRIED: tl.constexpr,
+    HELD: tl.constexpr,
+    NOISE: tl.constexpr,
     DIRECT: tl.constexpr,
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -205,6 +195,7 @@ def persistent_backward_kernel(
     has_next = tl.minimum(p, 1)
     starts_h, starts_c = mark_ptrs.starts_h, mark_ptrs.starts_c
     d_starts_h, d_starts_c = d_start_ptrs.h, d_start_ptrs.c
+    held_ptr, seed_ptr = given_ptrs.held, given_ptrs.seeds
     if GROUPED:
         if steps <= 0:
             return
@@ -217,17 +208,22 @@ def persistent_backward_kernel(
         d_h_ptr += member * batch * H
         if PARTS > 1:
             sums_ptr += member * N * batch * (PARTS * H_PAD)
-        if CARRIES_C:
-            c0_ptr += member * batch * H
-            d_c_ptr += member * batch * H
+        if CARRIED > 0:
+            c0_ptr += member * batch * (CARRIED * H)
+            d_c_ptr += member * batch * (CARRIED * H)
         if HAS_MARKS:
             starts_h += member * 2 * batch * H
-            if CARRIES_C:
-                starts_c += member * 2 * batch * H
+            if CARRIED > 0:
+                starts_c += member * 2 * batch * (CARRIED * H)
         if NEEDS_STARTS:
             d_starts_h += member * 2 * batch * H
-            if CARRIES_C:
-                d_starts_c += member * 2 * batch * H
+            if CARRIED > 0:
+                d_starts_c += member * 2 * batch * (CARRIED * H)
+        if HELD > 0:
+            held_ptr += member * batch * (HELD * H)
+            d_held_ptr += member * batch * (HELD * H)
+        if NOISE > 0:
+            seed_ptr += member
         if DIRECTIONS > 1:
             beside = member * (H - T * batch * ROW)
             h_ptr += beside
@@ -286,20 +282,30 @@ def persistent_backward_kernel(
     if not DIRECT:
         mask_direct = mask & mask_ends[:, None]
     d_h_direct = tl.load(d_h_ptr + carried, mask=mask_direct, other=0.0)
-    new_states = load_new_states(h_ptr, c_ptr, t * batch + offs_b, offs_h, mask_runs, H, ROW, CARRIES_C)
+    new_states = load_new_states(h_ptr, c_ptr, t * batch + offs_b, offs_h, mask_runs, H, ROW, CARRIED)
+    carried_c = offs_b.to(tl.int64)[:, None] * (CARRIED * H) + offs_h[None, :]
     d_c = ()
-    if CARRIES_C:
-        d_c = (tl.load(d_c_ptr + carried, mask=mask, other=0.0),)
+    if CARRIED > 0:
+        d_c = load_tiles(d_c_ptr + carried_c, mask, H, CARRIED)
+    held, d_held = (), ()
+    if HELD > 0:
+        held = held_tiles(held_ptr + offs_b.to(tl.int64) * (HELD * H), offs_h, mask, H, HELD)
+        d_held_at = d_held_ptr + offs_b.to(tl.int64)[:, None] * (HELD * H) + offs_h[None, :]
+        d_held = load_tiles(d_held_at, mask, H, HELD)
+    noise = ()
+    if NOISE > 0:
+        others = member * T * batch  # a member's own steps count
+        noise = noise_tiles(seed_ptr, (t * batch + offs_b - others)[:, None], offs_h[None, :], NOISE)
     started_h, started_c = (), ()
     if NEEDS_STARTS:
         started_h = _load_both(d_starts_h + carried, batch * H, mask)
-        if CARRIES_C:
-            started_c = _load_both(d_starts_c + carried, batch * H, mask)
+        for s in tl.static_range(CARRIED):
+            started_c = started_c + (_load_both(d_starts_c + carried_c + s * H, batch * (CARRIED * H), mask),)
 
     dy, dcs, saved, states = load_step(
         dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, starts_h, starts_c, t, dt, t_first,
         has_first, marks, offs_b, offs_h, mask, batch,
-        H, ROW, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
+        H, ROW, SAVED, CARRIED, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
     )  # fmt: skip
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
     none = zero_sums(1, ROWS, BLOCK_B, SPLIT)
@@ -323,14 +329,14 @@ def persistent_backward_kernel(
         dy_before, dcs_before, saved_before, states_before = load_step(
             dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, starts_h, starts_c, t + dt, dt, t_first,
             has_first, following, offs_b, offs_h, mask & mask_more[:, None], batch,
-            H, ROW, SAVED, CARRIES_C, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
+            H, ROW, SAVED, CARRIED, HAS_DY, HAS_DCS, HAS_MARKS, BLOCK_B,
         )  # fmt: skip
         new_states_before = states
         if HAS_MARKS:
             mask_before = mask & (mask_more & (unpacked(marks_before, BLOCK_B) != PADDED))[:, None]
-            new_states_before = load_new_states(h_ptr, c_ptr, (t + dt) * batch + offs_b, offs_h, mask_before, H, ROW, CARRIES_C)
+            new_states_before = load_new_states(h_ptr, c_ptr, (t + dt) * batch + offs_b, offs_h, mask_before, H, ROW, CARRIED)
 
-        d_h = sum_parts(d_sums, ROWS, BLOCK_B, SPLIT)
+        d_h = sum_parts(d_sums[0], ROWS, BLOCK_B, SPLIT)
         if PARTS > 1:
             d_h = _exchange_sums(d_h, sums_ptr, step, slots, batch, mask_b, give_up, most, H_PAD, BLOCK_H, ROWS, PLAN.num_warps)
         d_h += d_h_direct
@@ -346,22 +352,22 @@ def persistent_backward_kernel(
         saved_tiles = ()
         for s in tl.static_range(SAVED):
             saved_tiles = saved_tiles + (saved[s].to(tl.float32),)
-        before = (states[0].to(tl.float32),)
-        after = (new_states[0].to(tl.float32),)
+        states_32 = (states[0].to(tl.float32),)
+        new_states_32 = (new_states[0].to(tl.float32),)
         d_states = (d_h,)
-        if CARRIES_C:
-            before = before + (states[1],)
-            after = after + (new_states[1],)
+        for s in tl.static_range(CARRIED):
+            states_32 = states_32 + (states[1 + s],)
+            new_states_32 = new_states_32 + (new_states[1 + s],)
             if HAS_DCS:
-                d_states = d_states + (d_c[0] + dcs[0],)
+                d_states = d_states + (d_c[s] + dcs[s],)
             else:
-                d_states = d_states + (d_c[0],)
-        d_gates, d_before, _ = CELL(saved_tiles, before, after, (), d_states)
-        d_h_through = d_before[0]
-        if CARRIES_C:
-            d_c_before = d_before[1]
+                d_states = d_states + (d_c[s],)
+        d_gates, d_before, d_held_step = CELL(saved_tiles, states_32, new_states_32, held + noise, d_states)
 
-        d_hidden = round_to(_side_by_side(d_gates, D, G, GATES, BLOCK_B, BLOCK_H), DTYPE, EMULATE_BF16)
+        hidden_sides = ()
+        for g in tl.static_range(D - G, D):
+            hidden_sides = hidden_sides + (d_gates[g],)
+        d_hidden = round_to(side_by_side(hidden_sides, BLOCK_B, BLOCK_H, GATES), DTYPE, EMULATE_BF16)
         if UNITS_PADDED:
             d_hidden = tl.where(unit_of_column[None, :] < H, d_hidden, 0.0).to(DTYPE)
         if HAS_MARKS:
@@ -370,6 +376,9 @@ def persistent_backward_kernel(
         for d in tl.static_range(D if APART else D - G):
             d_pointers = d_gates_ptr + row[:, None] * (D * H) + d * H + offs_h[None, :]
             tl.store(d_pointers, round_to(d_gates[d], DTYPE, EMULATE_BF16), mask=mask_runs)
+        if NOISE > 0:
+            # of the step before, while the exchange is on its way
+            noise = noise_tiles(seed_ptr, (row + dt * batch - others)[:, None], offs_h[None, :], NOISE)
         if HAS_MARKS:
             marks_next = marks
             marks = marks_before
@@ -387,18 +396,30 @@ def persistent_backward_kernel(
             for _ in range(tl.where(step + 1 < steps, 1, 0)):
                 d_sums = add_product(d_sums, w, d_chunks, j, j + 1, SPLIT, PRECISION, EMULATE_BF16)
 
+        d_h_through = d_before[0]
         if not DIRECT:
             d_h_through = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+        d_c_before, started_c_before = (), ()
+        for s in tl.static_range(CARRIED):
+            d_state = d_before[1 + s]
+            if HAS_MARKS:
+                if NEEDS_STARTS:
+                    started, reset = tl.where(mark == STARTS, d_state, 0.0), tl.where(mark == RESETS, d_state, 0.0)
+                    started_c_before = started_c_before + ((started_c[s][0] + started, started_c[s][1] + reset),)
+                d_state = tl.where(mark == CONTINUES, d_state, tl.where(mark == PADDED, d_c[s], 0.0))
+            d_c_before = d_c_before + (d_state,)
+        d_held_before = ()
+        for n in tl.static_range(HELD):
+            if HAS_MARKS:
+                d_held_before = d_held_before + (d_held[n] + tl.where(mark != PADDED, d_held_step[n], 0.0),)
+            else:
+                d_held_before = d_held_before + (d_held[n] + d_held_step[n],)
         if HAS_MARKS:
             d_h_through = tl.where(mark != PADDED, d_h_through, d_h_direct)
-            if CARRIES_C:
-                if NEEDS_STARTS:
-                    started, reset = tl.where(mark == STARTS, d_c_before, 0.0), tl.where(mark == RESETS, d_c_before, 0.0)
-                    started_c = (started_c[0] + started, started_c[1] + reset)
-                d_c_before = tl.where(mark == CONTINUES, d_c_before, tl.where(mark == PADDED, d_c[0], 0.0))
         d_h_direct = d_h_through
-        if CARRIES_C:
-            d_c = (d_c_before,)
+        d_c, d_held = d_c_before, d_held_before
+        if NEEDS_STARTS:
+            started_c = started_c_before
         dy = dy_before
         dcs = dcs_before
         saved = saved_before
@@ -408,9 +429,11 @@ def persistent_backward_kernel(
         step += 1
     if DIRECT:
         tl.store(d_h_ptr + carried, d_h_direct, mask=mask)
-    if CARRIES_C:
-        tl.store(d_c_ptr + carried, d_c[0], mask=mask)
+    if CARRIED > 0:
+        store_tiles(d_c_ptr + carried_c, d_c, mask, H)
+    if HELD > 0:
+        store_tiles(d_held_at, d_held, mask, H)
     if NEEDS_STARTS:
         _store_both(d_starts_h + carried, batch * H, started_h, mask)
-        if CARRIES_C:
-            _store_both(d_starts_c + carried, batch * H, started_c, mask)
+        for s in tl.static_range(CARRIED):
+            _store_both(d_starts_c + carried_c + s * H, batch * (CARRIED * H), started_c[s], mask)

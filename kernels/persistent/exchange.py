@@ -425,14 +425,8 @@ def add_product(
 
 @triton.jit
 def sum_parts(sums, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
-    """The sums over all parts, (BLOCK_B, ROWS): of one tile, or of three (SPLIT, ROWS // 4, BLOCK_B) row by row in turn, with
-    zeros in the fourth place."""
+    """The sums over all parts, (BLOCK_B, ROWS), from a tile ([SPLIT,] ROWS, BLOCK_B)."""
     if SPLIT == 1:
-        return tl.trans(sums[0])
-    elif len(sums) == 1:
-        return _sum_by_halves(sums[0], ROWS, BLOCK_B, SPLIT)
+        return tl.trans(sums)
     else:
-        tl.static_assert(len(sums) == 3)
-        joined = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], tl.zeros_like(sums[0])))
-        joined = tl.permute(tl.reshape(joined, (SPLIT, ROWS // 4, BLOCK_B, 4)), (0, 1, 3, 2))
-        return _sum_by_halves(tl.reshape(joined, (SPLIT, ROWS, BLOCK_B)), ROWS, BLOCK_B, SPLIT)
+        return _sum_by_halves(sums, ROWS, BLOCK_B, SPLIT)

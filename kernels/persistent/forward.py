@@ -20,6 +20,7 @@ weight rows of a program, GATES to a unit: G rounded up to a power of two, the r
 import triton
 import triton.language as tl
 
+from rnnfast.kernels.given import held_tiles, noise_tiles
 from rnnfast.kernels.groups import place
 from rnnfast.kernels.marks import ALL_PADDED, PADDED, anew, entering, start_rows, unpacked
 from rnnfast.kernels.maths import round_to
@@ -37,35 +38,12 @@ from rnnfast.kernels.persistent.exchange import (
     piece,
     poll,
     publish,
-    sum_parts,
     tile_words,
     vector,
     zero_sums,
 )
-from rnnfast.kernels.persistent.tile import packed_marks, program_tile
-
-
-@triton.jit
-def _load_gates(pointers, mask, H: tl.constexpr, G: tl.constexpr):
-    gates = ()
-    for g in tl.static_range(G):
-        gates = gates + (tl.load(pointers + g * H, mask=mask, other=0.0),)
-    return gates
-
-
-@triton.jit
-def _split_gates(rows, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.constexpr):
-    """(BLOCK_B, BLOCK_H * GATES), a unit's gates side by side, as GATES tiles (BLOCK_B, BLOCK_H)."""
-    tl.static_assert(GATES == 1 or GATES == 2 or GATES == 4)
-    if GATES == 1:
-        return (rows,)
-    elif GATES == 2:
-        return tl.split(tl.reshape(rows, (BLOCK_B, BLOCK_H, 2)))
-    else:
-        even, odd = tl.split(tl.reshape(rows, (BLOCK_B, BLOCK_H, 2, 2)))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        return first, second, third, fourth
+from rnnfast.kernels.persistent.gates import gate_sums
+from rnnfast.kernels.persistent.tile import load_tiles, packed_marks, program_tile
 
 
 @triton.jit(do_not_specialize=["x_first", "begin", "lag", "N", "T", "flips", "has_first", "b_begin", "B", "name"])
@@ -76,14 +54,15 @@ def persistent_forward_kernel(
     bias_x_ptr,  # (M, G * H) b_ih
     bias_h_ptr,  # (M, G * H) b_hh
     h0_ptr,  # (M, B, H) the hidden state before a member's first step
-    c0_ptr,  # (M, B, H) float32, the cell state before it
+    c0_ptr,  # (M, B, CARRIED * H) float32, the carried states before it
     mark_ptrs,  # `Marks`, its codes (M, T, tiles) words
+    given_ptrs,  # `Given`
     give_up_ptrs,  # `GiveUp`
     # outputs
     # (M, N, B, H_PAD) what is exchanged after each of the chunk's steps, EMPTY on entry; unless APART h_ptr itself
     exchange_ptr,
-    h_ptr,  # (M, T, B, H) h_t; of two directions (T, B, 2 * H)
-    c_ptr,  # (M, T, B, H) float32, c_t; without KEEP_C (M, 1, B, H), the last
+    h_ptr,  # (M, T, B, H) h_t; with DIRECTIONS > 1 (T, B, DIRECTIONS * H)
+    c_ptr,  # (M, T, B, CARRIED * H) float32, the carried states; without KEEP_C (M, 1, B, CARRIED * H), the last
     saved_ptr,  # (M, T, B, SAVED * H) activations for backward
     # sizes
     x_first,  # the row of x where member 0 begins; the others come first, one after another
@@ -102,7 +81,9 @@ def persistent_forward_kernel(
     G: tl.constexpr,
     GATES: tl.constexpr,
     SAVED: tl.constexpr,
-    CARRIES_C: tl.constexpr,
+    CARRIED: tl.constexpr,
+    HELD: tl.constexpr,
+    NOISE: tl.constexpr,
     KEEP_C: tl.constexpr,
     PER_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -129,10 +110,10 @@ def persistent_forward_kernel(
     OPERANDS: tl.constexpr = operands(CHUNKS, JOIN)
     CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
     WORD_TILES: tl.constexpr = PART // PER_WORD // piece(CHUNK_WORDS, SPLIT) * vector(CHUNK_WORDS)
-    ROWS: tl.constexpr = BLOCK_H * GATES
     # three gates of 16 units are three products of 16 rows, where a product of all would have to be one of 64
-    TILES: tl.constexpr = 3 if G == 3 and SPLIT > 1 and BLOCK_H >= 16 else 1
+    TILES: tl.constexpr = G if G != GATES and SPLIT > 1 and BLOCK_H >= 16 else 1
     TILE_GATES: tl.constexpr = GATES if TILES == 1 else 1
+    ROWS: tl.constexpr = BLOCK_H * TILE_GATES
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     words_ptr = exchange_ptr.to(tl.pointer_type(tl.int32))
 
@@ -150,6 +131,7 @@ def persistent_forward_kernel(
     t, t_x = t.to(tl.int64), t_x.to(tl.int64)
     x_row = t_x
     starts_h, starts_c = mark_ptrs.starts_h, mark_ptrs.starts_c
+    held_ptr, seed_ptr = given_ptrs.held, given_ptrs.seeds
     if GROUPED:
         if steps <= 0:
             return
@@ -162,14 +144,18 @@ def persistent_forward_kernel(
         if HAS_BIAS:
             bias_x_ptr += member * (G * H)
             bias_h_ptr += member * (G * H)
-        if CARRIES_C:
-            c0_ptr += member * batch * H
+        if CARRIED > 0:
+            c0_ptr += member * batch * (CARRIED * H)
             if not KEEP_C:
-                c_ptr += member * batch * H
+                c_ptr += member * batch * (CARRIED * H)
         if HAS_MARKS:
             starts_h += member * 2 * batch * H
-            if CARRIES_C:
-                starts_c += member * 2 * batch * H
+            if CARRIED > 0:
+                starts_c += member * 2 * batch * (CARRIED * H)
+        if HELD > 0:
+            held_ptr += member * batch * (HELD * H)
+        if NOISE > 0:
+            seed_ptr += member
         if DIRECTIONS > 1:
             beside = member * (H - T * batch * ROW)
             h_ptr += beside
@@ -199,7 +185,7 @@ def persistent_forward_kernel(
         mask_prev = mask_b & (mark != PADDED)
 
     # what stays on chip: these units' rows of W, their biases and their states
-    offs_row = tl.arange(0, BLOCK_H * TILE_GATES)
+    offs_row = tl.arange(0, ROWS)
     unit = tl.program_id(0) * BLOCK_H + offs_row // TILE_GATES
     gate = offs_row % TILE_GATES
     w_rows = (gate * H + unit).to(tl.int64) * H
@@ -232,25 +218,33 @@ def persistent_forward_kernel(
     mask_state = mask & mask_prev[:, None]
     h_prev = tl.load(rows_prev[:, None] + offs_h[None, :], mask=mask_state, other=0.0)
     states = (h_prev.to(tl.float32),)
-    if CARRIES_C:
-        c_rows = c_ptr + offs_b.to(tl.int64) * H
+    if CARRIED > 0:
+        c_rows = c_ptr + offs_b.to(tl.int64) * (CARRIED * H)
         if KEEP_C:
-            c_rows += (t - dt) * batch * H
+            c_rows += (t - dt) * batch * (CARRIED * H)
         if not HAS_MARKS:
-            c_rows = tl.where(p == 0, c0_ptr + offs_b.to(tl.int64) * H, c_rows)
+            c_rows = tl.where(p == 0, c0_ptr + offs_b.to(tl.int64) * (CARRIED * H), c_rows)
         if HAS_MARKS:
-            c_rows = entering(c_rows, starts_c, mark, offs_b, batch, H, False)
+            c_rows = entering(c_rows, starts_c, mark, offs_b, batch, CARRIED * H, False)
             if not KEEP_C:
-                mask_state = mask  # a row that has ended keeps its last state
-        states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask_state, other=0.0),)
+                mask_state = mask  # a row that has ended keeps its last states
+        states = states + load_tiles(c_rows[:, None] + offs_h[None, :], mask_state, H, CARRIED)
+    held = ()
+    if HELD > 0:
+        held = held_tiles(held_ptr + offs_b.to(tl.int64) * (HELD * H), offs_h, mask, H, HELD)
+    noise = ()
+    if NOISE > 0:
+        # a member's own steps count
+        others = member * T * batch
+        noise = noise_tiles(seed_ptr, (t * batch + offs_b - others)[:, None], offs_h[None, :], NOISE)
 
     mask_first = mask
     if HAS_MARKS:
         # where no row of the tile runs, t is past the last step
         mask_first = mask & (slots < tl.where(step < steps, B, 0))[:, None]
-    x_gates = _load_gates(x_ptr + (t * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask_first, H, G)
+    x_gates = load_tiles(x_ptr + (t * batch + offs_b)[:, None] * (G * H) + offs_h[None, :], mask_first, H, G)
     # a while loop: Triton moves weights that only one product takes out of it, into registers, but back into a for loop
-    none = zero_sums(TILES, ROWS // GATES * TILE_GATES, BLOCK_B, SPLIT)
+    none = zero_sums(TILES, ROWS, BLOCK_B, SPLIT)
     h_sums = add_product(none, w, h_chunks, 0, IN_REGISTERS, SPLIT, PRECISION, EMULATE_BF16)
     for j in tl.static_range(IN_REGISTERS, OPERANDS):
         # a loop of one turn: so these weights are read from shared memory in each step
@@ -269,9 +263,8 @@ def persistent_forward_kernel(
         # the last step needs nothing from a next one, and waits for nobody
         mask_next = slots < tl.where(step + 1 < steps, B, 0)
         # in flight until the next iteration, that is through the poll and a product
-        x_gates_next = _load_gates(x_ptr + row_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
-        h_rows = sum_parts(h_sums, ROWS, BLOCK_B, SPLIT)
-        h_gates = _split_gates(h_rows, BLOCK_B, BLOCK_H, GATES)
+        x_gates_next = load_tiles(x_ptr + row_next[:, None] * (G * H) + offs_h[None, :], mask & mask_next[:, None], H, G)
+        h_gates = gate_sums(h_sums, BLOCK_B, BLOCK_H, GATES, SPLIT)
         x_sides = ()
         h_sides = ()
         for g in tl.static_range(G):
@@ -281,7 +274,7 @@ def persistent_forward_kernel(
             else:
                 x_sides = x_sides + (x_gates[g],)
                 h_sides = h_sides + (h_gates[g],)
-        new_states, saved = CELL(x_sides, h_sides, states, ())
+        new_states, saved = CELL(x_sides, h_sides, states, held + noise)
 
         h = round_to(new_states[0], DTYPE, EMULATE_BF16)
         if UNITS_PADDED:
@@ -296,20 +289,23 @@ def persistent_forward_kernel(
         publish(words_ptr + row_x[:, None] * WORDS + offs_word[None, :], enters, mask_b[:, None], PER_WORD)
         if APART:
             tl.store(h_ptr + row[:, None] * ROW + offs_h[None, :], h, mask=mask_runs)
-        if CARRIES_C:
-            c = new_states[1]
+        next_states = (enters.to(tl.float32),)
+        for s in tl.static_range(1, CARRIED + 1):
+            c = new_states[s]
             if KEEP_C:
-                tl.store(c_ptr + row[:, None] * H + offs_h[None, :], c, mask=mask_runs)
+                tl.store(c_ptr + row[:, None] * (CARRIED * H) + (s - 1) * H + offs_h[None, :], c, mask=mask_runs)
             if HAS_MARKS:
-                start_c = start_rows(starts_c, mark_next, offs_b, batch, H)[:, None] + offs_h[None, :]
+                start_c = start_rows(starts_c, mark_next, offs_b, batch, CARRIED * H)[:, None] + (s - 1) * H + offs_h[None, :]
                 start_c = tl.load(start_c, mask=mask & restarts, other=0.0)
-                c = tl.where(restarts, start_c, tl.where(mask_runs, c, states[1]))
-            states = (enters.to(tl.float32), c)
-        else:
-            states = (enters.to(tl.float32),)
+                c = tl.where(restarts, start_c, tl.where(mask_runs, c, states[s]))
+            next_states = next_states + (c,)
+        states = next_states
         for s in tl.static_range(SAVED):
             saved_pointers = saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :]
             tl.store(saved_pointers, round_to(saved[s], saved_ptr.dtype.element_ty, EMULATE_BF16), mask=mask_runs)
+        if NOISE > 0:
+            # of the next step, while the exchange is on its way
+            noise = noise_tiles(seed_ptr, (row_next - others)[:, None], offs_h[None, :], NOISE)
         if HAS_MARKS:
             marks = marks_next
             marks_next = tl.load(tile_marks + (t + 2 * dt) * tiles, mask=step + 2 < steps, other=ALL_PADDED)
@@ -328,5 +324,7 @@ def persistent_forward_kernel(
         x_gates = x_gates_next
         t += dt
         step += 1
-    if CARRIES_C and not KEEP_C:
-        tl.store(c_ptr + offs_b.to(tl.int64)[:, None] * H + offs_h[None, :], states[1], mask=mask)
+    if CARRIED > 0 and not KEEP_C:
+        c_at = c_ptr + offs_b.to(tl.int64)[:, None] * (CARRIED * H) + offs_h[None, :]
+        for s in tl.static_range(CARRIED):
+            tl.store(c_at + s * H, states[1 + s], mask=mask)

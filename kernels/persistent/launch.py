@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.given import Given
 from rnnfast.kernels.groups import Group
 from rnnfast.kernels.marks import Marks, StartGrads, pack_kernel
 from rnnfast.kernels.persistent.backward import persistent_backward_kernel
@@ -85,7 +86,9 @@ def _launcher(kernel, cell: Cell, plan: PersistentPlan, grouped: bool, direction
         "H": H,
         "G": cell.gates,
         "GATES": _power_of_two(cell.gates),
-        "CARRIES_C": cell.carried > 0,
+        "CARRIED": cell.carried,
+        "HELD": cell.held,
+        "NOISE": cell.noise,
         "PER_WORD": 4 // dtype.itemsize,
         "PRECISION": precision,
         "EMULATE_BF16": emulates_bf16(dtype),
@@ -119,7 +122,7 @@ def _backward_launcher(cell: Cell, plan: PersistentPlan, *sizes) -> Launcher:
 @as_a_gpu
 def forward(
     cell: Cell, rounds, w, bias_x, bias_h, h0, c0, h, c, saved, *, group: Group, precision: str, plan: PersistentPlan,
-    marks: Marks = Marks(),
+    marks: Marks = Marks(), given: Given = Given(),
 ) -> None:  # fmt: skip
     """Run the recurrence of a group, one launch a round, or a few where the batch takes several.
 
@@ -136,7 +139,7 @@ def forward(
     launches = []
     for begin, N, x, first in rounds():
         if exchange.cleared(begin, N):
-            tensors = w, bias_x, bias_h, h0, c0, marks, give_up, exchange.buffer, h, c, saved
+            tensors = w, bias_x, bias_h, h0, c0, marks, given, give_up, exchange.buffer, h, c, saved
             launches = [(at, Repeated(launcher, grid, *tensors)) for grid, at in plan.launches(B, group.members)]
         for b_begin, repeated in launches:
             sizes = first, begin, -group.lag, N, T, group.flips, has_first, b_begin, B, name
@@ -146,7 +149,7 @@ def forward(
 @as_a_gpu
 def backward(
     cell: Cell, rounds, h, h0, c, c0, w, d_gates, d_h, d_c, *, group: Group, precision: str, plan: PersistentPlan,
-    dcs=None, marks: Marks = Marks(), d_starts: StartGrads = StartGrads(),
+    dcs=None, marks: Marks = Marks(), d_starts: StartGrads = StartGrads(), given: Given = Given(), d_held=None,
 ) -> None:  # fmt: skip
     """Run the recurrence of a group backward, one launch a round, or a few where the batch takes several.
 
@@ -164,7 +167,8 @@ def backward(
     for begin, N, dy, saved in rounds():
         if exchange.cleared(begin, N):
             tensors = (
-                h, h0, c, c0, w, dcs, marks, give_up, exchange.buffer, exchange.sums, d_gates, d_h, d_c, d_starts,
+                h, h0, c, c0, w, dcs, marks, given, give_up, exchange.buffer, exchange.sums, d_gates, d_h, d_c, d_held,
+                d_starts,
             )  # fmt: skip
             launches = [(at, Repeated(launcher, grid, *tensors)) for grid, at in plan.launches(B, group.members)]
         of_chunk = int(cell.saved > 0 and saved.size(1) != T)

@@ -19,6 +19,7 @@ from rnnfast.kernels.persistent.cost_model import (
     step_time,
     wgmma_clocks,
 )
+from rnnfast.kernels.persistent.limits import GPUS, GpuLimits, NoPlan
 
 __all__ = [
     "GPUS",
@@ -30,40 +31,6 @@ __all__ = [
     "persistent_plan",
     "persistent_plans",
 ]
-
-
-@dataclass(frozen=True)
-class GpuLimits:
-    """What a plan has to keep to on one GPU.
-
-    Attributes:
-        name: as people say it.
-        capability: compute capability, 90 for 9.0.
-        sms: streaming multiprocessors.
-        shared_bytes: shared memory that one CTA can have at most.
-        registers: 32-bit registers of an SM.
-        l2_bytes: size of the L2 cache.
-    """
-
-    name: str
-    capability: int
-    sms: int
-    shared_bytes: int
-    registers: int
-    l2_bytes: int
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        GpuLimits("A100", 80, 108, 163 << 10, 65536, 40 << 20),
-        GpuLimits("H100", 90, 132, 227 << 10, 65536, 50 << 20),
-        GpuLimits("H200", 90, 132, 227 << 10, 65536, 50 << 20),
-        GpuLimits("RTX 3090", 86, 82, 99 << 10, 65536, 6 << 20),
-        GpuLimits("RTX 4090", 89, 128, 99 << 10, 65536, 72 << 20),
-        GpuLimits("B200", 100, 148, 227 << 10, 65536, 126 << 20),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -120,13 +87,6 @@ class PersistentPlan:
         )
 
 
-@dataclass(frozen=True)
-class NoPlan:
-    """There is no persistent plan; `reason` says why, in words."""
-
-    reason: str
-
-
 ROWS = 8192  # members x time steps x batch rows of a launch whose input side or exchange is a buffer of its own
 SUM_BYTES = 64 << 20  # the largest buffer of partial sums of a launch
 SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
@@ -145,6 +105,7 @@ INPUTS = {False: 8, True: 12}  # registers that the cell's inputs take, for a un
 MOST_CHUNKS = 24  # chunks of a part: each is code of its own. Larger sizes are tried with more padding instead
 MARKS = 24  # registers that marks take of each of these limits, in backward on tensor cores; elsewhere there is room
 MEMBERS = 24  # registers that the addresses of a member take likewise, where there are several
+EXTRA = 2  # registers that a tile of `extra` takes of each limit, for each pair of unit and batch row of a thread
 OPERAND_BYTES = 32 << 10  # shared memory that joined chunks may take
 
 
@@ -189,6 +150,11 @@ class _Candidate:
         plan = self.plan
         return plan.SPLIT * self.rows * plan.BLOCK_B // (32 * plan.num_warps)
 
+    @property
+    def cells_per_thread(self) -> float:
+        """Pairs of unit and batch row."""
+        return self.plan.BLOCK_B * self.plan.BLOCK_H / (32 * self.plan.num_warps)
+
     @functools.cached_property
     def operands(self) -> list[int]:
         """Chunks in each operand, as `exchange.joined` has it."""
@@ -211,7 +177,7 @@ class _Candidate:
         threads = 32 * plan.num_warps
         kept, rest = sum(operands[:number]), operands[number:]
         weights = self.weight_bytes / sum(operands) / 4 / threads  # registers that the weights of a chunk take
-        inputs = INPUTS[backward] * plan.BLOCK_B * plan.BLOCK_H / threads
+        inputs = INPUTS[backward] * self.cells_per_thread
         operand = plan.SPLIT * plan.BLOCK_B * operands[0] * plan.BLOCK_K * self.itemsize / 4 / threads
         first = self.words_per_thread + inputs
         second = self.words_per_thread * sum(rest) / sum(operands) + weights * sum(rest[:1]) + 2 * inputs
@@ -222,7 +188,7 @@ class _Candidate:
         registers are short anyway, larger operands with no weights there, or joined, are passed over for smaller with some."""
         plan = self.plan
         if plan.SPLIT == 1 or not tensor_cores:
-            halved = tensor_cores and self.registers(backward, 0) > UNSPLIT
+            halved = tensor_cores and self.registers(backward, 0) + self.reserve > UNSPLIT
             yield replace(self, plan=replace(plan, BLOCK_K=plan.BLOCK_K // 2)) if halved else self
             return
         chunks = sum(self.operands)
@@ -308,7 +274,7 @@ class _Candidate:
                     plan.PARTS > 1,
                     self.words_per_thread,
                     self.sums_per_thread,
-                    plan.BLOCK_B * plan.BLOCK_H / threads,
+                    self.cells_per_thread,
                     deep * tiles + self.reread_bytes / (16 * threads),  # 16 bytes a load
                 ),
                 second_bytes=plan.PARTS * plan.BLOCK_B * plan.BLOCK_H * 4 if plan.PARTS > 1 else 0,
@@ -320,8 +286,9 @@ class _Candidate:
 
 
 def _candidates(
-    gates: int, H: int, itemsize: int, tensor_cores: bool, backward: bool, sms: int, reserve: int, members: int
-) -> Iterator[_Candidate]:
+    gates: int, H: int, itemsize: int, tensor_cores: bool, backward: bool, sms: int, reserve: int, members: int,
+    extra: int,
+) -> Iterator[_Candidate]:  # fmt: skip
     """Every choice worth a thought, the preferred of equals first."""
     gate_rows = 1 << (gates - 1).bit_length()
     summed_gates = gates if backward else 1
@@ -341,6 +308,7 @@ def _candidates(
             if backward and block_b == 32 and parts == 1:
                 continue  # spills, with 128 words a thread
             least = -(-H // unit) * unit
+            kept = math.ceil(EXTRA * extra * max(1.0, block_b * block_h / (32 * warps)))
             for h_pad in range(least, H + H // 4 + 16 * split * parts, unit):
                 if h_pad > least and h_pad // block_h * members > sms:
                     break  # padding alone is no reason to run out of SMs
@@ -351,7 +319,7 @@ def _candidates(
                 plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms, PARTS=parts)
                 separate = split > 1 and block_h >= 16  # a product of its own for each of three gates
                 rows = unit if backward else block_h * (gates if separate else gate_rows)
-                yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize, reserve, members)
+                yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize, reserve + kept, members)
 
 
 def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, marked: bool, members: int, clocks: float) -> int:
@@ -369,7 +337,7 @@ def _steps(plan: PersistentPlan, B: int, H: int, backward: bool, marked: bool, m
 @functools.lru_cache(maxsize=1024)  # asked at every call of a layer
 def _rank(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool,
-    members: int = 1,
+    members: int = 1, extra: int = 0,
 ) -> tuple[tuple[tuple[float, PersistentPlan], ...], str]:  # fmt: skip
     """Clocks and tiles of the plans that fit, the fastest by the model first, one for each tile; and why there is none."""
     if limits.capability < 80:
@@ -380,7 +348,7 @@ def _rank(
     reserve = 0
     if backward and tensor_cores:
         reserve = MARKS * marked + MEMBERS * (members > 1)
-    for tile in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms, reserve, members):
+    for tile in _candidates(gates, H, itemsize, tensor_cores, backward, limits.sms, reserve, members, extra):
         for candidate in tile.tuned(backward, tensor_cores):
             refusals = list(candidate.refusals(B, backward, tensor_cores, limits))
             for limit, excess, reason in refusals:
@@ -398,7 +366,7 @@ def _rank(
 
 def persistent_plans(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, most: int = 4,
-    marked: bool = False, members: int = 1,
+    marked: bool = False, members: int = 1, extra: int = 0,
 ) -> list[PersistentPlan]:  # fmt: skip
     """The persistent launches worth measuring, at most `most`: each of another tile, the fastest by the model first.
 
@@ -412,26 +380,28 @@ def persistent_plans(
         most: plans to return; none are returned where `persistent_plan` gives a `NoPlan`.
         marked: for a call with lengths or resets, whose kernels take more registers.
         members: of the group (`rnnfast.kernels.groups`) that a launch runs, all of them resident at once.
+        extra: float32 tiles that a program keeps in registers beyond those of an LSTM: states, held tiles, noise, saved tiles
+            and gates.
     """
-    ranked, _ = _rank(gates, B, H, itemsize, precision, backward, limits, marked, members)
+    ranked, _ = _rank(gates, B, H, itemsize, precision, backward, limits, marked, members, extra)
     return [replace(plan, steps=_steps(plan, B, H, backward, marked, members, clocks)) for clocks, plan in ranked[:most]]
 
 
 def persistent_plan(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool = False,
-    members: int = 1,
+    members: int = 1, extra: int = 0,
 ) -> PersistentPlan | NoPlan:  # fmt: skip
     """The first of `persistent_plans`, or why there is none. Arguments as there."""
-    plans = persistent_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked, members)
-    return plans[0] if plans else NoPlan(_rank(gates, B, H, itemsize, precision, backward, limits, marked, members)[1])
+    plans = persistent_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked, members, extra)
+    return plans[0] if plans else NoPlan(_rank(gates, B, H, itemsize, precision, backward, limits, marked, members, extra)[1])
 
 
 def persistent_clocks(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool = False,
-    members: int = 1,
+    members: int = 1, extra: int = 0,
 ) -> float | None:  # fmt: skip
     """Predicted SM clocks of a time step of all members by the plan that `persistent_plan` gives; None where it gives none."""
-    ranked, _ = _rank(gates, B, H, itemsize, precision, backward, limits, marked, members)
+    ranked, _ = _rank(gates, B, H, itemsize, precision, backward, limits, marked, members, extra)
     return ranked[0][0] if ranked else None
 
 

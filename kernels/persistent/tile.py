@@ -25,14 +25,29 @@ def packed_marks(codes_ptr, b_begin, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def load_tiles(pointers, mask, H: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT tiles that lie side by side: H elements from one to the next."""
+    tiles = ()
+    for n in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(pointers + n * H, mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store_tiles(pointers, tiles, mask, H: tl.constexpr):
+    for n in tl.static_range(len(tiles)):
+        tl.store(pointers + n * H, tiles[n], mask=mask)
+
+
+@triton.jit
 def load_step(
     dy_ptr, saved_ptr, h_ptr, h0_ptr, c_ptr, c0_ptr, dcs_ptr, starts_h, starts_c,
     t, dt, t_first, has_first, marks, offs_b, offs_h, mask, batch,
-    H: tl.constexpr, ROW: tl.constexpr, SAVED: tl.constexpr, CARRIES_C: tl.constexpr, HAS_DY: tl.constexpr,
+    H: tl.constexpr, ROW: tl.constexpr, SAVED: tl.constexpr, CARRIED: tl.constexpr, HAS_DY: tl.constexpr,
     HAS_DCS: tl.constexpr, HAS_MARKS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """What step t needs besides the gate gradients of the next: dy or (), the gradient of c or (), what was saved, and the
-    states before it; with marks, of the rows that run."""
+    """What step t needs besides the gate gradients of the next: dy or (), the gradients of the carried states or (), what was
+    saved, and the states before it; with marks, of the rows that run."""
     if HAS_MARKS:
         mark = unpacked(marks, BLOCK_B)
         mask = mask & (mark != PADDED)[:, None]
@@ -42,37 +57,36 @@ def load_step(
         dy = (tl.load(dy_ptr + row[:, None] * ROW + offs_h[None, :], mask=mask, other=0.0),)
     dcs = ()
     if HAS_DCS:
-        dcs = (tl.load(dcs_ptr + row[:, None] * H + offs_h[None, :], mask=mask, other=0.0),)
+        dcs = load_tiles(dcs_ptr + row[:, None] * (CARRIED * H) + offs_h[None, :], mask, H, CARRIED)
     saved = ()
-    for s in tl.static_range(SAVED):
-        tile = tl.load(saved_ptr + row[:, None] * (SAVED * H) + s * H + offs_h[None, :], mask=mask, other=0.0)
-        saved = saved + (tile,)
+    if SAVED > 0:
+        saved = load_tiles(saved_ptr + row[:, None] * (SAVED * H) + offs_h[None, :], mask, H, SAVED)
     if HAS_MARKS:
         row_before = (t + dt) * batch + offs_b
         h_rows = entering(h_ptr + row_before * ROW, starts_h, mark, offs_b, batch, H, False)
         states = (tl.load(h_rows[:, None] + offs_h[None, :], mask=mask, other=0.0),)
-        if CARRIES_C:
-            c_rows = entering(c_ptr + row_before * H, starts_c, mark, offs_b, batch, H, False)
-            states = states + (tl.load(c_rows[:, None] + offs_h[None, :], mask=mask, other=0.0),)
+        if CARRIED > 0:
+            c_rows = entering(c_ptr + row_before * (CARRIED * H), starts_c, mark, offs_b, batch, CARRIED * H, False)
+            states = states + load_tiles(c_rows[:, None] + offs_h[None, :], mask, H, CARRIED)
     else:
         # before the first step comes the initial state, or zeros
         is_first = t == t_first
         t_before = tl.where(is_first, 0, t + dt)
         mask_before = mask & (offs_b < tl.where(is_first, has_first * batch, batch))[:, None]
         row_before = (t_before * batch + offs_b)[:, None]
-        at_before = row_before * H + offs_h[None, :]
-        h_before = at_before
+        h_before = row_before * H + offs_h[None, :]
         if ROW != H:
             h_before = row_before * tl.where(is_first, H, ROW) + offs_h[None, :]
         states = (tl.load(tl.where(is_first, h0_ptr, h_ptr) + h_before, mask=mask_before, other=0.0),)
-        if CARRIES_C:
-            states = states + (tl.load(tl.where(is_first, c0_ptr, c_ptr) + at_before, mask=mask_before, other=0.0),)
+        if CARRIED > 0:
+            c_before = row_before * (CARRIED * H) + offs_h[None, :]
+            states = states + load_tiles(tl.where(is_first, c0_ptr, c_ptr) + c_before, mask_before, H, CARRIED)
     return dy, dcs, saved, states
 
 
 @triton.jit
-def load_new_states(h_ptr, c_ptr, row, offs_h, mask, H: tl.constexpr, ROW: tl.constexpr, CARRIES_C: tl.constexpr):
+def load_new_states(h_ptr, c_ptr, row, offs_h, mask, H: tl.constexpr, ROW: tl.constexpr, CARRIED: tl.constexpr):
     states = (tl.load(h_ptr + row[:, None] * ROW + offs_h[None, :], mask=mask, other=0.0),)
-    if CARRIES_C:
-        states = states + (tl.load(c_ptr + row[:, None] * H + offs_h[None, :], mask=mask, other=0.0),)
+    if CARRIED > 0:
+        states = states + load_tiles(c_ptr + row[:, None] * (CARRIED * H) + offs_h[None, :], mask, H, CARRIED)
     return states

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rnnfast.kernels.hardware import FMAS, HMMA_ISSUE, L2_BYTES, L2_TRIP, LAUNCH, PORT_BYTES
 
-__all__ = ["StepPlan", "step_clocks", "step_plan"]
+__all__ = ["StepPlan", "row_tiles", "step_clocks", "step_plan"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class StepPlan:
     def grid(self, B: int, H: int, members: int = 1) -> tuple[int, int, int]:
         return -(-B // self.BLOCK_B), -(-H // self.BLOCK_H), members
 
+    def of_rows(self, H: int) -> StepPlan:
+        """The launch that runs a cell which needs whole rows: a row a program."""
+        block_h, warps = row_tiles(H)
+        return replace(self, BLOCK_B=1, BLOCK_H=block_h, num_warps=warps, num_stages=1)
+
     def launch_words(self, T: int) -> str:
         return "one launch a time step"
 
@@ -38,6 +43,12 @@ class StepPlan:
             f"a program computes {self.BLOCK_H} units of {self.BLOCK_B} rows in chunks of {self.BLOCK_K}, "
             f"{self.num_warps} warps, {self.num_stages} stages"
         )
+
+
+def row_tiles(H: int) -> tuple[int, int]:
+    """Units and warps of a program that has a whole row. A warp takes 128 units, 16 bytes a thread, up to 16 warps."""
+    block_h = 1 << (H - 1).bit_length()
+    return block_h, min(16, max(1, block_h // 128))
 
 
 def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:

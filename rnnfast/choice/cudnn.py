@@ -23,7 +23,7 @@ from rnnfast.reference import GATES
 
 if TYPE_CHECKING:
     from rnnfast.choice.tuning_file import Shape
-    from rnnfast.kernels.persistent.plan import GpuLimits
+    from rnnfast.kernels.persistent.limits import GpuLimits
 
 __all__ = ["ALGORITHMS", "algorithm", "call_us", "step_us"]
 

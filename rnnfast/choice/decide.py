@@ -12,6 +12,8 @@ kernels can run, and on "torch" elsewhere. It also runs on "torch" where that is
 If the backend that was asked for cannot run a call, "torch" runs it and a `FallbackWarning` says why. With RNNFAST_STRICT=1 a
 `RuntimeError` says why, and nothing runs.
 
+PyTorch has no layer of a cell of the user's own. There "reference" takes the place of "torch" in all of this.
+
 `decide` makes the decision from facts about the call. Modules, cells, functions and `rnnfast.explain` all read it.
 """
 
@@ -75,6 +77,7 @@ class Decision:
         torch_wins: why PyTorch's own layer is the automatic choice although the kernels can run. Empty if it is not.
         stands_in: why the equations run although "torch" is the backend. Empty if they do not.
         refusal: why no backend can run the call. Empty if one can.
+        unfused: why there are no kernels of the cell, if that is one of the `obstacles`. Else empty.
         inside: the transforms around the call, the outermost first (`rnnfast.torch_private.inside`).
         watched: whether `rnnfast.choice.calls.before` may have something to do before the call runs. False while anything is
             traced or compiled.
@@ -91,6 +94,7 @@ class Decision:
     refusal: str = ""
     inside: tuple[str, ...] = ()
     watched: bool = False
+    unfused: str = ""
 
 
 # Whoever is told of calls: see `rnnfast.choice.calls`
@@ -170,6 +174,8 @@ def decide(
     onednn_trains: bool = False,
     steps: bool = True,
     torch_wins: str = "",
+    own_layer: str = "",
+    obstacle: str = "",
 ) -> Decision:
     """Decide what runs a call, from facts about it.
 
@@ -188,6 +194,12 @@ def decide(
         onednn_trains: whether the call needs gradients and PyTorch runs the layer as one oneDNN operator.
         steps: whether the call runs over time. It is false for a cell.
         torch_wins: why PyTorch's own layer is to run if nobody asked for a backend (`rnnfast.choice.kernel_plan.torch_wins`).
+        own_layer: why PyTorch has no such layer, in words, for example "PyTorch has no layer of the cell `peephole`"; empty if
+            it has. Where PyTorch's layer would run, asked for or not, the equations then run with every option: the runner is
+            "equations", the backend "reference", and `stands_in` has these words. Such a call has to be well formed; nobody
+            watches it, because it is not measured. Give the words to `tell` too.
+        obstacle: why there are no kernels of the cell, that is the text of its `CannotFuse`; empty if there are. It is one of
+            the `obstacles`, and `unfused` in the decision.
     """
     is_asked = own is not None or BACKEND.block.get() is not None or BACKEND.key in environment
     name, source = asked(own) if is_asked else (None, "nobody")
@@ -207,16 +219,18 @@ def decide(
             EXPANDED if expanded else None,
         )
         found = tuple([reason for reason in reasons if reason])
-    found += (replaced,) if replaced else ()
+    found += tuple([reason for reason in (replaced, obstacle) if reason])
     by_equations = (replaced,) if replaced else ()
-    if steps and not options and trace:
+    if steps and not options and trace and not own_layer:
         by_equations += (f"{trace}, and the equations would keep the number of steps",)
     gives_way = () if name == "torch" else by_equations if name == "reference" else found
-    torch_wins = torch_wins if name is None and not gives_way and well_formed else ""
+    torch_wins = torch_wins if name is None and not gives_way and well_formed and not own_layer else ""
     own_backend = name != "torch" and not gives_way and well_formed and not torch_wins
     backend = (name or "triton") if own_backend else "torch"
     runner, stands_in, refusal = {"triton": "kernels", "reference": "equations", "torch": "torch"}[backend], "", ""
-    if backend == "torch" and well_formed:
+    if backend == "torch" and own_layer:
+        backend, runner, stands_in = "reference", "equations", own_layer
+    elif backend == "torch" and well_formed:
         missing = unknown_to_torch(options)
         if missing:
             runner, stands_in = "equations", f"PyTorch's own layer has no {', no '.join(missing)}"
@@ -231,8 +245,10 @@ def decide(
             runner = "packed"
     if not well_formed:
         found += (FORM,)
-    watched = (cudnn_benchmark() or watcher.get() is not None) and not torch_private.tracing()
-    return Decision(backend, runner, name, source, found, gives_way, torch_wins, stands_in, refusal, inside, watched)
+    watched = (cudnn_benchmark() or watcher.get() is not None) and not own_layer and not torch_private.tracing()
+    return Decision(
+        backend, runner, name, source, found, gives_way, torch_wins, stands_in, refusal, inside, watched, obstacle
+    )  # fmt: skip
 
 
 def _stands_in(
@@ -255,8 +271,15 @@ def _stands_in(
 
 
 @constant
-def tell(asked: str | None, asked_by: str, gives_way: tuple[str, ...]) -> None:
+def tell(asked: str | None, asked_by: str, gives_way: tuple[str, ...], own_layer: str = "", unfused: str = "") -> None:
     """Warn that PyTorch's own layer runs in place of the backend that was asked for. Say nothing if none was asked for.
+
+    With `own_layer` the equations run, not that layer. A cell without kernels is then warned of once, if the kernels were
+    asked for or if nothing else kept them from running.
+
+    Args:
+        asked, asked_by, gives_way, unfused: those of the `Decision`.
+        own_layer: as for `decide`.
 
     Raises:
         RuntimeError: RNNFAST_STRICT=1 is set, even if no backend was asked for.
@@ -264,6 +287,14 @@ def tell(asked: str | None, asked_by: str, gives_way: tuple[str, ...]) -> None:
     why = "; ".join(gives_way)
     if strict():
         raise RuntimeError(f"RNNFAST_STRICT is set and the {asked or 'triton'!r} backend cannot run this call: {why}")
-    if asked is not None:
-        message = f"{asked!r} was asked for by {asked_by}, but PyTorch's own layer runs: {why}"
+    runs = "the equations run in plain PyTorch" if own_layer else "PyTorch's own layer runs"
+    message = f"{asked!r} was asked for by {asked_by}, but {runs}: {why}" if asked else ""
+    if unfused in gives_way:
+        message = "" if unfused in _told else message or (f"{runs}: {why}" if gives_way == (unfused,) else "")
+        if message:
+            _told.add(unfused)
+    if message:
         warnings.warn(message, FallbackWarning, stacklevel=user_level())
+
+
+_told: set[str] = set()  # the cells without kernels that were warned of, by the reason why there are none

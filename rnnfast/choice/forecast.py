@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rnnfast.choice import cudnn
-from rnnfast.choice.pipeline import Sizes, fastest, grouping
-from rnnfast.reference import GATES
+from rnnfast.choice.pipeline import fastest, grouping, sizes_of
 
 if TYPE_CHECKING:
     from rnnfast.choice.tuning_file import Shape
-    from rnnfast.kernels.persistent.plan import GpuLimits
+    from rnnfast.kernels.persistent.limits import GpuLimits
 
 __all__ = ["CALL_US", "MARGIN", "Forecast", "forecast"]
 
@@ -64,7 +63,7 @@ def forecast(
     members, layers, calls = grouping(shape.layers, shape.directions, by_layer or projected)
     found = [
         fastest(
-            families, Sizes(GATES[shape.cell], shape.B, shape.H, itemsize, shape.precision, backward, packed),
+            families, sizes_of(shape.cell, shape.B, shape.H, itemsize, shape.precision, backward, packed),
             shape.T, members, layers, gpu,
         )
         for backward in passes

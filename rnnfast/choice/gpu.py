@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from rnnfast.kernels.persistent.plan import GpuLimits
+    from rnnfast.kernels.persistent.limits import GpuLimits
 
 __all__ = ["cooperative", "devices", "driver_version", "known", "limits", "pretend_gpu"]
 
@@ -34,7 +34,7 @@ def limits(device: torch.device) -> GpuLimits | None:
 
 
 def _find_limits(device: torch.device) -> GpuLimits:
-    from rnnfast.kernels.persistent.plan import GpuLimits
+    from rnnfast.kernels.persistent.limits import GpuLimits
 
     gpu: Any = torch.cuda.get_device_properties(device)  # its stub lacks some of these
     return GpuLimits(

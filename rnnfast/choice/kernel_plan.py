@@ -3,13 +3,15 @@
     "step"         one launch for each time step; runs any size
     "persistent"   one launch for many time steps, with the recurrent weights on chip; runs sizes that have a plan on this GPU
     "one_program"  the same for a small layer, whole in one program for a few batch rows; runs sizes whose weights fit
+    "scan"         one launch for many time steps of a cell without W_hh, of which no other family knows; runs any size
     "auto"         the fastest family, as measured or predicted, of those that this GPU's canary found right
 
 RNNFAST_KERNELS names one of them. The default is "auto". `rnnfast.choice.trust` has the canary.
 
-The step kernels run what the family that was asked for cannot run. This happens silently for a size without a plan and on a
-GPU without cooperative launch; `rnnfast.explain` says why. If the driver refuses a launch, it happens with a `FallbackWarning`.
-With RNNFAST_STRICT=1 such a GPU and such a launch raise a `RuntimeError`.
+What the family that was asked for cannot run, the step kernels run; of a cell without W_hh, the scan kernels. This happens
+silently for a cell or a size without a plan and on a GPU without cooperative launch; `rnnfast.explain` says why. If the driver
+refuses a launch, it happens with a `FallbackWarning`. With RNNFAST_STRICT=1 such a GPU and such a launch raise a
+`RuntimeError`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from rnnfast.choice import pipeline, trust, tuned, tuning_file
 from rnnfast.choice.forecast import MARGIN, Forecast, forecast
 from rnnfast.choice.gpu import cooperative, known, limits, pretend_gpu
 from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
-from rnnfast.reference import GATES
 from rnnfast.settings import CANARY, KERNELS, STRICT, strict
 from rnnfast.torch_private import environment, rnn_precision
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from rnnfast.kernels.families import Plan
-    from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
-    from rnnfast.kernels.step.plan import StepPlan
+    from rnnfast.kernels.persistent.limits import GpuLimits
+    from rnnfast.kernels.persistent.plan import PersistentPlan
 
 __all__ = [
     "FAMILIES",
@@ -81,7 +82,8 @@ class Choice:
     Attributes:
         family: the name of the family of kernels.
         plan: its plan.
-        step: the plan of the step kernels. They run if the driver refuses the launch.
+        step: the plan of the kernels that run the cell at any size: the step kernels, or without W_hh the scan kernels. They
+            run if the driver refuses the launch.
         wanted: the family that was asked for and cannot run, else empty.
         reason: why it cannot run, else empty.
         strict: whether RNNFAST_STRICT is set. A plan that the driver refused is then launched again, so that the call raises.
@@ -92,7 +94,7 @@ class Choice:
 
     family: str
     plan: Plan
-    step: StepPlan
+    step: Plan
     wanted: str = ""
     reason: str = ""
     strict: bool = False
@@ -106,8 +108,11 @@ class Choice:
         return cast("PersistentPlan", self.plan) if self.family == "persistent" else None
 
     def without(self, reason: str) -> Choice:
-        """The choice of the step kernels in place of this one. `reason` says why."""
-        return Choice("step", self.step, self.step, self.family, reason, members=self.members, chunk=self.chunk)
+        """The choice of the kernels for any size in place of this one. `reason` says why."""
+        from rnnfast.kernels.families import family_of
+
+        stands_in = family_of(self.step)
+        return Choice(stands_in, self.step, self.step, self.family, reason, members=self.members, chunk=self.chunk)
 
 
 def asked() -> str:
@@ -117,29 +122,32 @@ def asked() -> str:
 
 def choose(
     family: str, gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, gpu: GpuLimits | None,
-    marked: bool = False, members: int = 1,
+    marked: bool = False, members: int = 1, extra: int = 0, recurrent: bool = True, rows: bool = False,
 ) -> Choice:  # fmt: skip
-    """Choose `family` if it has a plan, else the step kernels. A pure function.
+    """Choose `family` if it has a plan, else the kernels that run the cell at any size. A pure function.
 
     Args:
         family: the name of a family, not "auto".
-        gates, B, H, itemsize, precision, backward, marked: as in `rnnfast.kernels.persistent.plan.persistent_plan`.
+        gates, B, H, itemsize, precision, backward, marked, extra: as in `rnnfast.kernels.persistent.plan.persistent_plan`.
         gpu: what `limits` returns.
         members: that run at once.
+        recurrent, rows: as in `rnnfast.kernels.cells.Cell`.
     """
-    from rnnfast.kernels.families import FAMILIES
-    from rnnfast.kernels.persistent.plan import NoPlan
-    from rnnfast.kernels.step.plan import step_plan
+    from rnnfast.kernels.families import FAMILIES, for_any_size
+    from rnnfast.kernels.persistent.limits import NoPlan
 
-    step = step_plan(H, itemsize, precision)
-    if family == "step":
-        return Choice("step", step, step, members=members)
-    if gpu is None and FAMILIES[family].waits:
+    sizes = pipeline.Sizes(gates, B, H, itemsize, precision, backward, marked, extra, recurrent, rows)
+    stands_in = for_any_size(recurrent)
+    step = pipeline.plan_of(stands_in, sizes, members, gpu)
+    assert not isinstance(step, NoPlan)
+    if family == stands_in:
+        return Choice(family, step, step, members=members)
+    reason = FAMILIES[family].refusal(recurrent, rows)
+    if not reason and gpu is None and FAMILIES[family].waits:
         reason = "on a CPU the programs of a grid run one after another, and these wait for each other"
-        return Choice("step", step, step, family, reason, members=members)
-    plan = FAMILIES[family].plan(gates, B, H, itemsize, precision, backward, gpu, marked, members)
+    plan = NoPlan(reason) if reason else pipeline.plan_of(family, sizes, members, gpu)
     if isinstance(plan, NoPlan):
-        return Choice("step", step, step, family, plan.reason, members=members)
+        return Choice(stands_in, step, step, family, plan.reason, members=members)
     return Choice(family, plan, step, members=members)
 
 
@@ -150,8 +158,9 @@ def pick(
     """The choice for this call. It follows the settings, what was measured, the device and what its driver has refused.
 
     Args:
+        cell: a name in `rnnfast.reference.CELLS`, of a cell of a user's own too.
         marked: whether the call has lengths or resets.
-        members: of the group: the directions of a layer, or the layers of a stack.
+        members: of the group: the directions and heads of a layer, or the layers of a stack.
         layers: whether they are the layers of a stack.
     """
     key = (
@@ -163,7 +172,7 @@ def pick(
     if choice is None:
         if len(known) >= MOST_KNOWN:
             known.clear()
-        sizes = pipeline.Sizes(GATES[cell], B, H, dtype.itemsize, precision, backward, marked)
+        sizes = pipeline.sizes_of(cell, B, H, dtype.itemsize, precision, backward, marked)
         names = cell, 1 << (T.bit_length() - 1), *tuning_file.names(dtype, precision), training
         choice = known[key] = _choice(names, sizes, members, layers, device)
     if _refused and not choice.strict and (refusal := _refused.get((device, choice.plan))):
@@ -191,8 +200,8 @@ def _choice(
     Args:
         call: cell, T, dtype and precision by their names in a `tuning_file.Shape`, and whether it is training.
     """
-    from rnnfast.kernels.families import FAMILIES
-    from rnnfast.kernels.persistent.plan import GPUS
+    from rnnfast.kernels.families import FAMILIES, for_any_size
+    from rnnfast.kernels.persistent.limits import GPUS
 
     gpu = limits(device)
     group = call[1], members, layers, gpu or GPUS["H100"]  # a CPU runs groups as that GPU does
@@ -204,23 +213,29 @@ def _choice(
         else:
             families = () if gpu is None else _able(device, trust.trusted(device))
             found = pipeline.fastest(families, sizes, *group)
-            family = found[0] if found else "step"
+            family = found[0] if found else for_any_size(sizes.recurrent)
         if sizes.marked:  # the plan was measured without marks, and may not have the shared memory for them
             plan = None
     if plan is not None:
         runs = pipeline.run(family, sizes, call[1], at_once, -(-members // at_once), layers, group[3])
-        choice = replace(choose("step", *sizes[:6], gpu, members=at_once), family=family, plan=plan)
+        choice = replace(_chosen("step", sizes, gpu, at_once), family=family, plan=plan)
     else:
         runs = pipeline.best(family, sizes, *group)
-        choice = choose(family, *sizes[:6], gpu, sizes.marked, runs.members if runs else 1)
+        choice = _chosen(family, sizes, gpu, runs.members if runs else 1)
         if choice.family != family:
-            runs = pipeline.best("step", sizes, *group)
-    assert runs is not None  # the step kernels run any group
+            runs = pipeline.best(choice.family, sizes, *group)
+            assert runs is not None  # these kernels run any group
+            choice = replace(_chosen(choice.family, sizes, gpu, runs.members), wanted=family, reason=choice.reason)
+    assert runs is not None
     choice = replace(choice, members=runs.members, chunk=runs.chunk if layers else 0)
     hindrance = UNCOOPERATIVE if FAMILIES[choice.family].waits and not cooperative(device) else ""
     if strict():  # `run` raises the hindrance
         return replace(choice, strict=True, hindrance=hindrance)
     return choice.without(hindrance) if hindrance else choice
+
+
+def _chosen(family: str, sizes: pipeline.Sizes, gpu: GpuLimits | None, members: int) -> Choice:
+    return choose(family, *sizes[:6], gpu, sizes.marked, members, *sizes[7:])
 
 
 def _measured_plan(
@@ -245,11 +260,10 @@ def _measured_plan(
 
 def why_fewer(choice: Choice, sizes: pipeline.Sizes, T: int, members: int, layers: bool, device: torch.device) -> str:
     """Why fewer than all members of a group run at once, in words. Arguments as for `pick`, which gave the `choice`."""
-    from rnnfast.kernels.families import FAMILIES
-    from rnnfast.kernels.persistent.plan import GPUS, NoPlan
+    from rnnfast.kernels.persistent.limits import GPUS, NoPlan
 
     gpu = limits(device) or GPUS["H100"]
-    plan = FAMILIES[choice.family].plan(*sizes[:6], gpu, sizes.marked, members)
+    plan = pipeline.plan_of(choice.family, sizes, members, gpu)
     if isinstance(plan, NoPlan):
         return f"{members} do not fit: {plan.reason}"
     found = pipeline.best(choice.family, sizes, 1 << (T.bit_length() - 1), members, layers, gpu)
@@ -386,7 +400,7 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
             It is also raised once if programs waited for one another in vain, in this call or one before it on the device. That
             is read without waiting for the GPU.
     """
-    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.families import FAMILIES, family_of
 
     if device in _waiting and device not in _gave_up and (launch := _waiting[device].gave_up(device)):
         _gave_up[device] = launch
@@ -407,12 +421,13 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
         getattr(family.package, direction)(*args, **options, plan=choice.plan)
         return choice
     except Exception as error:
-        if choice.family == "step" or not _is_refusal(error):
+        if choice.family == family_of(choice.step) or not _is_refusal(error):
             raise
         refusal = f"the driver refused the launch: {error}"
         if strict():
             raise RuntimeError(f"{words}: {refusal}") from error
     _refused[device, choice.plan] = refusal
-    message = f"the {choice.family} kernels were chosen, but the step kernels run: {refusal}"
+    instead = choice.without(refusal)
+    message = f"the {choice.family} kernels were chosen, but the {instead.family} kernels run: {refusal}"
     warnings.warn(message, FallbackWarning, stacklevel=user_level())
-    return run(direction, choice.without(refusal), device, *args, **options)
+    return run(direction, instead, device, *args, **options)

@@ -22,10 +22,27 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
-    from rnnfast.kernels.persistent.plan import GpuLimits
+from rnnfast.reference import spec_of
 
-__all__ = ["CHUNK_ROWS", "ROWS", "Grouping", "Run", "Sizes", "best", "even", "fastest", "grouping", "run", "step_us"]
+if TYPE_CHECKING:
+    from rnnfast.kernels.families import Plan
+    from rnnfast.kernels.persistent.limits import GpuLimits, NoPlan
+
+__all__ = [
+    "CHUNK_ROWS",
+    "ROWS",
+    "Grouping",
+    "Run",
+    "Sizes",
+    "best",
+    "even",
+    "fastest",
+    "grouping",
+    "plan_of",
+    "run",
+    "sizes_of",
+    "step_us",
+]
 
 # Time steps x batch rows whose input side is computed by one GEMM, into one float32 buffer: enough to fill a GPU with the GEMM,
 # few enough that for H up to 1024 the buffer (4 H floats a row) stays in the L2 of an H100 and never grows with T.
@@ -60,7 +77,8 @@ def grouping(layers: int, directions: int, by_layer: bool = False) -> Grouping:
 
 
 class Sizes(NamedTuple):
-    """What a plan depends on besides the GPU, as in `rnnfast.kernels.persistent.plan.persistent_plan`."""
+    """What a plan depends on besides the GPU, as in `rnnfast.kernels.persistent.plan.persistent_plan`; and which families run
+    the cell, by `recurrent` and `rows` of `rnnfast.kernels.cells.Cell`."""
 
     gates: int
     B: int
@@ -69,6 +87,19 @@ class Sizes(NamedTuple):
     precision: str
     backward: bool
     marked: bool = False
+    extra: int = 0
+    recurrent: bool = True
+    rows: bool = False
+
+
+def sizes_of(
+    cell: str, B: int, H: int, itemsize: int, precision: str, backward: bool, marked: bool = False
+) -> Sizes:  # fmt: skip
+    """The `Sizes` of a cell in `rnnfast.reference.CELLS`, one of a user's own too."""
+    spec = spec_of(cell)
+    # tiles in float32 that a program keeps in registers beyond those of an LSTM
+    extra = max(0, spec.carried - 1) + spec.held + spec.noise + max(0, spec.saved - 4) + max(0, spec.gates - 4)
+    return Sizes(spec.gates, B, H, itemsize, precision, backward, marked, extra, spec.recurrent, spec.rows)
 
 
 @dataclass(frozen=True)
@@ -108,12 +139,23 @@ class Run:
         return sum(self.terms.values())
 
 
+def plan_of(family: str, sizes: Sizes, members: int, gpu: GpuLimits | None) -> Plan | NoPlan:
+    """The family's plan for `members` at once, or why there is none. gpu: None for a CPU, as in `rnnfast.kernels.families`."""
+    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.persistent.limits import NoPlan
+
+    refusal = FAMILIES[family].refusal(sizes.recurrent, sizes.rows)
+    return NoPlan(refusal) if refusal else FAMILIES[family].plan(*sizes[:6], gpu, sizes.marked, members, sizes.extra)
+
+
 def step_us(family: str, sizes: Sizes, members: int, gpu: GpuLimits) -> float | None:
     """Predicted microseconds that one time step of `members` at once takes the GPU; None if the family has no plan."""
     from rnnfast.kernels.families import FAMILIES
     from rnnfast.kernels.hardware import gigahertz
 
-    clocks = FAMILIES[family].clocks(*sizes[:6], gpu, sizes.marked, members)
+    if FAMILIES[family].refusal(sizes.recurrent, sizes.rows):
+        return None
+    clocks = FAMILIES[family].clocks(*sizes[:6], gpu, sizes.marked, members, sizes.extra)
     return None if clocks is None else clocks / gigahertz(gpu.name) / 1000
 
 
@@ -140,11 +182,11 @@ def run(family: str, sizes: Sizes, T: int, members: int, parts: int, layers: boo
         PROLOGUE,
         gigahertz,
     )
-    from rnnfast.kernels.persistent.plan import NoPlan
+    from rnnfast.kernels.persistent.limits import NoPlan
 
     us = step_us(family, sizes, members, gpu)
     its = FAMILIES[family]
-    plan = its.plan(*sizes[:6], gpu, sizes.marked, members)
+    plan = plan_of(family, sizes, members, gpu)
     if us is None or isinstance(plan, NoPlan):
         return None
     clock = gigahertz(gpu.name) * 1000  # clocks a microsecond
@@ -153,7 +195,7 @@ def run(family: str, sizes: Sizes, T: int, members: int, parts: int, layers: boo
     starts = weights = clears = host_round = 0.0
     if its.many_steps:
         starts = (LAUNCH + PROLOGUE) / clock
-        weights = members * sizes.gates * sizes.H * sizes.H * sizes.itemsize / (L2_BYTES * gpu.sms) / clock
+        weights = members * sizes.gates * sizes.H * sizes.H * sizes.itemsize / (L2_BYTES * gpu.sms) / clock * its.recurrent
         clears = (CLEAR + LAUNCH) / clock * its.waits
         host_round = LAUNCH_HOST_US * (1 + its.waits)
     fixed = starts + weights + clears

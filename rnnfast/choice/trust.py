@@ -31,7 +31,7 @@ from rnnfast.choice.obstacles import user_level
 from rnnfast.settings import CANARY
 
 if TYPE_CHECKING:
-    from rnnfast.kernels.persistent.plan import GpuLimits
+    from rnnfast.kernels.persistent.limits import GpuLimits
 
 __all__ = ["CanaryWarning", "Verdict", "examine", "families", "trusted", "where", "words"]
 

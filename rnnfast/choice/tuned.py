@@ -22,7 +22,7 @@ from rnnfast.choice.pipeline import grouping
 from rnnfast.choice.tuning_file import Entry, Shape, Unusable, plan_with, read, slug, tiles, where
 
 if TYPE_CHECKING:
-    from rnnfast.kernels.persistent.plan import GpuLimits
+    from rnnfast.kernels.persistent.limits import GpuLimits
 
 __all__ = [
     "Candidate",

@@ -31,7 +31,7 @@ from rnnfast.settings import TUNING_FILE
 
 if TYPE_CHECKING:
     from rnnfast.kernels.families import Plan
-    from rnnfast.kernels.persistent.plan import GpuLimits
+    from rnnfast.kernels.persistent.limits import GpuLimits
 
 __all__ = [
     "Entry", "Shape", "Unusable", "decode", "encode", "machine", "names", "plan_with", "read", "slug", "store", "tiles",

@@ -22,7 +22,6 @@ from rnnfast.choice import gpu, pipeline, tuned, tuning_file
 from rnnfast.choice.decide import decide
 from rnnfast.choice.tuning_file import Entry, Shape
 from rnnfast.commands.measure import MODULES, measure
-from rnnfast.reference import GATES
 
 if TYPE_CHECKING:
     from rnnfast.kernels.families import Plan
@@ -89,7 +88,7 @@ def _plans(shape: Shape, limits: GpuLimits, most: int) -> Iterator[tuple[Plan, i
     from rnnfast.kernels.families import FAMILIES
 
     itemsize = 4 if shape.dtype == "float32" else 2
-    sizes = pipeline.Sizes(GATES[shape.cell], shape.B, shape.H, itemsize, shape.precision, shape.training)
+    sizes = pipeline.sizes_of(shape.cell, shape.B, shape.H, itemsize, shape.precision, shape.training)
     members, layers, _ = pipeline.grouping(shape.layers, shape.directions)
     for name, family in FAMILIES.items():
         best = family.plans and pipeline.best(name, sizes, shape.T, members, layers, limits)

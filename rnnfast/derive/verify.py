@@ -80,7 +80,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
     """Relative to the largest finite entry of b. Infinities and NaNs have to be the same."""
     same = (a == b) | (a.isnan() & b.isnan())
     finite = torch.where(b.isfinite(), b, 0)
-    error = torch.where(same, 0, (a - b).abs())
+    error = torch.where(same, 0, (a.detach() - b).abs())
     return float("inf") if error.isnan().any() else float(error.max() / finite.abs().max().clamp(min=1e-3))
 
 

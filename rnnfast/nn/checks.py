@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast.choice.obstacles import autocast
-from rnnfast.reference import GATES, STATES
+from rnnfast.reference import GATES, STATES, Cell, spec_of
 
 __all__ = [
     "ONEDNN",
     "cell_fits",
     "check_function",
     "check_recompute",
+    "is_consistent",
     "is_tensor",
     "layer_fits",
     "one_dtype",
@@ -64,7 +65,7 @@ def layer_fits(
         return False
     x, batch = input, ()
     if isinstance(input, PackedSequence):
-        if not _is_consistent(input):
+        if not is_consistent(input):
             return False
         x, batch = input.data, (int(input.batch_sizes[0]),)
     elif not isinstance(x, Tensor) or x.dim() not in (2, 3):
@@ -97,7 +98,7 @@ def layer_fits(
     )
 
 
-def _is_consistent(packed: PackedSequence) -> bool:
+def is_consistent(packed: PackedSequence) -> bool:
     """Whether the batch sizes are those of its rows: of int64, at least 1, never growing, and as many as there are rows."""
     data, sizes = packed.data, packed.batch_sizes
     if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.numel() == 0 or data.dim() != 2:
@@ -143,35 +144,53 @@ def same_device(label: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def check_function(
-    cell: str,
+    cell: str | Cell,
     x: Tensor,
     hx: tuple[Tensor, ...] | None,
     w_ih: Tensor,
-    w_hh: Tensor,
+    w_hh: Tensor | None,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    heads: bool = False,
 ) -> None:
-    """Raise for arguments of `rnnfast.functional` that do not fit: `RuntimeError`, `ValueError` for dtypes, `TypeError`."""
-    gates, count = GATES[cell], STATES[cell]
+    """Raise for arguments of `rnnfast.functional` that do not fit: `RuntimeError`, `ValueError` for dtypes, `TypeError`.
+
+    Args:
+        heads: whether ``w_hh`` may be the blocks of several heads, (heads, G*H/heads, H/heads).
+    """
+    spec = spec_of(cell)
+    gates, count = spec.gates, spec.states
     if hx is not None and not isinstance(hx, (tuple, list)):
         raise TypeError(f"hx must be a tuple of {count} tensors, got {type(hx).__name__}")
     if hx is not None and len(hx) != count:
         raise RuntimeError(f"hx must hold {count} states, got {len(hx)}")
     required = {"x": x, "w_ih": w_ih, "w_hh": w_hh, **{f"hx[{n}]": state for n, state in enumerate(hx or ())}}
+    if not spec.recurrent:
+        if w_hh is not None or b_hh is not None:
+            raise RuntimeError("the cell has no W_hh (recurrent=False): w_hh and b_hh must be None")
+        del required["w_hh"]
     optional = {label: bias for label, bias in (("b_ih", b_ih), ("b_hh", b_hh)) if bias is not None}
     for label, tensor in (required | optional).items():
         is_tensor(label, tensor)
     if x.dim() != 3:
         raise RuntimeError(f"x must have 3 dimensions, got {x.dim()}")
-    if w_hh.dim() != 2 or w_hh.shape[0] != gates * w_hh.shape[1]:
-        raise RuntimeError(f"w_hh must be (G*H, H) with G = {gates}, got {tuple(w_hh.shape)}")
+    if w_hh is None:
+        if w_ih.dim() != 2 or not w_ih.shape[0] or w_ih.shape[0] % gates:
+            raise RuntimeError(f"w_ih must be (G*H, I) with G = {gates}, got {tuple(w_ih.shape)}")
+        H = w_ih.shape[0] // gates
+    else:
+        form = "(heads, G*H/heads, H/heads) or (G*H, H)" if heads else "(G*H, H)"
+        if w_hh.dim() not in ((2, 3) if heads else (2,)) or w_hh.shape[-2] != gates * w_hh.shape[-1]:
+            raise RuntimeError(f"w_hh must be {form} with G = {gates}, got {tuple(w_hh.shape)}")
+        H = w_hh.shape[-1] * (w_hh.shape[0] if w_hh.dim() == 3 else 1)
     T, B, I = x.shape
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if B == 0 or I == 0:
         raise RuntimeError(f"x must not be empty, got {tuple(x.shape)}")
-    rows, H = w_hh.shape
-    shapes = {"w_ih": (w_ih, (rows, I)), "w_hh": (w_hh, (rows, H)), "b_ih": (b_ih, (rows,)), "b_hh": (b_hh, (rows,))}
+    rows = gates * H
+    shapes = {"w_ih": (w_ih, (rows, I)), "b_ih": (b_ih, (rows,)), "b_hh": (b_hh, (rows,))}
+    shapes |= {} if w_hh is None else {"w_hh": (w_hh, tuple(w_hh.shape))}
     shapes |= {f"hx[{n}]": (state, (B, H)) for n, state in enumerate(hx or ())}
     for label, (tensor, shape) in shapes.items():
         if tensor is None:
@@ -182,5 +201,5 @@ def check_function(
             raise ValueError(f"x has dtype {x.dtype} and {label} has {tensor.dtype}: all tensors must have one dtype")
         if tensor.device != x.device:
             raise RuntimeError(f"x is on {x.device} and {label} on {tensor.device}: all tensors must be on one device")
-    if (b_ih is None) != (b_hh is None):
+    if spec.recurrent and (b_ih is None) != (b_hh is None):
         raise RuntimeError("b_ih and b_hh must be given both or neither")

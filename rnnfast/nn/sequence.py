@@ -117,7 +117,8 @@ def _call(layer: Sequence, input: Any, hx: Any, options: CallOptions | None) -> 
         # torch.func refuses PyTorch's checkpoint: inside its transforms all is kept
         again = again and torch.is_grad_enabled() and not chosen.inside
     if chosen.runner in stack.GROUPS:
-        return stack.run(chosen.runner, layer, call.cell, call.weights, input, call.states, call.options, again)
+        members = stack.members_of(layer, call.weights)
+        return stack.run(chosen.runner, layer, call.cell, members, input, call.states, call.options, again)
     by_torch = partial(_again_by_torch if again else _by_torch, layer)
     if chosen.runner == "packed":
         assert call.options is not None

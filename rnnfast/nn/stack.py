@@ -15,9 +15,9 @@ from rnnfast.nn.base import checkpointed
 from rnnfast.nn.checks import states_of
 from rnnfast.nn.options import CallOptions, packed_like, padded
 from rnnfast.ops.dropout import dropout
-from rnnfast.reference import STATES, Traced, Weights
+from rnnfast.reference import Cell, Traced, Weights, spec_of
 
-__all__ = ["GROUPS", "by_packing", "run"]
+__all__ = ["GROUPS", "by_packing", "members_of", "run"]
 
 # By runner, as `rnnfast.choice.decide.Decision` names them
 GROUPS: dict[str, Callable[..., Traced]] = {"kernels": ops.group, "equations": reference.group}
@@ -27,29 +27,43 @@ def _permuted(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor,
     return states if order is None else tuple(state.index_select(1, order) for state in states)
 
 
-def _in_form(cell: str, hidden: tuple[Tensor, ...]) -> Any:
+def members_of(layer: torch.nn.RNNBase, weights: list[Any]) -> list[Weights]:
+    """Those of one of torch.nn's layers, whose weights come layer after layer and direction after direction."""
+    count = 2 + (2 if layer.bias else 0) + (1 if layer.proj_size else 0)
+    return [
+        Weights(own[0], own[1], *(own[2:4] if layer.bias else ()))._replace(w_hr=own[-1] if layer.proj_size else None)
+        for own in (weights[n : n + count] for n in range(0, len(weights), count))
+    ]
+
+
+def _in_form(cell: str | Cell, hidden: tuple[Tensor, ...]) -> Any:
     """The last states as torch.nn returns them."""
-    return hidden if STATES[cell] > 1 else hidden[0]
+    return hidden if spec_of(cell).states > 1 else hidden[0]
 
 
 def run(
     runner: str,
-    layer: torch.nn.RNNBase,
-    cell: str,
-    weights: list[Any],
+    layer: Any,
+    cell: str | Cell,
+    members: list[Weights],
     input: Any,
     states: tuple[Any, ...],
     options: CallOptions | None = None,
     recompute: bool = False,
+    noise: Tensor | None = None,
+    output: int = 0,
 ) -> Any:
-    """A call that `rnnfast.nn.checks.layer_fits`, on "kernels" or by "equations".
+    """A well-formed call, on "kernels" or by "equations".
 
     Args:
-        weights: all, layer after layer and direction after direction.
-        states: those of hx; empty for zeros.
+        layer: one of torch.nn's or an `rnnfast.Layer`, for its numbers of layers and directions, ``batch_first`` and dropout.
+        cell: as for `rnnfast.reference.group`.
+        members: the weights of each, layer after layer, direction after direction and head after head.
+        states: those of hx, of all members; empty for zeros.
         recompute: whether the kernels keep no gates, and whether the equations run under PyTorch's checkpoint.
+        noise: (members,) int64, the seed of each, for a cell with noise.
+        output: which state is the output of a layer.
     """
-    directions, count = 2 if layer.bidirectional else 1, 2 + (2 if layer.bias else 0) + (1 if layer.proj_size else 0)
     packed, batched = None, True
     if isinstance(input, PackedSequence):
         packed = input
@@ -66,22 +80,25 @@ def run(
     if recompute:
         one = partial(one, recompute=True) if runner == "kernels" else partial(checkpointed, one)
     given = {} if options is None else options.of_layer()
-    members = [
-        Weights(own[0], own[1], *(own[2:4] if layer.bias else ()))._replace(w_hr=own[-1] if layer.proj_size else None)
-        for own in (weights[n : n + count] for n in range(0, len(weights), count))
-    ]
+    if output:
+        given |= {"details": True}
     p = layer.dropout if layer.training else 0.0
     found: list[Traced] = []
     L, details = layer.num_layers, bool(given.get("details"))
-    parts = _parts(layer, x, members, details, p) if runner == "kernels" and L > 1 else [(n, n + 1) for n in range(L)]
+    side = len(members) // L  # members of a layer: its directions, or the heads of each
+    flips = ((1 << side // 2) - 1) << side // 2 if layer.bidirectional else 0
+    whole = side == 1 and spec_of(cell).recurrent and not details
+    parts = _parts(x, members, p) if runner == "kernels" and L > 1 and whole else [(n, n + 1) for n in range(L)]
     for first, last in parts:
-        own = slice(first * directions, last * directions)
+        own = slice(first * side, last * side)
         start = tuple(state[own] for state in states) or None
         if given.get("reset_to") is not None:
             given = given | {"reset_to": tuple(state[own] for state in options.reset_to)}  # type: ignore[union-attr]
-        inner: dict[str, Any] = {"dropout": p} if last - first > 1 and p else {}
-        found.append(one(cell, x, start, members[own], flips=2 if directions == 2 else 0, **given, **inner))
-        x = found[-1].y
+        inner: dict[str, Any] = {"dropout": p, "stacked": True} if last - first > 1 else {}
+        if noise is not None:
+            inner["noise"] = noise[own]
+        found.append(one(cell, x, start, members[own], flips=flips, **given, **inner))
+        x = found[-1].cells[output - 1] if output else found[-1].y
         if p and last < layer.num_layers:
             fused = runner == "kernels" and not torch_private.inside()
             x = dropout(x, p) if fused else torch.dropout(x, p, train=True)  # whose errors are torch.nn.LSTM's
@@ -106,12 +123,12 @@ def run(
     return results + options.returned(*(tuple(each) for each in zip(*seen, strict=True)))
 
 
-def _parts(layer: torch.nn.RNNBase, x: Tensor, members: list[Weights], details: bool, p: float) -> list[tuple[int, int]]:
-    """The layers of a stack that each call of the kernels runs, as (first, last + 1). A stack of one direction is a pipeline,
-    but not where each layer's own results are needed (`details`), with a projection, or with dropout inside a transform. Layers
-    below the first one that needs a gradient run apart from it, as they need no backward."""
-    L = layer.num_layers
-    if layer.bidirectional or layer.proj_size or details or (p and torch_private.inside()):
+def _parts(x: Tensor, members: list[Weights], p: float) -> list[tuple[int, int]]:
+    """The layers of a stack of one direction that each call of the kernels runs, as (first, last + 1). The stack is a pipeline,
+    but not with a projection, or with dropout inside a transform. Layers below the first one that needs a gradient run apart
+    from it, as they need no backward."""
+    L = len(members)
+    if members[0].w_hr is not None or (p and torch_private.inside()):
         return [(n, n + 1) for n in range(L)]
     if x.requires_grad or not torch.is_grad_enabled():
         return [(0, L)]

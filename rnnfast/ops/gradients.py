@@ -39,9 +39,9 @@ from rnnfast.ops.members import Frame
 from rnnfast.ops.operators import INPUTS, Backward, Forward, Results
 from rnnfast.ops.products import added_product, product
 from rnnfast.ops.recurrence import no_autocast
-from rnnfast.ops.schema import DIFFERENTIABLE, STATE_TENSORS, UPSTREAM
+from rnnfast.ops.schema import DIFFERENTIABLE, RETURNED, STATE_TENSORS, UPSTREAM
 from rnnfast.ops.vmap import batched
-from rnnfast.reference import CELLS, PADDED
+from rnnfast.reference import PADDED, spec_of
 
 __all__ = ["Gradients", "Layer", "RnnfastForward", "Tape", "gradients", "reads"]
 
@@ -71,8 +71,8 @@ class Call:
 
 def reads(call: Call) -> set[str]:
     """The inputs of `rnnfast::forward` that its first derivatives read."""
-    spec = CELLS[call.cell]
-    found = {"w_hh", "w_up", "c0", "reset_c", "marks", "lengths", "seeds"}
+    spec = spec_of(call.cell)
+    found = {"w_hh", "w_up", "c0", "reset_c", "marks", "lengths", "seeds", "held", "noise"}
     if "x" in call.needs:
         found |= {"w_ih"}
     if "w_ih" in call.needs:
@@ -120,7 +120,7 @@ def _found(ctx, needs: tuple[str, ...], grad_outputs, assembled: Callable) -> di
     """The gradients that are needed, by name. `assembled` makes `INPUTS` of the inputs that were saved."""
     call = Call(ctx.cell, ctx.flips, ctx.dropout, ctx.recompute, needs)
     dy, dh_n, dc_n, _, _, dcs = grad_outputs
-    upstream = (dy, dh_n, dc_n, dcs) if CELLS[call.cell].states > 1 else (dy, dh_n, None, None)
+    upstream = (dy, dh_n, dc_n, dcs) if spec_of(call.cell).carried else (dy, dh_n, None, None)
     inputs, kept = _saved_tensors(ctx, call, assembled)
 
     def run(*upstream):
@@ -146,7 +146,7 @@ def _saved_tensors(ctx, call: Call, assembled: Callable) -> tuple[tuple[Tensor |
         saved = ctx.saved_tensors
         return assembled(saved[:count]), saved[count:]
     except RuntimeError:
-        can_tell = torch_private.unpacks_one_by_one and CELLS[call.cell].allows_edits
+        can_tell = torch_private.unpacks_one_by_one and spec_of(call.cell).allows_edits
         if not can_tell or torch.is_grad_enabled() or torch_private.is_forward_mode():
             raise
     read = reads(call)
@@ -177,22 +177,21 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
     need_starts = "h0" in needs if passed["marks"] is None else not set(STATE_TENSORS).isdisjoint(needs)
     arguments = Backward(cell=call.cell, flips=call.flips, dropout=call.dropout, need_starts=need_starts, **passed)
     run = recurrence.backward if not torch.is_grad_enabled() and recurrence.is_eager(*arguments) else operators.backward
-    d_gates, *state_grads = run(*arguments)
-    found = dict(zip(STATE_TENSORS, state_grads, strict=True))
+    d_gates, *others = run(*arguments)
+    found = dict(zip(RETURNED, others, strict=True))
 
     M, T, B, width = d_gates.shape
-    H, D = tape.w_hh.shape[2], 1 if tape.w_up is not None else M
-    sides = CELLS[call.cell].gates * H
-    kept_apart = width > sides  # the last gate's two sides; its input side is stored first: see Cell.grads
+    H, D, spec = tape.w_hh.shape[2], 1 if tape.w_up is not None else M, spec_of(call.cell)
+    sides, rolled = spec.gates * H, spec.apart * H  # the input sides of the last gates are stored first: see Cell.grads
     rows = d_gates.reshape(M, T * B, width)  # inside vmap it is no view
     d_input, d_hidden = rows[..., :sides], rows[..., -sides:]
     d_read = d_input[:D]  # of the members that read x
 
     def in_order(grad: Tensor) -> Tensor:
-        return grad.roll(-H, 1) if kept_apart else grad
+        return grad.roll(-rolled, 1) if rolled else grad
 
     if "x" in needs:
-        w_ih = tape.w_ih.roll(H, 1) if kept_apart else tape.w_ih
+        w_ih = tape.w_ih.roll(rolled, 1) if rolled else tape.w_ih
         d_x = product(d_read[0], w_ih[0])
         for m in range(1, D):
             d_x = added_product(d_x, d_read[m], w_ih[m])
@@ -209,7 +208,7 @@ def gradients(call: Call, tape: Any) -> tuple[Tensor, ...]:
             below = torch.stack([dropout.dropped(*each, call.dropout) for each in zip(below, tape.seeds.split(1), strict=True)])
         found["w_up"] = in_order(product(d_input[1:].mT, below.reshape(M - 1, T * B, H)))
     if "w_hh" in needs:
-        found["w_hh"] = _recurrent_gradient(call, tape, d_hidden)
+        found["w_hh"] = _recurrent_gradient(call, tape, d_hidden) if spec.recurrent else torch.zeros_like(tape.w_hh)
     if "b_ih" in needs:
         found["b_ih"] = in_order(d_input.sum(1))
     if "b_hh" in needs:
@@ -245,13 +244,18 @@ def _recurrent_gradient(call: Call, tape: Any, d_hidden: Tensor) -> Tensor:
 
 def _by_equations(call: Call, tape: Any) -> dict[str, Tensor]:
     """The results of `rnnfast::forward` that have gradients, by the equations in float32, in which the kernels compute."""
-    given = {name: getattr(tape, name) for name in DIFFERENTIABLE}
+    given, spec = {name: getattr(tape, name) for name in DIFFERENTIABLE}, spec_of(call.cell)
     floats = tape._replace(**{name: tensor.float() for name, tensor in given.items() if tensor is not None})
-    D, dtype = len(tape.w_ih), tape.x.dtype
-    zeros = floats.x.new_zeros(floats.x.shape[1], floats.w_hh.shape[2])
+    D, dtype, H = len(tape.w_ih), tape.x.dtype, tape.w_hh.shape[2]
+    zeros = floats.x.new_zeros(floats.x.shape[1], H)
 
-    def states(m: int, *given):
-        return tuple(zeros if state is None else state[m] for state in given[: CELLS[call.cell].states])
+    def states(m: int, h, c):
+        """h and the carried states that the equations have; the kernels carry what they keep in float32 besides."""
+        carried = (zeros,) * (spec.states - 1) if c is None else c[m].split(H, -1)[: spec.states - 1]
+        return zeros if h is None else h[m], *carried
+
+    def side_by_side(h, carried):
+        return torch.cat([*carried, *[torch.zeros_like(h)] * spec.kept32], -1)
 
     x, outputs, lasts, cells = floats.x, [], [], []
     for m, w_hh in enumerate(floats.w_hh):
@@ -267,15 +271,20 @@ def _by_equations(call: Call, tape: Any) -> dict[str, Tensor]:
             w_hh,
             *(None if bias is None else bias[m] for bias in (floats.b_ih, floats.b_hh)),
             reverse=bool(call.flips >> m & 1),
+            held=None if floats.held is None else floats.held[m],
             codes=None if tape.marks is None else tape.marks[min(m, len(tape.marks) - 1)],
             reset_to=states(m, floats.reset_h, floats.reset_c),
+            seed=None if tape.noise is None else tape.noise[m],
         )
         outputs.append(y.to(dtype))
         lasts.append(last)
-        cells += cell_states
+        cells.append(cell_states)
     y = torch.cat(outputs, -1) if D > 1 else outputs[-1]
-    found = dict(zip(("h_n", "c_n"), (torch.stack(state).to(dtype) for state in zip(*lasts, strict=True)), strict=False))
-    return found | {"y": y} | ({"c": torch.stack(cells)} if cells else {})
+    found = {"y": y, "h_n": torch.stack([last[0] for last in lasts]).to(dtype)}
+    if spec.carried:
+        found["c_n"] = torch.stack([side_by_side(last[0], last[1:]) for last in lasts]).to(dtype)
+        found["c"] = torch.stack([side_by_side(y, carried).float() for y, carried in zip(outputs, cells, strict=True)])
+    return found
 
 
 def _gradients_by_equations(call: Call, tape: Any) -> tuple[Tensor, ...]:

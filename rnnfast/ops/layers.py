@@ -13,7 +13,7 @@ from rnnfast.ops import dropout as between
 from rnnfast.ops import gradients, operators, recurrence
 from rnnfast.ops.members import Frame
 from rnnfast.ops.operators import Results
-from rnnfast.reference import CELLS, RESETS, STARTS, Traced, Weights
+from rnnfast.reference import RESETS, STARTS, Traced, Weights, spec_of
 from rnnfast.torch_private import innermost_transform
 
 __all__ = ["group", "layer", "trace"]
@@ -45,34 +45,40 @@ def group(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_to: tuple[Tensor, ...] | None = None,
+    noise: Tensor | None = None,
+    stacked: bool = False,
 ) -> Traced:
-    """`rnnfast.reference.group` on the Triton kernels: both directions of a layer, or a stack of layers in one direction.
+    """`rnnfast.reference.group` on the Triton kernels: directions or heads of a layer, or a stack of layers in one direction.
 
     Args:
-        weights: those of each member. Without `flips`, several are the layers of a stack: without ``w_hr`` and `details`.
+        weights: those of each member.
+        stacked: whether the members are the layers of a stack: without `flips`, ``w_hr`` and `details`.
         recompute: as for `layer`.
         dropout: between the layers of a stack, the probability that an element is dropped.
     """
-    M, spec = len(weights), CELLS[cell]
-    D = M if flips else 1
-    h0, c0 = (*states, None)[:2] if states else (None, None)
-    reset_h, reset_c = (*reset_to, None)[:2] if reset_to else (None, None)
+    M, spec = len(weights), spec_of(cell)
+    D = 1 if stacked else M
+    h0, c0 = _side_by_side(states, spec) if states else (None, None)
+    reset_h, reset_c = _side_by_side(reset_to, spec) if reset_to else (None, None)
     w_hr = weights[0].w_hr
     marks = None
     if lengths is not None or resets is not None:
-        codes = [reference.marks(x, lengths, resets, bool(flips >> m & 1)) for m in range(D)]
-        marks = codes[0][None] if D == 1 else torch.stack(codes)
+        each = [reference.marks(x, lengths, resets, reverse) for reverse in ((False, True) if flips else (False,))]
+        marks = torch.stack([each[flips >> m & 1] for m in range(D)]) if flips else each[0][None]
+    held = None
+    if spec.held:
+        held = torch.stack([own.held.expand(x.shape[1], -1) for own in weights])  # type: ignore[union-attr]
     own = [tensor for each in weights for tensor in each[: 2 if each.b_ih is None else 4]]
     projections = [each.w_hr for each in weights if each.w_hr is not None]
     inside = not torch.compiler.is_compiling() and innermost_transform() is not None  # no transform that is compiled comes here
-    needed = inside or any([t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, *own, *projections)])
+    needed = inside or any([t is not None and t.requires_grad for t in (x, h0, c0, reset_h, reset_c, held, *own, *projections)])
     frame = Frame(
         M, D, weights[0].b_ih is not None, cell, flips,
         save=details or (needed and torch.is_grad_enabled()),
         dropout=float(dropout), recompute=recompute and not details,
     )  # fmt: skip
     seeds = between.seeds(x, dropout, M - 1) if dropout and M > D else None
-    tensors = [x, h0, c0, reset_h, reset_c, marks, lengths, seeds, *own]
+    tensors = [x, h0, c0, reset_h, reset_c, marks, lengths, seeds, held, noise, *own]
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):  # as cuDNN's layer: everything in the lower precision
         low = torch.get_autocast_dtype(kind)
@@ -87,16 +93,31 @@ def group(
         run: Any = gradients.Layer.apply if inside else operators.forward
         call = frame.assembled(tensors)
         results = Results(*run(*call)) if w_hr is None else _projected(run, call, torch.stack(projections))
-    last = (results.h_n, results.c_n)[: spec.states]
+    last = (results.h_n,) if spec.states == 1 else (results.h_n, *_apart(results.c_n, spec))
     if not details:
         return Traced(results.y, last, (), None)
     T, B, width = results.y.shape
-    if spec.saved:
+    if spec.saved >= spec.gates:
         gates = results.saved.view(D, T, B, spec.saved, -1)[..., : spec.gates, :].permute(1, 2, 0, 3, 4)
     else:
-        gates = results.y.detach().view(T, B, D, 1, width // D)
-    cells = (results.c.to(results.y.dtype).permute(1, 2, 0, 3).flatten(2),) if spec.states > 1 else ()
+        gates = results.y.detach().view(T, B, D, 1, width // D) if spec.gates == 1 else None
+    cells = tuple([state.to(results.y.dtype).permute(1, 2, 0, 3).flatten(2) for state in _apart(results.c, spec)])
     return Traced(results.y, last, cells, gates)
+
+
+def _side_by_side(states: tuple[Tensor, ...], spec: reference.Cell) -> tuple[Tensor | None, Tensor | None]:
+    """h and all carried states in one tensor, (M, B, H) and (M, B, C * H), as the operators take them."""
+    h, *carried = states
+    if len(carried) == spec.carried == 1:
+        return h, carried[0]
+    return h, torch.cat([*carried, *[torch.zeros_like(h)] * spec.kept32], -1) if spec.carried else None
+
+
+def _apart(carried: Tensor, spec: reference.Cell) -> tuple[Tensor, ...]:
+    """The states of a tensor that holds all carried ones side by side, without what is kept for backward alone."""
+    if spec.carried < 2:
+        return (carried,)[: spec.states - 1]
+    return carried.chunk(spec.carried, -1)[: spec.states - 1]
 
 
 def _projected(run, call: Any, w_hr: Tensor) -> Results:

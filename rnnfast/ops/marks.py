@@ -61,12 +61,20 @@ def first_steps(tensor: Tensor, flips: int) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
+def _starts(states: tuple[Tensor | None, ...], shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """States (M, B, width), zeros for None, as (M, states, B, width)."""
+    zeros = like.new_zeros(shape, dtype=dtype)
+    return torch.stack([zeros if state is None else state.to(dtype) for state in states], 1)
+
+
 def for_kernels(
     marks: Tensor,
     lengths: Tensor | None,
     starts_h: tuple[Tensor | None, Tensor | None],
     starts_c: tuple[Tensor | None, Tensor | None] | None,
+    shape: tuple[int, int, int],
     like: Tensor,
+    carried: int,
     tile: int,
 ) -> Marks:
     """What the kernels take where there are marks.
@@ -74,20 +82,22 @@ def for_kernels(
     Args:
         marks, lengths: as in `rnnfast.ops.recurrence.forward`.
         starts_h: the initial and the reset h, None for zeros.
-        starts_c: the initial and the reset c; None for a cell without a cell state.
-        like: (M, B, H), of the dtype of h.
+        starts_c: the initial and the reset carried states; None for a cell without.
+        shape: M, B, H.
+        like: a tensor of the dtype and device of h.
+        carried: the number of carried states.
         tile: batch rows of a program. With more rows than that, programs take the longest rows first: a tile costs nothing
             after the end of its longest row.
     """
     from rnnfast.kernels.marks import Marks
 
-    M, B, _ = like.shape
+    M, B, H = shape
     order = None if lengths is None or tile >= B else lengths.argsort(descending=True).to(torch.int32)
     return Marks(
         codes=marks.expand(M, -1, -1).contiguous(),
         order=order,
-        starts_h=torch.stack([_or_zeros(state, like) for state in starts_h], 1),
-        starts_c=None if starts_c is None else torch.stack([_or_zeros(state, like.float()) for state in starts_c], 1),
+        starts_h=_starts(starts_h, (M, B, H), like, like.dtype),
+        starts_c=None if starts_c is None else _starts(starts_c, (M, B, carried * H), like, torch.float32),
     )
 
 
@@ -149,7 +159,7 @@ def start_grads(
         empty = (lengths == 0)[:, None]
         d_starts.h[:, 0] += torch.where(empty, d_h, nothing)
         if d_starts.c is not None:
-            d_starts.c[:, 0] += torch.where(empty, d_c, nothing)
+            d_starts.c[:, 0] += torch.where(empty, d_c, torch.zeros_like(d_c))
     c = (None, None) if d_starts.c is None else d_starts.c.unbind(1)
     return [d_starts.h[:, 0], c[0], d_starts.h[:, 1], c[1]]
 

@@ -18,7 +18,18 @@ from rnnfast.ops.operators import Forward
 
 __all__ = ["Frame"]
 
-GIVEN = ("x", "h0", "c0", "reset_h", "reset_c", "marks", "lengths", "seeds")  # tensors that are as the operators take them
+GIVEN = (
+    "x",
+    "h0",
+    "c0",
+    "reset_h",
+    "reset_c",
+    "marks",
+    "lengths",
+    "seeds",
+    "held",
+    "noise",
+)  # tensors that are as the operators take them
 KINDS = ("w_ih", "w_hh", "b_ih", "b_hh")  # the weights of a member
 
 
@@ -62,14 +73,14 @@ class Frame:
 
     def assembled(self, tensors: Sequence[Tensor | None]) -> Any:
         """The `Forward`, the arguments of `rnnfast::forward`. Weights of a kind of which one is None are None."""
-        x, h0, c0, reset_h, reset_c, marks, lengths, seeds, *own = tensors
+        x, h0, c0, reset_h, reset_c, marks, lengths, seeds, held, noise, *own = tensors
         count = 4 if self.biased else 2
         kinds = [own[n::count] for n in range(count)]
         kinds[:1] = [kinds[0][: self.directions], kinds[0][self.directions :]]
         w_ih, w_up, w_hh, b_ih, b_hh, *_ = _stacked((*kinds, (), ()))
         return Forward(
             self.cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_up, self.flips, self.save, marks, lengths, reset_h, reset_c, seeds,
-            self.dropout, self.recompute,
+            self.dropout, self.recompute, held, noise,
         )  # fmt: skip
 
     def apart(self, found: dict[str, Tensor]) -> list[Tensor | None]:

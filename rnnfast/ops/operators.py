@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rnnfast.ops import recurrence
-from rnnfast.ops.schema import STATE_TENSORS, TENSORS, record
-from rnnfast.reference import CELLS
+from rnnfast.ops.schema import RETURNED, TENSORS, record
+from rnnfast.reference import spec_of
 
 __all__ = ["FLOP_FORMULAS", "INPUTS", "Backward", "Forward", "Grads", "Results", "backward", "forward"]
 
@@ -23,7 +23,7 @@ backward = torch.library.custom_op("rnnfast::backward", recurrence.backward, mut
 
 Forward = record("Forward", recurrence.forward)  # the arguments of `forward`
 Backward = record("Backward", recurrence.backward)  # the arguments of `backward`
-Grads: Any = namedtuple("Grads", ("d_gates", *(f"d_{name}" for name in STATE_TENSORS)))  # what `backward` returns
+Grads: Any = namedtuple("Grads", ("d_gates", *(f"d_{name}" for name in RETURNED)))  # what `backward` returns
 INPUTS = tuple(name for name in Forward._fields if name in TENSORS)  # those of `forward` that are tensors
 
 
@@ -41,35 +41,36 @@ class Results(NamedTuple):
 @forward.register_fake
 def _(*arguments, **named) -> Results:
     call = Forward(*arguments, **named)
-    spec, x = CELLS[call.cell], call.x
+    spec, x = spec_of(call.cell), call.x
     (T, B, _), (M, _, H), D = x.shape, call.w_hh.shape, call.w_ih.shape[0]
-    has_c, saves = spec.states > 1, call.save and spec.saved and not call.recompute
+    C, saves = spec.carried, call.save and spec.saved and not call.recompute
     return Results(
         y=x.new_empty(T, B, D * H),
         h_n=x.new_empty(M, B, H),
-        c_n=x.new_empty((M, B, H) if has_c else (0,)),
+        c_n=x.new_empty((M, B, C * H) if C else (0,)),
         h=x.new_empty((M, T, B, H) if call.save and call.w_up is not None else (0,)),
         saved=x.new_empty((M, T, B, spec.saved * H) if saves else (0,)),
-        c=x.new_empty((M, T, B, H) if call.save and has_c else (0,), dtype=torch.float32),
+        c=x.new_empty((M, T, B, C * H) if call.save and C else (0,), dtype=torch.float32),
     )
 
 
 @backward.register_fake
 def _(*arguments, **named) -> tuple[Tensor, ...]:
     call = Backward(*arguments, **named)
-    spec, h = CELLS[call.cell], call.h
+    spec, h = spec_of(call.cell), call.h
     (M, _, H), (T, B) = call.w_hh.shape, h.shape[-3:-1]
-    has_c, marked = spec.states > 1, call.marks is not None
+    C, marked = spec.carried, call.marks is not None
 
-    def state(given: bool) -> Tensor:
-        return h.new_empty((M, B, H) if given else (0,))
+    def state(given: bool, blocks: int = 1) -> Tensor:
+        return h.new_empty((M, B, blocks * H) if given and blocks else (0,))
 
     return Grads(
         d_gates=h.new_empty(M, T, B, spec.grads * H),
         d_h0=state(call.need_starts),
-        d_c0=state(has_c and (call.need_starts or not marked)),
+        d_c0=state(call.need_starts or not marked, C),
         d_reset_h=state(call.need_starts and marked),
-        d_reset_c=state(call.need_starts and marked and has_c),
+        d_reset_c=state(call.need_starts and marked, C),
+        d_held=state(True, spec.held),
     )
 
 
@@ -83,7 +84,8 @@ def _forward_flops(*shapes, out_shape=None, **named) -> int:
     and an addition count as two."""
     call = Forward(*shapes, **named)
     (T, B, _), (M, rows, H) = call.x, call.w_hh
-    return 2 * B * rows * (T * _input_columns(call.w_ih, call.w_up) + M * (T - (call.h0 is None)) * H)
+    hidden = rows * M * (T - (call.h0 is None)) * H
+    return 2 * B * (call.w_ih[1] * T * _input_columns(call.w_ih, call.w_up) + hidden)
 
 
 def _backward_flops(*shapes, out_shape=None, **named) -> int:
@@ -91,10 +93,10 @@ def _backward_flops(*shapes, out_shape=None, **named) -> int:
     last of a stack; and both sides of gates that are recomputed."""
     call = Backward(*shapes, **named)
     (T, B), (M, rows, H) = call.h[-3:-1], call.w_hh
-    between = 0 if call.w_up is None else call.w_up[0] * H * T
-    again = call.x is not None and CELLS[call.cell].saved
-    recomputed = T * (_input_columns(call.w_ih, call.w_up) + M * H) if again else 0
-    return 2 * B * rows * (M * H * (T - 1 + call.need_starts) + between + recomputed)
+    between = 0 if call.w_up is None else call.w_up[0] * call.w_up[1] * H * T
+    again = call.x is not None and spec_of(call.cell).saved
+    recomputed = T * (call.w_ih[1] * _input_columns(call.w_ih, call.w_up) + rows * M * H) if again else 0
+    return 2 * B * (rows * M * H * (T - 1 + call.need_starts) + between + recomputed)
 
 
 # for FlopCounterMode(custom_mapping=...). PyTorch's own table of formulas is in a module that imports Triton.

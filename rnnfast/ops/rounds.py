@@ -23,6 +23,7 @@ from rnnfast.ops.products import product, wide_product
 
 if TYPE_CHECKING:
     from rnnfast.kernels.cells import Cell
+    from rnnfast.kernels.given import Given
     from rnnfast.kernels.groups import Group
     from rnnfast.kernels.marks import Marks
 
@@ -245,7 +246,7 @@ def upstream_of_layers(
     """The gradients of the outputs of some layers of a stack. The arguments are those of the whole stack. The layer above the
     last one has run."""
     H, last, inner = w_up.shape[2], part.stop - 1, slice(part.start, part.stop - 1)
-    w_up = w_up.roll(H, 1) if cell.grads > cell.gates else w_up  # the last gate's input side comes first: see Cell.grads
+    w_up = w_up.roll(cell.apart * H, 1) if cell.apart else w_up  # the input sides of the last gates come first: see Cell.grads
     if part.stop < d_gates.shape[0]:
         above = d_gates[part.stop].flatten(0, 1)[:, : w_up.shape[1]]
         dy = product(above, w_up[last]).view(*d_gates.shape[1:3], H)
@@ -261,9 +262,10 @@ class Recomputed:
         sides: the input sides.
         h: (M, T, B, H), the outputs of each member.
         h0: (M, B, H) or None.
+        c, c0: the carried states (M, T, B, C * H) and those before the first step (M, B, C * H), or None.
         w, bias_x, bias_h: W_hh, b_ih and b_hh of each member.
         flips: as in `rnnfast.kernels.groups.Group`.
-        marks: as the kernels take them, or None.
+        marks, given: as the kernels take them, or None.
     """
 
     def __init__(
@@ -272,35 +274,50 @@ class Recomputed:
         sides: Sides,
         h: Tensor,
         h0: Tensor | None,
+        c: Tensor | None,
+        c0: Tensor | None,
         w: Tensor,
         bias_x: Tensor | None,
         bias_h: Tensor | None,
         flips: int,
         marks: Marks | None,
+        given: Given | None,
     ):
-        self.cell, self.sides, self.h, self.h0, self.w, self.flips, self.marks = cell, sides, h, h0, w, flips, marks
+        self.cell, self.sides, self.w, self.flips, self.marks, self.given = cell, sides, w, flips, marks, given
+        self.h, self.c, self.starts = h, c, (h0, c0)
         self.biases = bias_x, bias_h
 
     def chunk(self, starts: list[int], N: int) -> Tensor:
         """(M, N, B, S * H), of the steps starts[m], ..., starts[m] + N - 1."""
+        from rnnfast.kernels.given import Given
         from rnnfast.kernels.recompute import compute
 
-        M, T, B, H = self.h.shape
-        before = self.h.new_zeros(M, N, B, H)
-        for m, start in enumerate(starts):
-            first, last = max(0, start), min(T, start + N)
-            if first < last:
-                before[m, first - start : last - start] = self._entering(m, first, last)
+        M, _, B, H = self.h.shape
+        before_h = self._entering(self.h, 0, starts, N)
+        before_c = None if self.c is None else self._entering(self.c, 1, starts, N)
         saved = self.h.new_empty(M, N, B, self.cell.saved * H)
-        h_side = wide_product(before.view(M, N * B, H), self.w.mT).view(M, N, B, -1)
+        h_side = None
+        if self.cell.recurrent:
+            h_side = wide_product(before_h.view(M, N * B, H), self.w.mT).view(M, N, B, -1)
         x, first = self.sides.chunk(starts, N)
         x = torch.cat([x[first : first + N], x[: (M - 1) * N]]).view(M, N, B, -1) if M > 1 else x[None]
-        compute(self.cell, x, h_side, *self.biases, saved)
+        compute(self.cell, x, h_side, *self.biases, saved, before_h, before_c, self.given or Given(), starts)
         return saved
 
-    def _entering(self, m: int, first: int, last: int) -> Tensor:
-        marks, reverse = self.marks, bool(self.flips >> m & 1)
-        if marks is None:
-            return entering(self.h[m], None if self.h0 is None else self.h0[m], None, None, reverse, first, last)
-        start, reset = marks.starts_h[m]
-        return entering(self.h[m], start, reset, marks.codes[m], reverse, first, last)
+    def _entering(self, states: Tensor, kind: int, starts: list[int], N: int) -> Tensor:
+        """The states that entered the steps starts[m], ..., starts[m] + N - 1, (M, N, B, width). kind: 0 for h, 1 for those
+        carried."""
+        M, T, B, width = states.shape
+        before = states.new_zeros(M, N, B, width)
+        for m, own in enumerate(states):
+            first, last = max(0, starts[m]), min(T, starts[m] + N)
+            if first >= last:
+                continue
+            start, reset, codes = self.starts[kind], None, None
+            start = None if start is None else start[m]
+            if self.marks is not None:
+                start, reset = (self.marks.starts_c if kind else self.marks.starts_h)[m]
+                codes = self.marks.codes[m]
+            found = entering(own, start, reset, codes, bool(self.flips >> m & 1), first, last)
+            before[m, first - starts[m] : last - starts[m]] = found
+        return before

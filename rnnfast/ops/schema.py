@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DIFFERENTIABLE", "STATE_TENSORS", "TENSORS", "UPSTREAM", "Described", "batch_axis", "record"]
+__all__ = ["DIFFERENTIABLE", "RETURNED", "STATE_TENSORS", "TENSORS", "UPSTREAM", "Described", "batch_axis", "record"]
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,17 @@ class Described:
     """One tensor of a recurrent call.
 
     Attributes:
-        shape: T steps, B batch, I input, H hidden; M members: D directions of one layer, or U + 1 layers of one direction; G, S
-            and K are `Cell.gates`, `Cell.saved` and `Cell.grads`.
+        shape: T steps, B batch, I input, H hidden; M members: D directions or heads of one layer, or U + 1 layers of one
+            direction; G, S, K, C and E are `Cell.gates`, `Cell.saved`, `Cell.grads`, `Cell.carried` and `Cell.held`.
         differentiable: whether `rnnfast::forward` has a gradient with respect to it.
-        state: whether it is a state that enters the recurrence. Then `rnnfast::backward` itself returns the gradient.
+        state: whether it is a state that enters the recurrence.
+        returned: whether `rnnfast::backward` itself returns the gradient, as of every state.
     """
 
     shape: str
     differentiable: bool = False
     state: bool = False
+    returned: bool = False
 
     @property
     def batch(self) -> int | None:
@@ -42,7 +44,7 @@ TENSORS = {
     # what `rnnfast::forward` takes
     "x": Described("T B I", differentiable=True),
     "h0": Described("M B H", differentiable=True, state=True),
-    "c0": Described("M B H", differentiable=True, state=True),
+    "c0": Described("M B C*H", differentiable=True, state=True),
     "w_ih": Described("D G*H I", differentiable=True),
     "w_hh": Described("M G*H H", differentiable=True),
     "b_ih": Described("M G*H", differentiable=True),
@@ -51,25 +53,28 @@ TENSORS = {
     "marks": Described("D T B"),
     "lengths": Described("B"),
     "reset_h": Described("M B H", differentiable=True, state=True),
-    "reset_c": Described("M B H", differentiable=True, state=True),
+    "reset_c": Described("M B C*H", differentiable=True, state=True),
     "seeds": Described("U"),
+    "held": Described("M B E*H", differentiable=True, returned=True),
+    "noise": Described("M"),
     # what it returns
     "y": Described("T B D*H"),
     "h_n": Described("M B H"),
-    "c_n": Described("M B H"),
+    "c_n": Described("M B C*H"),
     "h": Described("M T B H"),
     "saved": Described("M T B S*H"),
-    "c": Described("M T B H"),
+    "c": Described("M T B C*H"),
     # gradients of what it returns, which `rnnfast::backward` takes
     "dy": Described("T B D*H"),
     "dh_n": Described("M B H"),
-    "dc_n": Described("M B H"),
-    "dcs": Described("M T B H"),
-    # what `rnnfast::backward` returns, besides the gradients of the states
+    "dc_n": Described("M B C*H"),
+    "dcs": Described("M T B C*H"),
+    # what `rnnfast::backward` returns, besides the gradients of the tensors that `RETURNED` names
     "d_gates": Described("M T B K*H"),
 }
 STATE_TENSORS = tuple(name for name, tensor in TENSORS.items() if tensor.state)
-TENSORS |= {f"d_{name}": Described(TENSORS[name].shape) for name in STATE_TENSORS}
+RETURNED = tuple(name for name, tensor in TENSORS.items() if tensor.state or tensor.returned)
+TENSORS |= {f"d_{name}": Described(TENSORS[name].shape) for name in RETURNED}
 DIFFERENTIABLE = tuple(name for name, tensor in TENSORS.items() if tensor.differentiable)
 UPSTREAM = {"dy": "y", "dh_n": "h_n", "dc_n": "c_n", "dcs": "c"}  # a gradient that comes from outside -> whose it is
 

@@ -5,6 +5,7 @@ import torch
 
 from rnnfast.kernels import dropout, recompute
 from rnnfast.kernels.cells import CELLS
+from rnnfast.kernels.given import Given
 
 pytestmark = pytest.mark.numerical
 
@@ -61,11 +62,13 @@ def test_recompute_of_members(cell, dtype, bias, device):
     """Each member has the biases of its own."""
     spec, members, n, B, H = CELLS[cell], 3, 2, 3, 300
     x, h = (torch.randn(members, n, B, spec.gates * H, device=device) for _ in range(2))
+    states = x[..., :H].to(dtype).contiguous()  # the built-in cells save nothing that follows from them
     biases = [torch.randn(members, spec.gates * H, device=device).to(dtype) if bias else None for _ in range(2)]
 
     def saved(part: slice):
         out = torch.full((members, n, B, spec.saved * H), UNTOUCHED, device=device).to(dtype)[part]
-        recompute.compute(spec, x[part], h[part], *(None if each is None else each[part] for each in biases), out)
+        own = [None if each is None else each[part] for each in biases]
+        recompute.compute(spec, x[part], h[part], *own, out, states[part], None, Given(), [0] * len(out))
         return out
 
     together = saved(slice(None))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support import loops
 
 from rnnfast import check, numerics, reference
-from tests.support import loops
 
 pytestmark = pytest.mark.numerical
 

@@ -57,7 +57,7 @@ def everything(cell, layers, directions, device, **changed):
     seeds = ops.dropout.seeds(x, made.dropout, layers - 1) if layers > 1 else None
     weights = [tensors[f"{kind}{m}"] for m in range(made.members) for kind in KINDS]
     (h0, c0), (reset_h, reset_c) = ([tensors.get(f"{name}{n}") for n in range(2)] for name in ("start", "reset"))
-    return frame.assembled([x, h0, c0, reset_h, reset_c, marks, lengths, seeds, *weights])
+    return frame.assembled([x, h0, c0, reset_h, reset_c, marks, lengths, seeds, None, None, *weights])
 
 
 @pytest.mark.parametrize("layers, directions, recompute", [(1, 1, False), (1, 2, False), (3, 1, False), (3, 1, True)])
@@ -66,7 +66,7 @@ def test_shapes(cell, layers, directions, recompute, device):
     """Shapes are those of the table, in the kernels and in the fake kernels; and dtypes are the same in both."""
     spec = reference.CELLS[cell]
     sizes = {"T": T, "B": B, "I": I, "H": H, "G": spec.gates, "S": spec.saved, "K": spec.grads}
-    sizes |= {"M": layers * directions, "D": directions, "U": layers - 1}
+    sizes |= {"C": spec.carried, "E": spec.held, "M": layers * directions, "D": directions, "U": layers - 1}
 
     def check(names, tensors):
         for name, tensor in zip(names, tensors, strict=True):

@@ -13,13 +13,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(("name", "threads"), [("DEFAULT", 1), ("AVX2", 2), ("AVX512", 2)])
-def test_sample(name, threads):
-    if name not in instruction_sets.available():
-        pytest.skip(f"this CPU has no {name}")
-    done = instruction_sets.run(name, threads, "--sample", "80", "-p", "no:xdist")
+@pytest.mark.parametrize("name", list(instruction_sets.SETS)[:-1])
+def test_sample(name):
+    """With two threads. The other tests run with the newest set that this CPU has, so here only older ones do."""
+    if name not in instruction_sets.available()[:-1]:
+        pytest.skip(f"this CPU has no set newer than {name}")
+    done = instruction_sets.run(name, 2, "--sample", "80", "-p", "no:xdist")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"; {name}, threads: {threads}" in done.stdout and " passed" in done.stdout.splitlines()[-1]
+    assert f"; {name}, threads: 2" in done.stdout and " passed" in done.stdout.splitlines()[-1]
 
 
 def test_a_set_that_the_cpu_lacks(monkeypatch, capsys):

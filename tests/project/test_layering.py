@@ -69,11 +69,18 @@ def test_kernels_import_triton_the_standard_library_and_themselves(path):
     refuse(path, wrong, "kernels/ imports Triton, the standard library and rnnfast.kernels only")
 
 
-def test_reference_imports_torch_alone():
-    def wrong(name):
-        return not within(name, "torch") and name.split(".")[0] not in sys.stdlib_module_names
+ORACLE = ("reference.py", "derive/definition.py", "cells/builtin.py")
 
-    refuse(ROOT / "rnnfast/reference.py", wrong, "the oracle stands on torch and the standard library")
+
+@pytest.mark.parametrize("file", ORACLE)
+def test_reference_stands_on_torch_alone(file):
+    """The oracle and the cells that it runs import nothing of what derives or runs kernels."""
+    own = [f"rnnfast.{each.removesuffix('.py').replace('/', '.')}" for each in ORACLE]
+
+    def wrong(name):
+        return not within(name, "torch", *own) and name.split(".")[0] not in sys.stdlib_module_names
+
+    refuse(ROOT / "rnnfast" / file, wrong, "the oracle stands on torch, the standard library and the definitions of cells")
 
 
 @pytest.mark.parametrize("path", sources("rnnfast"), ids=named)

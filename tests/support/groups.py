@@ -1,4 +1,4 @@
-"""Groups for the tests: both directions of a layer, or a stack, by `ops.group` and by the equations; and how they run."""
+"""Groups for the tests: directions or heads of a layer, or a stack, by `ops.group` and by the equations; and how they run."""
 
 import contextlib
 from dataclasses import dataclass, field, replace
@@ -11,7 +11,7 @@ from rnnfast import ops, reference
 from rnnfast.choice import kernel_plan
 from rnnfast.reference import Weights
 
-KINDS = ("w_ih", "w_hh", "b_ih", "b_hh")
+KINDS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "held")
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def running(chunk=1, members=None):
 
 @dataclass
 class Stack:
-    """A group of a cell: `layers` in one direction, or one layer in two `directions`."""
+    """A group of a cell: `layers` in one direction, or one layer in several `directions`, every second one reversed."""
 
     cell: str
     layers: int = 1
@@ -48,7 +48,8 @@ class Stack:
 
     def __post_init__(self):
         self.members = self.layers * self.directions
-        self.flips = 2 if self.directions == 2 else 0
+        self.flips = sum(2**m for m in range(1, self.directions, 2))
+        self.spec = reference.CELLS[self.cell]
         self.options = {}
         if self.marked:
             lengths = [self.T, 0, *range(1, self.B)][: self.B]
@@ -57,25 +58,32 @@ class Stack:
 
     def tensors(self, device="cpu", dtype=torch.float32):
         """All that the group is differentiated by, by name: a member's weights have its number in the name."""
-        rows, state = reference.GATES[self.cell] * self.H, (self.members, self.B, self.H)
+        spec, state = self.spec, (self.members, self.B, self.H)
+        rows = spec.gates * self.H
         shapes = {"x": (self.T, self.B, self.I)}
         for name in ("start", "reset"):
             given = self.states if name == "start" else self.marked
-            shapes |= {f"{name}{n}": state for n in range(reference.STATES[self.cell])} if given else {}
+            shapes |= {f"{name}{n}": state for n in range(spec.states)} if given else {}
         for m in range(self.members):
             width = self.I if m < self.directions else self.H
-            sizes = (rows, width), (rows, self.H), (rows,), (rows,)
-            shapes |= {f"{kind}{m}": size for kind, size in zip(KINDS[: 4 if self.bias else 2], sizes, strict=False)}
-        scale = {"w": self.H**-0.5, "b": 0.5}
+            sizes = (rows, width), (rows * spec.recurrent, self.H), (rows,), (rows * spec.recurrent,)
+            shapes |= {f"{kind}{m}": size for kind, size in zip(KINDS[: 4 if self.bias else 2], sizes, strict=False) if size[0]}
+            shapes |= {f"held{m}": (self.B, spec.held * self.H)} if spec.held else {}
+        scale = {"w": self.H**-0.5, "b": 0.5, "h": 0.5}
         made = {name: torch.randn(*shape) * scale.get(name[0], 1) for name, shape in shapes.items()}
         return {name: tensor.to(device, dtype).requires_grad_() for name, tensor in made.items()}
 
     def _parts(self, tensors):
         starts, resets = (
-            tuple(tensors[f"{name}{n}"] for n in range(2) if f"{name}{n}" in tensors) or None for name in ("start", "reset")
+            tuple(tensors[f"{name}{n}"] for n in range(self.spec.states) if f"{name}{n}" in tensors) or None
+            for name in ("start", "reset")
         )
+        if not self.spec.recurrent:
+            tensors = tensors | {f"w_hh{m}": tensors["x"].new_zeros(0, self.H) for m in range(self.members)}
         weights = [Weights(*(tensors.get(f"{kind}{m}") for kind in KINDS)) for m in range(self.members)]
         marks = {name: value.to(tensors["x"].device) for name, value in self.options.items()}
+        if self.spec.noise:
+            marks["noise"] = torch.arange(self.members, device=tensors["x"].device) * 2**40 - 7
         return tensors["x"], starts, weights, marks | ({"reset_to": resets} if self.marked else {})
 
     def on_kernels(self, tensors):
@@ -83,7 +91,9 @@ class Stack:
         x, starts, weights, options = self._parts(tensors)
         torch.manual_seed(self.seed)
         options |= {"recompute": self.recompute, "dropout": self.dropout}
-        found = ops.group(self.cell, x, starts, weights, flips=self.flips, **options)
+        found = ops.group(
+            self.cell, x, starts, weights, flips=self.flips, stacked=self.directions == 1 and self.members > 1, **options
+        )
         return [found.y, *found.last]
 
     def masks(self, like):
@@ -101,10 +111,11 @@ class Stack:
         lasts, D, masks = [], self.directions, self.masks(x) if masks is None else masks
         for n in range(self.layers):
             own = slice(n * D, (n + 1) * D)
+            given = dict(options)
             if self.marked:
-                given = options | {"reset_to": tuple(state[own] for state in options["reset_to"])}
-            else:
-                given = {}
+                given["reset_to"] = tuple(state[own] for state in options["reset_to"])
+            if self.spec.noise:
+                given["noise"] = options["noise"][own]
             if n and masks is not None:
                 x = x * masks[n - 1].to(x.dtype)
             start = None if starts is None else tuple(state[own] for state in starts)

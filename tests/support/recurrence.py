@@ -7,13 +7,17 @@ import math
 import torch
 
 from rnnfast import reference
-from rnnfast.kernels.cells import CELLS, Cell
+from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.given import Given
 from rnnfast.kernels.groups import Group
 from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.persistent.plan import PersistentPlan
 from rnnfast.kernels.step import plan
 
+from .cells import CELLS  # relative: tests import this as support.recurrence, tests.ptx as tests.support.recurrence
+
 UNWRITTEN = 77.0
+ADDED_TO = 0.5
 GUARD = 64  # elements before and after each buffer that must stay as they were
 # a rounding or two of the type: the products add in another order than the step kernels'
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -25,7 +29,8 @@ def tiles(H: int, block_h: int = 8, block_k: int = 32, split: int = 1, steps: in
 
 
 class Layer:
-    """Inputs of one layer, and a run of any family on them. `seed`: another one gives another layer of the same sizes.
+    """Inputs of one layer, and a run of any family on them. `cell`: a name in `support.cells.CELLS`, or a cell. `seed`: another
+    one gives another layer of the same sizes. `support.equations` says what is right.
 
     `lengths`, `resets`: of the marks, if any; then the initial and the reset states are given, or both zero without `h0`, the
     rows are taken in the opposite order, and `starts` says whether those states' gradients are wanted. `dcs`: whether there is
@@ -41,17 +46,20 @@ class Layer:
         def normal(*shape, scale=1.0):
             return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
-        self.cell, self.reverse = CELLS[cell] if isinstance(cell, str) else cell, reverse
+        self.name, self.reverse = cell if isinstance(cell, str) else None, reverse
+        self.cell = CELLS[cell] if isinstance(cell, str) else cell
+        carried = self.cell.carried
         self.x = normal(T, B, self.cell.gates * H).float()
-        self.w = normal(self.cell.gates * H, H, scale=H**-0.5)
+        self.w = normal(self.cell.gates * H * self.cell.recurrent, H, scale=H**-0.5)
         self.bias_x, self.bias_h = (normal(self.cell.gates * H) if bias else None for _ in range(2))
+        self.bias_h = self.bias_h if self.cell.recurrent else None
         self.h0 = normal(B, H) if h0 else None
-        self.c0 = normal(B, H).float() if h0 and self.cell.carried else None
+        self.c0 = normal(B, carried * H).float() if h0 and carried else None
         self.dy = normal(T, B, H) if dy else None
         self.d_h = normal(B, H).float()
-        self.d_c = normal(B, H).float() if self.cell.carried else None
+        self.d_c = normal(B, carried * H).float() if carried else None
         self.shape = T, B, H
-        self.dcs = normal(T, B, H).float() if dcs and self.cell.carried else None
+        self.dcs = normal(T, B, carried * H).float() if dcs and carried else None
         self.marks, self.starts = Marks(), starts
         if lengths is not None or resets is not None:
             given = {"lengths": None if lengths is None else torch.tensor(lengths), "resets": resets, "reverse": reverse}
@@ -60,13 +68,15 @@ class Layer:
                 codes=reference.marks(self.x, **given),
                 order=torch.arange(B - 1, -1, -1, dtype=torch.int32),
                 starts_h=starts_h,
-                starts_c=normal(2, B, H).float() * h0 if self.cell.carried else None,
+                starts_c=normal(2, B, carried * H).float() * h0 if carried else None,
             )
             self.h0 = self.c0 = None
             padded = self.marks.codes == reference.PADDED
             for tensor in (self.x, self.dy, self.dcs):
                 if tensor is not None:
                     tensor[padded] = float("nan")  # never read, or never to be seen
+        self.held = normal(B, self.cell.held * H).float() if self.cell.held else None
+        self.seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator) if self.cell.noise else None
 
     def forward(self, family, tiles, training=True, chunk=None):
         """h, c and what is saved, the input side given in chunks of steps; whatever is not written stays UNWRITTEN."""
@@ -74,7 +84,8 @@ class Layer:
 
     def backward(self, family, tiles, h, c, saved, chunk=None):
         """The gate gradients, and the gradients of the initial states as far as they do not pass through W_hh; with marks those
-        of `starts_h` and `starts_c` too, and the carried ones where they mean something."""
+        of `starts_h` and `starts_c` too, and the carried ones where they mean something. Last those of the held tiles, if any.
+        All that is added to was `ADDED_TO` before."""
         return Members([self], chunk).backward(family, tiles, [(h, c, saved)])[0]
 
     def both(self, family, tiles, chunk=None):
@@ -86,22 +97,25 @@ class Members:
     """Layers of the same sizes as the members of one group (`rnnfast.kernels.groups`), with an input side each.
 
     Args:
-        layers: one, or two of opposite directions, or any number of one direction, which run as a pipeline.
+        layers: one; or any number of one direction, which run as a pipeline; or, if the second one is of the other direction,
+            two directions.
         chunk: steps of a chunk; without, all.
         gradient_chunk: likewise in backward, if another.
         by_chunk: whether backward is given what is saved a chunk at a time, as `rnnfast.kernels.recompute` makes it.
+        side_by_side: whether the outputs of layers of any directions lie side by side, as those of heads.
 
     Whatever holds no step of a member is NaN. Each buffer that is written stands between guards, which each run checks.
     """
 
     def __init__(
-        self, layers: list[Layer], chunk: int | None = None, gradient_chunk: int | None = None, *, by_chunk: bool = False
-    ):
+        self, layers: list[Layer], chunk: int | None = None, gradient_chunk: int | None = None, *, by_chunk: bool = False,
+        side_by_side: bool = False,
+    ):  # fmt: skip
         self.layers, self.cell, (self.T, B, H) = layers, layers[0].cell, layers[0].shape
         self.N, self.gradient_N, self.by_chunk = chunk or self.T, gradient_chunk or chunk or self.T, by_chunk
         self.guarded: list[torch.Tensor] = []
         flips = sum(int(layer.reverse) << m for m, layer in enumerate(layers))
-        self.group = Group(len(layers), 2 if flips == 2 else 1, flips)
+        self.group = Group(len(layers), len(layers) if side_by_side or flips == 2 else 1, flips)
         self.sizes = B, H
 
     def _group(self, N: int) -> Group:
@@ -138,10 +152,11 @@ class Members:
         """(T, B, H) of each member as the kernels have h: side by side, or one after another."""
         if tensors[0] is None:
             return None
-        return torch.cat(tensors, -1) if self.group.directions == 2 else torch.stack(tensors)
+        return torch.cat(tensors, -1) if self.group.directions > 1 else torch.stack(tensors)
 
     def _apart(self, tensor):
-        return [*tensor.chunk(2, -1)] if self.group.directions == 2 else [*tensor.view(len(self.layers), *tensor.shape[-3:])]
+        M = len(self.layers)
+        return [*tensor.chunk(M, -1)] if self.group.directions > 1 else [*tensor.view(M, *tensor.shape[-3:])]
 
     def _marks(self):
         marks = [layer.marks for layer in self.layers]
@@ -150,19 +165,21 @@ class Members:
         parts = [self._stacked(*(getattr(each, name) for each in marks)) for name in ("codes", "starts_h", "starts_c")]
         return Marks(parts[0], marks[0].order, *parts[1:])
 
-    def _given(self):
-        """The arguments that forward and backward share."""
-        names = ("w", "h0", "c0")
-        return [self._stacked(*(getattr(layer, name) for layer in self.layers)) for name in names]
+    def _shared(self):
+        """The arguments that forward and backward share: w, h0 and c0, and the one that is by name, if the cell needs it."""
+        w, h0, c0, held, seeds = (
+            self._stacked(*(getattr(layer, name) for layer in self.layers)) for name in ("w", "h0", "c0", "held", "seed")
+        )
+        return (w, h0, c0), {"given": Given(held, seeds)} if self.cell.held or self.cell.noise else {}
 
     def forward(self, family, tiles, training=True):
         """h, c and what is saved of each member; whatever is not written stays UNWRITTEN."""
         (B, H), T, M, N, dtype = self.sizes, self.T, len(self.layers), self.N, self.layers[0].w.dtype
         h = self._buffer(*self._together([torch.empty(T, B, H)] * M).shape, dtype=dtype)
-        c = self._buffer(M, T if training else 1, B, H) if self.cell.carried else None
+        c = self._buffer(M, T if training else 1, B, self.cell.carried * H) if self.cell.carried else None
         saved = self._buffer(M, T, B, self.cell.saved * H, dtype=dtype) if training else None
         bias_x, bias_h = (self._stacked(*(getattr(layer, name) for layer in self.layers)) for name in ("bias_x", "bias_h"))
-        w, h0, c0 = self._given()
+        (w, h0, c0), given = self._shared()
         group = self._group(N)
 
         def rounds():
@@ -174,7 +191,7 @@ class Members:
 
         family.forward(
             self.cell, rounds, w, bias_x, bias_h, h0, c0, h, c, saved, group=group, precision="ieee", plan=tiles,
-            marks=self._marks(),
+            marks=self._marks(), **given,
         )  # fmt: skip
         self._check_guards()
         cs = [None] * M if c is None else c
@@ -187,11 +204,14 @@ class Members:
         h, c, saved = self._together(hs).contiguous(), self._stacked(*cs), torch.stack(saved)
         d_gates = self._buffer(M, T, B, self.cell.grads * H, dtype=dtype)
         d_h, d_c, dcs = (self._stacked(*(getattr(layer, name) for layer in self.layers)) for name in ("d_h", "d_c", "dcs"))
-        d_h, d_c = (None if carried is None else self._buffer(M, B, H).copy_(carried) for carried in (d_h, d_c))
-        w, h0, c0 = self._given()
+        d_h, d_c = (None if carried is None else self._buffer(*carried.shape).copy_(carried) for carried in (d_h, d_c))
+        (w, h0, c0), given = self._shared()
+        d_held = None
+        if self.cell.held:
+            given["d_held"] = d_held = self._buffer(M, B, self.cell.held * H).fill_(ADDED_TO)
         marks = self._marks()
         wanted = (marks.starts_h, marks.starts_c) if self.layers[0].starts else (None, None)
-        d_starts = StartGrads(*(None if states is None else self._buffer(*states.shape).fill_(0.5) for states in wanted))
+        d_starts = StartGrads(*(None if states is None else self._buffer(*states.shape).fill_(ADDED_TO) for states in wanted))
         group = self._group(N)
         dys = [layer.dy for layer in self.layers]
         dy = None if dys[0] is None else self._together(dys).contiguous()
@@ -209,10 +229,11 @@ class Members:
 
         family.backward(
             self.cell, rounds, h, h0, c, c0, w, d_gates, d_h, d_c, group=group, precision="ieee", plan=tiles, dcs=dcs,
-            marks=marks, d_starts=d_starts,
+            marks=marks, d_starts=d_starts, **given,
         )  # fmt: skip
         self._check_guards()
-        return [self._results(m, d_gates[m], d_h[m], None if d_c is None else d_c[m], d_starts) for m in range(M)]
+        results = [self._results(m, d_gates[m], d_h[m], None if d_c is None else d_c[m], d_starts) for m in range(M)]
+        return results if d_held is None else [(*each, d_held[m]) for m, each in enumerate(results)]
 
     def _results(self, m: int, d_gates, d_h, d_c, d_starts):
         layer, codes = self.layers[m], self.layers[m].marks.codes
