@@ -12,7 +12,7 @@ one member after another and in groups (`rnnfast.choice.pipeline`), and where th
 of the products over all steps, which the choice leaves out.
 
 The third table is for cells without W_hh in float16, B = 16: nanoseconds of a time step on the scan kernels, beside the floor
-that the bytes set, and milliseconds of whole sequences, launches included (docs/scan.md).
+that the bytes set, and milliseconds of whole sequences in training, launches included, where 80 GB hold them (docs/scan.md).
 """
 
 import argparse
@@ -52,6 +52,7 @@ CALLS = (  # cell, dtype, precision, T, B, I, H, layers, directions
     ("lstm", "bfloat16", "half", 512, 64, 2048, 2048, 1, 1),
     ("lstm", "float16", "half", 8, 4, 256, 256, 1, 1),
 )
+SCAN_BYTES = 80e9  # of a GPU, for all that a training step keeps
 SCANNED, SCAN_UNITS, SCAN_STEPS = (indrnn, qrnn, sru), (512, 1024, 2048), (1_000, 10_000, 100_000, 1_000_000)
 
 
@@ -156,14 +157,17 @@ def scans(names: list[str]) -> str:
         assert ceilings is not None
         spec, sizes = CELLS[cell], pipeline.sizes_of(cell, 16, H, 2, "half", backward)
         bytes = cell_bytes(spec.gates, spec.saved, spec.carried, 2, backward)
-        floor = 16 * H * bytes / ceilings.bytes_per_s * 1e9
+        floor = 16 * H * bytes / ceilings.hbm_bytes_per_s * 1e9
         plan = scan_plan(*sizes[:6], gpu, extra=sizes.extra)
         terms = vars(predicted(*sizes[:4], backward, gpu, plan.AHEAD, extra=sizes.extra))
         step = pipeline.step_us("scan", sizes, 1, gpu)
         runs = [pipeline.best("scan", sizes, T, 1, False, gpu) for T in SCAN_STEPS]
         assert step is not None
         columns = [str(H), str(bytes), f"{floor:.0f}", f"{1000 * step:.0f}", max(terms, key=lambda term: terms[term])]
-        columns += [f"{run.us / 1000:.2f}" for run in runs if run is not None]
+        # input, output, what is saved, the carried states and the gate gradients
+        kept = 16 * H * (2 * (2 + spec.saved + spec.grads) + 4 * spec.carried)
+        fits = [T * kept < SCAN_BYTES for T in SCAN_STEPS]
+        columns += [f"{run.us / 1000:.2f}" if fit else "-" for run, fit in zip(runs, fits, strict=True) if run is not None]
         lines.append(f"| {found.name}, {name}, {'backward' if backward else 'forward'} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
