@@ -102,6 +102,6 @@ def test_vmap_and_an_ensemble(device):
 
 def test_an_unknown_cell_says_what_to_do():
     x = torch.zeros(1, 1, 1)
-    with pytest.raises(RuntimeError, match="make an rnnfast[.]Layer of it"):
+    with pytest.raises(RuntimeError, match=r"make an rnnfast\.Layer of it"):
         ops.forward("never_0000", x, None, None, x, x, None, None, None, 0, False)
     assert "never_0000" not in reference.CELLS
