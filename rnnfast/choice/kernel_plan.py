@@ -71,7 +71,9 @@ REFUSALS = {  # the texts of cuGetErrorString for the errors that mean: this GPU
     "operation not supported": 801,  # CUDA_ERROR_NOT_SUPPORTED: this GPU or driver has no cooperative launch
 }
 
-_refused: dict[tuple[torch.device, Plan], str] = {}  # the plans that a driver refused to launch, and its message
+NOT_COMPILED = "PassManager::run failed"  # Triton's error for a kernel that a pass of its compiler cannot take
+
+_refused: dict[tuple[torch.device, Plan], str] = {}  # the plans that were refused, and why
 _waiting: dict[torch.device, ModuleType] = {}  # the kernels whose programs have waited for one another on each device
 _gave_up: dict[torch.device, str] = {}  # devices on which they waited in vain, and which launch it was
 _unannounced: list[str] = []  # reasons why other kernels run from then on, until a call has warned of it
@@ -390,8 +392,9 @@ def precision() -> str:
     return "tf32" if rnn_precision() == "tf32" else "ieee"
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether the driver refused this launch, would refuse every launch of this plan, and left the GPU unchanged.
+def _refusal(error: Exception) -> str:
+    """In words, that the driver refused this launch, would refuse every launch of this plan, and left the GPU unchanged; or that
+    Triton cannot compile the plan. Empty for any other error.
 
     Triton passes on the driver's text for an error, not its number. These errors are not refusals:
 
@@ -400,7 +403,10 @@ def _is_refusal(error: Exception) -> bool:
     - 900 to 908 have ended the capture of a CUDA graph.
     """
     words = str(error).removeprefix("Triton Error [CUDA]: ")
-    return type(error).__name__ == "OutOfResources" or (isinstance(error, RuntimeError) and words in REFUSALS)
+    if isinstance(error, RuntimeError) and words == NOT_COMPILED:
+        return f"this version of Triton cannot compile them: {error}"
+    is_refusal = type(error).__name__ == "OutOfResources" or (isinstance(error, RuntimeError) and words in REFUSALS)
+    return f"the driver refused the launch: {error}" if is_refusal else ""
 
 
 def run(direction: str, choice: Choice, device: torch.device, *args, **options) -> Choice:
@@ -438,9 +444,9 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
         getattr(family.package, direction)(*args, **options, plan=choice.plan)
         return choice
     except Exception as error:
-        if choice.family == family_of(choice.step) or not _is_refusal(error):
+        refusal = _refusal(error)
+        if choice.family == family_of(choice.step) or not refusal:
             raise
-        refusal = f"the driver refused the launch: {error}"
         if strict():
             raise RuntimeError(f"{words}: {refusal}") from error
     _refused[device, choice.plan] = refusal

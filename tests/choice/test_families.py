@@ -158,6 +158,7 @@ CUDA = "Triton Error [CUDA]: "
         (RuntimeError(REFUSAL), True),
         (RuntimeError(f"{CUDA}operation not supported"), True),
         (OutOfResources("shared memory"), True),
+        (RuntimeError("PassManager::run failed"), True),
         (RuntimeError(f"{CUDA}out of memory"), False),
         (torch.OutOfMemoryError("CUDA out of memory"), False),
         (RuntimeError(f"{CUDA}an illegal memory access was encountered"), False),
@@ -170,7 +171,7 @@ CUDA = "Triton Error [CUDA]: "
 )
 def test_what_is_a_refusal(error, refused):
     """A launch that did not happen, for a reason that stays: not an error of a kernel before it, nor one that may pass."""
-    assert kernel_plan._is_refusal(error) == refused
+    assert bool(kernel_plan._refusal(error)) == refused
 
 
 @on_cpu
