@@ -9,6 +9,7 @@ the default dtype not set.
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import linecache
 import sys
@@ -228,7 +229,9 @@ def record(cell: Cell, constants: dict[str, Any]) -> Recorded:
     def keep(given: tuple[Tensor, ...], float32: bool) -> None:
         kept.extend((recorder.of(tile), float32) for tile in given)
 
-    with recorder, definition.running.within(keep, recorder.row_mean):
+    # PyTorch's search for NaN in gradients would be recorded; it is a setting of the process
+    anomaly = torch.autograd.set_detect_anomaly(False) if torch.is_anomaly_enabled() else contextlib.nullcontext()
+    with anomaly, recorder, definition.running.within(keep, recorder.row_mean):
         new = _run(recorder, cell, tiles, constants)
         recorder.by_author, recorder.pool.primal, recorder.line = False, False, ", in its derivative"
         pairs = [(tensor, grad) for tensor, grad in zip(new, wanted["d"], strict=True) if tensor.requires_grad]

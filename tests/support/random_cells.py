@@ -19,8 +19,8 @@ ONE = (
 )  # fmt: skip
 TWO = (
     "a + b", "a - b", "a * b", "a / (1 + b.abs())", "torch.maximum(a, b)", "torch.minimum(a, b)",
-    "torch.where(a > b, a, b * b)", "torch.where((a > 0) & (b <= 0.5), a * b, a - b)", "torch.lerp(a, b, 0.3)", "torch.addcmul(a, a, b, value=0.5)",
-    "a.clone().mul_(b)", "torch.logaddexp(a, b)",
+    "torch.where(a > b, a, b * b)", "torch.where((a > 0) & (b <= 0.5), a * b, a - b)", "torch.lerp(a, b, 0.3)",
+    "torch.addcmul(a, a, b, value=0.5)", "a.clone().mul_(b)", "torch.logaddexp(a, b)",
 )  # fmt: skip
 ROWS = ("row_mean(a)", "a - row_mean(a * b)", "row_norm(a)", "row_norm(a, b)[1]")
 
