@@ -23,7 +23,6 @@ from rnnfast.kernels.marks import ALL_PADDED, CONTINUES, PADDED, anew
 from rnnfast.kernels.maths import dot, round_to
 from rnnfast.kernels.one_program.plain import plain_product, plain_weights, sum_plain
 from rnnfast.kernels.one_program.tiles import (
-    add_cells,
     by_row,
     cells,
     enter,
@@ -76,7 +75,7 @@ def one_program_backward_kernel(
     d_h_ptr,  # (M, B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
     d_c_ptr,  # (M, B, CARRIED * H) float32, carried likewise: gradient of the other states at t
     d_start_ptrs,  # `StartGrads`
-    d_held_ptr,  # (M, B, HELD * H) float32, gradients of the held tiles: each launch adds those of its steps
+    d_held_ptr,  # (M, B, HELD * H) float32, added to: gradients of the held tiles
     # sizes
     begin,  # these: see `rnnfast.kernels.groups`
     lag,
@@ -240,8 +239,7 @@ def one_program_backward_kernel(
     d_held = ()
     if HELD > 0:
         held = held_cells(held_ptr + at_first * (UNIT * HELD), rows, unit, inside, H, HELD, W, R, PAIRED)
-        for n in tl.static_range(HELD):
-            d_held = d_held + (tl.zeros(held[n].shape, tl.float32),)
+        d_held = held_cells(d_held_ptr + at_first * (UNIT * HELD), rows, unit, mask, H, HELD, W, R, PAIRED)
     units = threads_units(unit, R)
     while step < steps:
         # of the step before, in flight during this one; the last loads its own again
@@ -358,4 +356,4 @@ def one_program_backward_kernel(
         store_cells(d_c_ptr + carried * CARRIED + s * H, off_c, mask, d_c[s], W, R, PAIRED)
     off_e = offsets(rows, unit, HELD * H, R, PAIRED)
     for n in tl.static_range(HELD):
-        add_cells(d_held_ptr + carried * HELD + n * H, off_e, mask, d_held[n], W, R, PAIRED, PARTS > 0)
+        store_cells(d_held_ptr + carried * HELD + n * H, off_e, mask, d_held[n], W, R, PAIRED)

@@ -393,22 +393,6 @@ def _add(pointers, tile, mask, COPIES: tl.constexpr):
 
 
 @triton.jit
-def add_cells(pointer, offsets, mask, tile, W: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr, COPIES: tl.constexpr):
-    """Add to what lies there. COPIES: several warps have each cell."""
-    if R == 2:
-        rows = (tl.reshape(tile, (32 * W, 1)),)
-    else:
-        rows = tl.split(tile)
-    for n in tl.static_range(rows_of_thread(R)):
-        if R == 8 and not PAIRED:
-            units = tl.split(rows[n])
-            for u in tl.static_range(2):
-                _add(pointer + offsets[2 * n + u], units[u][:, None], mask[2 * n + u], COPIES)
-        else:
-            _add(pointer + offsets[n], rows[n], mask[n], COPIES)
-
-
-@triton.jit
 def hand_over(
     d_starts_ptr, offsets, marks, mask, tile, size, W: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr, COPIES: tl.constexpr
 ):
