@@ -161,7 +161,7 @@ def one_program_row(
         special_functions=code["special_functions"],
         exchanged_bytes=code["shared_read_bytes"] + code["shared_written_bytes"],
         barriers=code["barriers"],
-        bytes=cost.step_bytes(cell.gates, cell.saved, H, B, itemsize, backward, training, cell.carried > 0),
+        bytes=cost.step_bytes(cell.gates, cell.saved, H, B, itemsize, backward, training, cell.carried),
     )
     row = {
         "programs": programs, "weights_reread_bytes": code["weight_loaded_bytes"] * programs, "gathered_bytes": 0,

@@ -26,18 +26,25 @@ from rnnfast.kernels.one_program.tiles import (
     by_row,
     cells,
     enter,
+    enter_all,
     hand_over,
+    held_cells,
     load,
     load_cells,
     load_state,
+    load_states,
+    load_tiles,
     mask_rows,
     masks,
+    noise_cells,
     offsets,
     program_rows,
     row_marks,
+    row_mean,
     store_cells,
     sum_parts,
     threads_unit,
+    threads_units,
     to_product,
     units_inside,
 )
@@ -57,16 +64,18 @@ def one_program_backward_kernel(
     saved_ptr,  # (M, saved_steps, B, SAVED * H) activations that forward saved
     h_ptr,  # (T, B, DIRECTIONS * H) h_t, or (M, T, B, H)
     h0_ptr,  # (M, B, H) the initial hidden state
-    c_ptr,  # (M, T, B, H) float32, c_t
-    c0_ptr,  # (M, B, H) float32, the initial cell state
+    c_ptr,  # (M, T, B, CARRIED * H) float32, the other states at t
+    c0_ptr,  # (M, B, CARRIED * H) float32, the other initial states
     w_ptr,  # (M, G * H, H) W_hh
-    dcs_ptr,  # (M, T, B, H) float32, gradient of c_t from outside, besides the last one's
+    dcs_ptr,  # as c, gradient of the other states at t from outside, besides the last ones'
     mark_ptrs,  # `Marks`, packed for R rows a tile
+    given_ptrs,  # `Given`
     # outputs
     d_gates_ptr,  # (M, T, B, D * H) gate gradients; those of the step next to the first of this launch are read
     d_h_ptr,  # (M, B, H) float32, carried from launch to launch: gradient of h_t that comes neither from dy nor through W_hh
-    d_c_ptr,  # (M, B, H) float32, carried likewise: gradient of c_t
+    d_c_ptr,  # (M, B, CARRIED * H) float32, carried likewise: gradient of the other states at t
     d_start_ptrs,  # `StartGrads`
+    d_held_ptr,  # (M, B, HELD * H) float32, added to: gradients of the held tiles
     # sizes
     begin,  # these: see `rnnfast.kernels.groups`
     lag,
@@ -82,7 +91,10 @@ def one_program_backward_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     SAVED: tl.constexpr,
-    CARRIES_C: tl.constexpr,
+    CARRIED: tl.constexpr,  # states besides h
+    HELD: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROWS: tl.constexpr,
     DIRECT: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -116,6 +128,8 @@ def one_program_backward_kernel(
     t = t.to(tl.int64)
     starts_h, starts_c = mark_ptrs.starts_h, mark_ptrs.starts_c
     d_starts_h, d_starts_c = d_start_ptrs.h, d_start_ptrs.c
+    held_ptr, seed_ptr = given_ptrs.held, given_ptrs.seeds
+    t_own = t  # counted from the member's first step
     others = 0  # batch rows of the members before
     if GROUPED:
         member = member.to(tl.int64)
@@ -123,16 +137,18 @@ def one_program_backward_kernel(
         w_ptr += member * (G * H * H)
         if HAS_MARKS:
             starts_h += others * (2 * H)
-            if CARRIES_C:
-                starts_c += others * (2 * H)
+            if CARRIED > 0:
+                starts_c += others * (2 * CARRIED * H)
         if NEEDS_STARTS:
             d_starts_h += others * (2 * H)
-            if CARRIES_C:
-                d_starts_c += others * (2 * H)
-        if DIRECTIONS == 2:  # side by side, not one after another as in what else has a row for each step
-            h_ptr += (member - 2 * T * others) * H
+            if CARRIED > 0:
+                d_starts_c += others * (2 * CARRIED * H)
+        if NOISE > 0:
+            seed_ptr += member
+        if DIRECTIONS > 1:  # side by side, not one after another as in what else has a row for each step
+            h_ptr += (member - others * DIRECTIONS * T) * H
             if HAS_DY:
-                dy_ptr += (member - 2 * T * others) * H
+                dy_ptr += (member - others * DIRECTIONS * T) * H
         t += member * T
         t_first += member * T
         t_saved += member * saved_steps
@@ -151,6 +167,7 @@ def one_program_backward_kernel(
     slots, rows, base, count = program_rows(mark_ptrs.order, B, W, R, HAS_MARKS)
     off = offsets(rows, unit, H, R, PAIRED)
     off_h = offsets(rows, unit, DIRECTIONS * H, R, PAIRED)
+    off_c = offsets(rows, unit, CARRIED * H, R, PAIRED)
     off_s = offsets(rows, unit, SAVED * H, R, PAIRED)
     off_d = offsets(rows, unit, D * H, R, PAIRED)
     mask = masks(slots, count, unit, H, HP, R, PAIRED)
@@ -186,14 +203,16 @@ def one_program_backward_kernel(
         d_next = d_next + (load_cells(at_g, off_d, came, W, R, PAIRED),)
     d_direct = load_cells(d_h_ptr + carried, off, mask if DIRECT else ends, W, R, PAIRED)
     d_c = ()
-    if CARRIES_C:
-        d_c = (load_cells(d_c_ptr + carried, off, mask, W, R, PAIRED),)
+    for s in tl.static_range(CARRIED):
+        d_c = d_c + (load_cells(d_c_ptr + carried * CARRIED + s * H, off_c, mask, W, R, PAIRED),)
     if HAS_MARKS:
         mark_next = by_row(marks_next, W, R)
         if not DIRECT:
             d_direct = tl.where(mark_next == PADDED, d_direct, 0.0)
-        if CARRIES_C:
-            d_c = (tl.where(anew(mark_next), 0.0, d_c[0]),)
+        d_waiting = d_c
+        d_c = ()
+        for s in tl.static_range(CARRIED):
+            d_c = d_c + (tl.where(anew(mark_next), 0.0, d_waiting[s]),)
 
     # what the first step needs, and the states before it
     t_now = tl.where(step < steps, t + step * dt, t)  # an address that is there
@@ -208,17 +227,20 @@ def one_program_backward_kernel(
     if HAS_DY:
         dy = load(dy_ptr + at * (DIRECTIONS * UNIT), off_h, inside, R)
     if HAS_DCS:
-        dcs = load(dcs_ptr + at * UNIT, off, inside, R)
-    saved = ()
-    for s in tl.static_range(SAVED):
-        saved = saved + (load(saved_ptr + at * (UNIT * SAVED) + s * H, off_s, inside, R),)
+        dcs = load_tiles(dcs_ptr + at * (UNIT * CARRIED), off_c, inside, CARRIED, H, R)
+    saved = load_tiles(saved_ptr + at * (UNIT * SAVED), off_s, inside, SAVED, H, R)
     h_new = load(h_ptr + at * (DIRECTIONS * UNIT), off_h, inside, R)
-    h_old = load_state(is_first, h0_ptr, at_first, h_ptr, at + back, rows, unit, before, H, UNIT, R, DIRECTIONS)
+    h_old = load_state(is_first, h0_ptr, at_first, h_ptr, at + back, rows, unit, before, H, UNIT, R, 1, DIRECTIONS)
     c_new = ()
-    c_old = ()
-    if CARRIES_C:
-        c_new = load(c_ptr + at * UNIT, off, inside, R)
-        c_old = load_state(is_first, c0_ptr, at_first, c_ptr, at + back, rows, unit, before, H, UNIT, R, 1)
+    if CARRIED > 0:
+        c_new = load_tiles(c_ptr + at * (UNIT * CARRIED), off_c, inside, CARRIED, H, R)
+    c_old = load_states(is_first, c0_ptr, at_first, c_ptr, at + back, rows, unit, before, H, UNIT, R, CARRIED)
+    held = ()
+    d_held = ()
+    if HELD > 0:
+        held = held_cells(held_ptr + at_first * (UNIT * HELD), rows, unit, inside, H, HELD, W, R, PAIRED)
+        d_held = held_cells(d_held_ptr + at_first * (UNIT * HELD), rows, unit, mask, H, HELD, W, R, PAIRED)
+    units = threads_units(unit, R)
     while step < steps:
         # of the step before, in flight during this one; the last loads its own again
         more = step + 1 < steps
@@ -232,14 +254,10 @@ def one_program_backward_kernel(
         if HAS_DY:
             dy_before = load(dy_ptr + at * (DIRECTIONS * UNIT), off_h, inside, R)
         if HAS_DCS:
-            dcs_before = load(dcs_ptr + at * UNIT, off, inside, R)
-        saved_before = ()
-        for s in tl.static_range(SAVED):
-            saved_before = saved_before + (load(saved_ptr + at * (UNIT * SAVED) + s * H, off_s, inside, R),)
-        h_before = load_state(is_first, h0_ptr, at_first, h_ptr, at + back, rows, unit, before, H, UNIT, R, DIRECTIONS)
-        c_before = ()
-        if CARRIES_C:
-            c_before = load_state(is_first, c0_ptr, at_first, c_ptr, at + back, rows, unit, before, H, UNIT, R, 1)
+            dcs_before = load_tiles(dcs_ptr + at * (UNIT * CARRIED), off_c, inside, CARRIED, H, R)
+        saved_before = load_tiles(saved_ptr + at * (UNIT * SAVED), off_s, inside, SAVED, H, R)
+        h_before = load_state(is_first, h0_ptr, at_first, h_ptr, at + back, rows, unit, before, H, UNIT, R, 1, DIRECTIONS)
+        c_before = load_states(is_first, c0_ptr, at_first, c_ptr, at + back, rows, unit, before, H, UNIT, R, CARRIED)
         word_before = word
         if HAS_MARKS:
             word_before = tl.load(words_ptr + (t + (step + 1) * dt) * tiles, mask=more, other=ALL_PADDED)
@@ -270,23 +288,25 @@ def one_program_backward_kernel(
         old_h = cells(h_old, W, R, PAIRED)
         if HAS_MARKS:
             old_h = enter(starts_h, off, marks, mask, old_h, batch * H, W, R, PAIRED)
-        old = (old_h.to(tl.float32),)
+        old_c = ()
         new = (cells(h_new, W, R, PAIRED).to(tl.float32),)
         d_states = (d_h,)
-        if CARRIES_C:
-            old_c = cells(c_old, W, R, PAIRED)
-            if HAS_MARKS:
-                old_c = enter(starts_c, off, marks, mask, old_c, batch * H, W, R, PAIRED)
-            old = old + (old_c,)
-            new = new + (cells(c_new, W, R, PAIRED),)
+        for s in tl.static_range(CARRIED):
+            old_c = old_c + (cells(c_old[s], W, R, PAIRED),)
+            new = new + (cells(c_new[s], W, R, PAIRED),)
             if HAS_DCS:
-                d_states = d_states + (d_c[0] + cells(dcs, W, R, PAIRED),)
+                d_states = d_states + (d_c[s] + cells(dcs[s], W, R, PAIRED),)
             else:
-                d_states = d_states + (d_c[0],)
-        d_gates, d_before, _ = CELL(kept, old, new, (), d_states)
+                d_states = d_states + (d_c[s],)
+        if HAS_MARKS:
+            old_c = enter_all(starts_c, off_c, marks, mask, old_c, batch * H, H, W, R, PAIRED)
+        old = (old_h.to(tl.float32),) + old_c
+        given = held + noise_cells(seed_ptr, (t_own + step * dt) * batch + base, rows, unit, NOISE, W, R)
+        if ROWS:
+            d_gates, d_before, d_given = CELL(kept, old, new, given, d_states, (units, H), row_mean)
+        else:
+            d_gates, d_before, d_given = CELL(kept, old, new, given, d_states)
         d_through = d_before[0]
-        if CARRIES_C:
-            d_c_before = d_before[1]
 
         d_next = ()
         for d in tl.static_range(D):
@@ -294,34 +314,46 @@ def one_program_backward_kernel(
             store_cells(d_gates_ptr + at_d * UNIT + d * H, off_d, written, tile, W, R, PAIRED)
             if HAS_MARKS:
                 tile = tl.where(mark != PADDED, tile, 0.0).to(DTYPE)
+            if HP > H:  # the product takes them times 0: a cell may make anything of padded units
+                tile = tl.where(units < H, tile, 0.0).to(DTYPE)
             if d >= D - G:
                 d_next = d_next + (tile,)
         if not DIRECT:
             d_through = tl.zeros(d_h.shape, tl.float32)
+        d_held_before = d_held
+        d_held = ()
+        for n in tl.static_range(HELD):
+            d_held = d_held + (d_held_before[n] + (tl.where(mark != PADDED, d_given[n], 0.0) if HAS_MARKS else d_given[n]),)
+        d_c_next = d_c
+        d_c = ()
         if HAS_MARKS:
             d_direct = tl.where(mark != PADDED, d_through, d_direct)
-            if CARRIES_C:
+            for s in tl.static_range(CARRIED):
+                d_s = d_before[1 + s]
                 if NEEDS_STARTS:
-                    hand_over(d_starts_c, off, marks, mask, d_c_before, batch * H, W, R, PAIRED, PARTS > 0)
-                d_c = (tl.where(mark == PADDED, d_c[0], tl.where(mark == CONTINUES, d_c_before, 0.0)),)
+                    at_s = d_starts_c + s * H
+                    hand_over(at_s, off_c, marks, mask, d_s, batch * (CARRIED * H), W, R, PAIRED, PARTS > 0)
+                d_c = d_c + (tl.where(mark == PADDED, d_c_next[s], tl.where(mark == CONTINUES, d_s, 0.0)),)
             steps = tl.where(_nobody_runs(word_before, word, NEEDS_STARTS), step + 1, steps)
             marks_next = marks
             word = word_before
         else:
             d_direct = d_through
-            if CARRIES_C:
-                d_c = (d_c_before,)
+            for s in tl.static_range(CARRIED):
+                d_c = d_c + (d_before[1 + s],)
         at_d += back * D
         dy = dy_before
         dcs = dcs_before
         saved = saved_before
         h_new = h_old
         h_old = h_before
-        if CARRIES_C:
-            c_new = c_old
-            c_old = c_before
+        c_new = c_old
+        c_old = c_before
         step += 1
     if DIRECT:
         store_cells(d_h_ptr + carried, off, mask, d_direct, W, R, PAIRED)
-    if CARRIES_C:
-        store_cells(d_c_ptr + carried, off, mask, d_c[0], W, R, PAIRED)
+    for s in tl.static_range(CARRIED):
+        store_cells(d_c_ptr + carried * CARRIED + s * H, off_c, mask, d_c[s], W, R, PAIRED)
+    off_e = offsets(rows, unit, HELD * H, R, PAIRED)
+    for n in tl.static_range(HELD):
+        store_cells(d_held_ptr + carried * HELD + n * H, off_e, mask, d_held[n], W, R, PAIRED)

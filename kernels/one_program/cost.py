@@ -78,20 +78,20 @@ def tensor_clocks(gates: int, warps: int, itemsize: int, backward: bool) -> floa
     return hmma_clocks(deep, warps if backward else gates, warps)
 
 
-def step_bytes(gates: int, saved: int, H: int, B: int, itemsize: int, backward: bool, training: bool, carries_c: bool) -> float:
+def step_bytes(gates: int, saved: int, H: int, B: int, itemsize: int, backward: bool, training: bool, carried: int) -> float:
     """Bytes that a step of B batch rows, those of all members, reads and writes: forward the input side, h and what is saved;
-    backward what was saved, dy and the gate gradients."""
-    state = 4 if carries_c and training else 0
+    backward what was saved, dy and the gate gradients; both the carried states. Held tiles are read once a launch."""
+    state = 4 * carried if training else 0
     if backward:
         return B * H * (saved * itemsize + state + itemsize + gates * itemsize)
     return B * H * (4 * gates + itemsize + (saved * itemsize if training else 0) + state)
 
 
-def instructions_estimate(gates: int, rows: int, backward: bool) -> float:
+def instructions_estimate(gates: int, rows: int, backward: bool, extra: int = 0) -> float:
     """Instructions of a warp besides those of the product, fitted to machine code (LSTM, GRU and RNN, float16, sm_90, Triton
-    3.9)."""
+    3.9). An `extra` tile is taken to need as many as a gate."""
     cells = rows / 2  # of a thread
-    return 30 + gates * ((16 + 15 * cells) if backward else (10 + 14.5 * cells))
+    return 30 + (gates + extra) * ((16 + 15 * cells) if backward else (10 + 14.5 * cells))
 
 
 def special_functions_estimate(gates: int, rows: int, backward: bool) -> float:

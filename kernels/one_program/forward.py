@@ -26,18 +26,24 @@ from rnnfast.kernels.one_program.tiles import (
     bias_of,
     cells,
     enter,
+    enter_all,
     from_product,
+    held_cells,
     load,
     load_state,
+    load_states,
     mask_rows,
     masks,
+    noise_cells,
     offsets,
     product,
     program_rows,
     row_marks,
+    row_mean,
     rows_of_thread,
     store_cells,
     threads_unit,
+    threads_units,
     to_product,
     units_inside,
     units_of_thread,
@@ -53,11 +59,12 @@ def one_program_forward_kernel(
     bias_x_ptr,  # (M, G * H) b_ih
     bias_h_ptr,  # (M, G * H) b_hh
     h0_ptr,  # (M, B, H) the initial hidden state
-    c0_ptr,  # (M, B, H) float32, the initial cell state
+    c0_ptr,  # (M, B, CARRIED * H) float32, the other initial states
     mark_ptrs,  # `Marks`, packed for R rows a tile
+    given_ptrs,  # `Given`
     # outputs
     h_ptr,  # (T, B, DIRECTIONS * H) h_t, or (M, T, B, H)
-    c_ptr,  # (M, T, B, H) float32, c_t, if KEEP_C, else (M, 1, B, H), the last
+    c_ptr,  # (M, T, B, CARRIED * H) float32, the other states at t, if KEEP_C, else (M, 1, B, CARRIED * H), the last
     saved_ptr,  # (M, T, B, SAVED * H) activations for backward
     # sizes
     x_first,  # the row of x where member 0 begins; the others come first, one after another
@@ -73,8 +80,11 @@ def one_program_forward_kernel(
     CELL: tl.constexpr,
     G: tl.constexpr,
     SAVED: tl.constexpr,
-    CARRIES_C: tl.constexpr,
-    APART: tl.constexpr,  # the cell keeps the two sides of its last gate apart
+    CARRIED: tl.constexpr,  # states besides h
+    HELD: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    APART: tl.constexpr,  # gates, the last ones, whose two sides the cell keeps apart
     KEEP_C: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -102,7 +112,9 @@ def one_program_forward_kernel(
     dt = dt.to(tl.int64)
     t = t.to(tl.int64)
     t_x = t_x.to(tl.int64)
+    t_own = t  # counted from the member's first step
     starts_h, starts_c = mark_ptrs.starts_h, mark_ptrs.starts_c
+    held_ptr, seed_ptr = given_ptrs.held, given_ptrs.seeds
     others = 0  # batch rows of the members before
     if GROUPED:
         member = member.to(tl.int64)
@@ -113,10 +125,12 @@ def one_program_forward_kernel(
             bias_h_ptr += member * (G * H)
         if HAS_MARKS:
             starts_h += others * (2 * H)
-            if CARRIES_C:
-                starts_c += others * (2 * H)
-        if DIRECTIONS == 2:  # side by side, not one after another as in what else has a row for each step
-            h_ptr += (member - 2 * T * others) * H
+            if CARRIED > 0:
+                starts_c += others * (2 * CARRIED * H)
+        if NOISE > 0:
+            seed_ptr += member
+        if DIRECTIONS > 1:  # side by side, not one after another as in what else has a row for each step
+            h_ptr += (member - others * DIRECTIONS * T) * H
         t += member * T
         t_x += tl.where(member == 0, x_first, (member - 1) * N)
 
@@ -132,6 +146,7 @@ def one_program_forward_kernel(
     off = offsets(rows, unit, H, R, PAIRED)
     off_h = offsets(rows, unit, DIRECTIONS * H, R, PAIRED)
     off_x = offsets(rows, unit, G * H, R, PAIRED)
+    off_c = offsets(rows, unit, CARRIED * H, R, PAIRED)
     off_s = offsets(rows, unit, SAVED * H, R, PAIRED)
     mask = masks(slots, count, unit, H, HP, R, PAIRED)
     inside = units_inside(slots, unit, H, HP, R, PAIRED)
@@ -141,9 +156,9 @@ def one_program_forward_kernel(
         for g in tl.static_range(G):
             bias_x = bias_of(bias_x_ptr, unit, g, H, R)
             bias_h = bias_of(bias_h_ptr, unit, g, H, R)
-            if APART and g == G - 1:
+            if g >= G - APART:
                 bias = bias + (bias_x,)
-                bias_apart = (bias_h,)
+                bias_apart = bias_apart + (bias_h,)
             else:
                 bias = bias + (bias_x + bias_h,)
 
@@ -166,21 +181,26 @@ def one_program_forward_kernel(
     at_first = (others + base) * STRIDE  # in the states, which have a row for each batch row
     at_before = ((t - dt) * batch + base) * STRIDE
     entered = masks(slots, tl.where(is_first, count * has_first, count), unit, H, HP, R, PAIRED)
-    h = load_state(is_first, h0_ptr, at_first, h_ptr, at_before, rows, unit, entered, H, UNIT, R, DIRECTIONS)
+    h = load_state(is_first, h0_ptr, at_first, h_ptr, at_before, rows, unit, entered, H, UNIT, R, 1, DIRECTIONS)
     h = cells(h, W, R, PAIRED)
-    c = tl.zeros((32 * W, units_of_thread(R), rows_of_thread(R)), tl.float32)
-    if CARRIES_C:
-        at_before = at_before if KEEP_C else at_first
-        c = cells(load_state(is_first, c0_ptr, at_first, c_ptr, at_before, rows, unit, entered, H, UNIT, R, 1), W, R, PAIRED)
+    at_before = at_before if KEEP_C else at_first
+    entering = load_states(is_first, c0_ptr, at_first, c_ptr, at_before, rows, unit, entered, H, UNIT, R, CARRIED)
+    c = ()
+    for s in tl.static_range(CARRIED):
+        c = c + (cells(entering[s], W, R, PAIRED),)
     if HAS_MARKS:
         marks = row_marks(word, slots, R)
         h = enter(starts_h, off, marks, mask, h, batch * H, W, R, PAIRED)
-        if CARRIES_C:
-            c = enter(starts_c, off, marks, mask, c, batch * H, W, R, PAIRED)
+        c = enter_all(starts_c, off_c, marks, mask, c, batch * H, H, W, R, PAIRED)
     hf = h.to(tl.float32)
+    held = ()
+    if HELD > 0:
+        held = held_cells(held_ptr + at_first * (UNIT * HELD), rows, unit, inside, H, HELD, W, R, PAIRED)
+    units = threads_units(unit, R)
 
+    zeros = tl.zeros((32 * W, units_of_thread(R), rows_of_thread(R)), tl.float32)
     # -0.0, by its bits, which Triton 3.6 would take for 0.0: x + -0.0 is x, and the compiler leaves it out
-    nothing = tl.full(c.shape, -0x80000000, tl.int32).to(tl.float32, bitcast=True)
+    nothing = tl.full(zeros.shape, -0x80000000, tl.int32).to(tl.float32, bitcast=True)
     xs = ()
     if HAS_MARKS:
         at_x = tl.where(step < steps, at_x, 0)  # an address that is there
@@ -206,15 +226,15 @@ def one_program_forward_kernel(
         h_sides = ()
         for g in tl.static_range(G):
             x_side = cells(xs[g], W, R, PAIRED)
-            h_side = tl.zeros(c.shape, tl.float32)
+            h_side = zeros
             if HAS_BIAS:
                 x_side += bias[g]
-                if APART and g == G - 1:
-                    h_side += bias_apart[0]
+                if g >= G - APART:
+                    h_side += bias_apart[g - (G - APART)]
             if PARTS > 0:
                 h_side += plain_sums[g]
             elif R == 8:  # what is added to the sum is its first value
-                if APART and g == G - 1:
+                if g >= G - APART:
                     h_side = from_product(product(w[g], operand, to_product(h_side, W, R), PRECISION, EMULATE_BF16), W, R)
                 else:
                     h_side = from_product(product(w[g], operand, to_product(x_side, W, R), PRECISION, EMULATE_BF16), W, R)
@@ -224,22 +244,25 @@ def one_program_forward_kernel(
                 h_side += from_product(sums, W, R)
             x_sides = x_sides + (x_side,)
             h_sides = h_sides + (h_side,)
-        states = (hf,)
-        if CARRIES_C:
-            states = states + (c,)
-        new_states, saved = CELL(x_sides, h_sides, states, ())
+        given = held + noise_cells(seed_ptr, (t_own + step * dt) * batch + base, rows, unit, NOISE, W, R)
+        if ROWS:
+            new_states, saved = CELL(x_sides, h_sides, (hf,) + c, given, (units, H), row_mean)
+        else:
+            new_states, saved = CELL(x_sides, h_sides, (hf,) + c, given)
 
         written = mask
         if HAS_MARKS:
             written = mask_rows(mask, marks, R, PAIRED)
         h = round_to(new_states[0], DTYPE, EMULATE_BF16)
+        if HP > H:  # the product takes them times 0: a cell may make anything of padded units
+            h = tl.where(units < H, h, 0.0).to(DTYPE)
         store_cells(h_ptr + at * (DIRECTIONS * UNIT), off_h, written, h, W, R, PAIRED)
-        if CARRIES_C:
-            c = new_states[1]
-            if KEEP_C:
-                store_cells(c_ptr + at * UNIT, off, written, c, W, R, PAIRED)
-            elif HAS_MARKS:  # a row's last step may not be the program's
-                store_cells(c_ptr + at_first * UNIT, off, written, c, W, R, PAIRED)
+        c = ()
+        for s in tl.static_range(CARRIED):
+            c = c + (new_states[1 + s],)
+            if KEEP_C or HAS_MARKS:  # with marks a row's last step may not be the program's
+                at_c = at if KEEP_C else at_first
+                store_cells(c_ptr + at_c * (UNIT * CARRIED) + s * H, off_c, written, c[s], W, R, PAIRED)
         for s in tl.static_range(SAVED):
             tile = round_to(saved[s], DTYPE, EMULATE_BF16)
             store_cells(saved_ptr + at * (UNIT * SAVED) + s * H, off_s, written, tile, W, R, PAIRED)
@@ -247,11 +270,11 @@ def one_program_forward_kernel(
         if HAS_MARKS:
             marks = row_marks(word, slots, R)
             h = enter(starts_h, off, marks, mask, h, batch * H, W, R, PAIRED)
-            if CARRIES_C:
-                c = enter(starts_c, off, marks, mask, c, batch * H, W, R, PAIRED)
+            c = enter_all(starts_c, off_c, marks, mask, c, batch * H, H, W, R, PAIRED)
             steps = tl.where(word == ALL_PADDED, step + 1, steps)
         hf = h.to(tl.float32)
         xs = xs_next
         step += 1
-    if CARRIES_C and not KEEP_C and not HAS_MARKS:
-        store_cells(c_ptr + at_first * UNIT, off, mask, c, W, R, PAIRED)
+    if not KEEP_C and not HAS_MARKS:
+        for s in tl.static_range(CARRIED):
+            store_cells(c_ptr + at_first * (UNIT * CARRIED) + s * H, off_c, mask, c[s], W, R, PAIRED)

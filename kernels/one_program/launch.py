@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from rnnfast.kernels.cells import Cell
+from rnnfast.kernels.given import Given
 from rnnfast.kernels.groups import Group
 from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.one_program.backward import one_program_backward_kernel
@@ -23,7 +24,10 @@ def _launcher(
     constants = {
         "H": H,
         "G": cell.gates,
-        "CARRIES_C": cell.carried > 0,
+        "CARRIED": cell.carried,
+        "HELD": cell.held,
+        "NOISE": cell.noise,
+        "ROWS": cell.rows,
         "PRECISION": precision,
         "EMULATE_BF16": emulates_bf16(dtype),
         "W": plan.units // 16,
@@ -44,7 +48,7 @@ def _launcher(
 
 @functools.lru_cache(MOST_LAUNCHERS)
 def _forward_launcher(cell: Cell, plan: OneProgramPlan, saves: bool, training: bool, *sizes) -> Launcher:
-    own = {"CELL": cell.forward, "SAVED": cell.saved if saves else 0, "APART": cell.grads > cell.gates, "KEEP_C": training}
+    own = {"CELL": cell.forward, "SAVED": cell.saved if saves else 0, "APART": cell.apart, "KEEP_C": training}
     return _launcher(one_program_forward_kernel, cell, plan, *sizes, **own)
 
 
@@ -57,7 +61,7 @@ def _backward_launcher(cell: Cell, plan: OneProgramPlan, *sizes) -> Launcher:
 @as_a_gpu
 def forward(
     cell: Cell, rounds, w, bias_x, bias_h, h0, c0, h, c, saved, *, group: Group, precision: str, plan: OneProgramPlan,
-    marks: Marks = Marks(),
+    marks: Marks = Marks(), given: Given = Given(),
 ) -> None:  # fmt: skip
     """Run the recurrence over all time steps, a launch for each of `rounds`. Arguments as in `rnnfast.kernels.step.forward`."""
     T, B, H = h.size(-3), h.size(-2), w.size(-1)
@@ -67,7 +71,7 @@ def forward(
     grid = plan.grid(B, group.members)
     has_first, h0 = (0, h) if h0 is None else (1, h0)
     start_c = c if c0 is None else c0
-    repeated = Repeated(launcher, grid, w, bias_x, bias_h, h0, start_c, packed(marks, plan), h, c, saved)
+    repeated = Repeated(launcher, grid, w, bias_x, bias_h, h0, start_c, packed(marks, plan), given, h, c, saved)
     for begin, N, x, first in rounds():
         sizes = first, begin, -group.lag, N, T, group.flips, has_first, B
         repeated.of(x, sizes=sizes)(*sizes)
@@ -76,7 +80,7 @@ def forward(
 @as_a_gpu
 def backward(
     cell: Cell, rounds, h, h0, c, c0, w, d_gates, d_h, d_c, *, group: Group, precision: str, plan: OneProgramPlan, dcs=None,
-    marks: Marks = Marks(), d_starts: StartGrads = StartGrads(),
+    marks: Marks = Marks(), d_starts: StartGrads = StartGrads(), given: Given = Given(), d_held=None,
 ) -> None:  # fmt: skip
     """Run the recurrence backward, a launch for each of `rounds`. Arguments as in `rnnfast.kernels.step.backward`."""
     T, B, H = h.size(-3), h.size(-2), w.size(-1)
@@ -84,7 +88,8 @@ def backward(
     grid = plan.grid(B, group.members)
     has_first, h0 = (0, h) if h0 is None else (1, h0)
     start_c = c if c0 is None else c0
-    repeated = Repeated(launcher, grid, h, h0, c, start_c, w, dcs, packed(marks, plan), d_gates, d_h, d_c, d_starts)
+    read = h, h0, c, start_c, w, dcs, packed(marks, plan), given
+    repeated = Repeated(launcher, grid, *read, d_gates, d_h, d_c, d_starts, d_held)
     for begin, N, dy, saved in rounds():
         sizes = begin, group.lag, N, T, group.flips, has_first, saved.size(1) if cell.saved else T, B
         repeated.of(dy, saved, sizes=sizes)(*sizes)

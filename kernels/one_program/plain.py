@@ -41,7 +41,19 @@ def plain_product(w, tile, P: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def sum_plain(parts, P: tl.constexpr, R: tl.constexpr):
-    """The sums of the parts of the summed axis [P, HP, R], of up to four gates: added in a fixed order, as cells of each."""
+    """The sums of the parts of the summed axis [P, HP, R], of each gate: added in a fixed order, as cells of each."""
+    sums = ()
+    for first in tl.static_range(0, len(parts), 4):
+        some = ()
+        for g in tl.static_range(first, min(first + 4, len(parts))):
+            some = some + (parts[g],)
+        sums = sums + _sum_plain(some, P, R)
+    return sums
+
+
+@triton.jit
+def _sum_plain(parts, P: tl.constexpr, R: tl.constexpr):
+    """`sum_plain` of up to four gates."""
     G: tl.constexpr = len(parts)
     HP: tl.constexpr = parts[0].shape[1]
     if G == 1:

@@ -108,11 +108,14 @@ def exchanged_bytes(H: int, rows: int, itemsize: int, backward: bool) -> int:
 
 
 def predicted(
-    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, rows: int, members: int = 1
-) -> ProgramTime:
-    """The predicted time of a step of all members with `rows` batch rows a program, from estimates of the counts."""
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, rows: int, members: int = 1,
+    extra: int = 0,
+) -> ProgramTime:  # fmt: skip
+    """The predicted time of a step of all members with `rows` batch rows a program, from estimates of the counts. Each `extra`
+    tile is taken for a carried state."""
     programs = -(-B // rows) * members
-    bytes = step_bytes(gates, gates if gates > 1 else 0, H, B * members, itemsize, backward, True, gates >= 4)
+    carried = (gates >= 4) + extra
+    bytes = step_bytes(gates, gates if gates > 1 else 0, H, B * members, itemsize, backward, True, carried)
     warps = warps_for(H)
     units = 16 * warps
     if plain(itemsize, precision):
@@ -123,7 +126,7 @@ def predicted(
             programs=programs,
             warps=warps,
             product=plain_clocks(gates * units * units * rows),
-            instructions=instructions_estimate(gates, 2, backward) + (32 if backward else 8) * gates * rows / 2,
+            instructions=instructions_estimate(gates, 2, backward, extra) + (32 if backward else 8) * gates * rows / 2,
             special_functions=special_functions_estimate(gates, 2, backward),
             exchanged_bytes=exchanged,
             barriers=(10 if backward else 6) * rows / 2,
@@ -134,7 +137,7 @@ def predicted(
         programs=programs,
         warps=warps,
         product=tensor_clocks(gates, warps, itemsize, backward),
-        instructions=instructions_estimate(gates, rows, backward),
+        instructions=instructions_estimate(gates, rows, backward, extra),
         special_functions=special_functions_estimate(gates, rows, backward),
         exchanged_bytes=2 * exchanged_bytes(H, rows, itemsize, backward),
         # with 8 rows an operand of backward stays in its warp's registers; else it takes a barrier or two a gate
@@ -146,7 +149,7 @@ def predicted(
 @functools.lru_cache(maxsize=1024)  # asked at every call of a layer
 def _rank(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits, marked: bool = False,
-    members: int = 1,
+    members: int = 1, extra: int = 0,
 ) -> tuple[tuple[float, OneProgramPlan], ...]:  # fmt: skip
     if refusal(gates, H, itemsize, precision, limits):
         return ()
@@ -157,7 +160,7 @@ def _rank(
     for rows in PLAIN_ROWS if parts else BATCH_ROWS[:1] if crowded else BATCH_ROWS:
         if not parts and exchanged_bytes(H, rows, itemsize, backward) > limits.shared_bytes:
             continue
-        clocks = predicted(gates, B, H, itemsize, precision, backward, limits, rows, members).total
+        clocks = predicted(gates, B, H, itemsize, precision, backward, limits, rows, members, extra).total
         steps = int(SECONDS * SLOW_CLOCK / clocks)
         if not backward:
             steps = min(steps, ROWS // (B * members))
@@ -167,21 +170,22 @@ def _rank(
 
 def one_program_plans(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits | None, most: int = 3,
-    marked: bool = False, members: int = 1,
+    marked: bool = False, members: int = 1, extra: int = 0,
 ) -> list[OneProgramPlan]:  # fmt: skip
     """The launches worth measuring, at most `most`, the fastest by the model first. Arguments as in
     `rnnfast.kernels.persistent.plan.persistent_plans`; on a CPU, which has no limits, those of an H100 count. A group of any
-    number of `members` has a plan where one of them has."""
-    sizes = gates, B, H, itemsize, precision, backward, limits or GPUS["H100"], marked, members
+    number of `members` has a plan where one of them has. extra: float32 tiles that a step of the cell keeps in registers beyond
+    those of an LSTM."""
+    sizes = gates, B, H, itemsize, precision, backward, limits or GPUS["H100"], marked, members, extra
     return [plan for _, plan in _rank(*sizes)[:most]]
 
 
 def one_program_plan(
     gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, limits: GpuLimits | None, marked: bool = False,
-    members: int = 1,
+    members: int = 1, extra: int = 0,
 ) -> OneProgramPlan | NoPlan:  # fmt: skip
     """The first of `one_program_plans`, or why there is none. Arguments as there."""
-    plans = one_program_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked, members)
+    plans = one_program_plans(gates, B, H, itemsize, precision, backward, limits, 1, marked, members, extra)
     return plans[0] if plans else NoPlan(refusal(gates, H, itemsize, precision, limits or GPUS["H100"]))
 
 

@@ -18,6 +18,7 @@ Three choices make the layout of all loads and stores the same, so that no tile 
 import triton
 import triton.language as tl
 
+from rnnfast.kernels.given import noise_tiles
 from rnnfast.kernels.marks import PADDED, STARTS, anew, batch_rows
 from rnnfast.kernels.maths import dot
 
@@ -46,6 +47,14 @@ def threads_unit(W: tl.constexpr, R: tl.constexpr):
     if R < 8:
         unit += thread // 2 % 2
     return unit
+
+
+@triton.jit
+def threads_units(unit, R: tl.constexpr):
+    """All units of each thread, [32 W, units, 1], from its first one."""
+    if R == 8:
+        unit += tl.arange(0, 2)[None, :]
+    return unit[:, :, None]
 
 
 @triton.jit
@@ -126,18 +135,42 @@ def load_cells(pointer, offsets, mask, W: tl.constexpr, R: tl.constexpr, PAIRED:
 @triton.jit
 def load_state(
     is_first, first_ptr, at_first, ptr, at, rows, unit, mask, H: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
+    FIRST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters a step, as `load` gives it: at the row at_first of first_ptr (B, H) if this `is_first`, else at the
-    row `at` of ptr (B, DIRECTIONS * H). Rows are counted in UNITs of H."""
-    if DIRECTIONS == 2:
-        at *= 2
+    """The state that enters a step, as `load` gives it: at the row at_first of first_ptr (B, FIRST_WIDTH * H) if this
+    `is_first`, else at the row `at` of ptr (B, WIDTH * H). Rows are counted in UNITs of H."""
+    if WIDTH > 1:
+        at_first *= FIRST_WIDTH
+        at *= WIDTH
         far = ()
         for n in tl.static_range(rows_of_thread(R)):
-            far = far + (rows[n] * tl.where(is_first, 1, 2),)
+            far = far + (rows[n] * tl.where(is_first, FIRST_WIDTH, WIDTH),)
         rows = far
     start = tl.where(is_first, first_ptr, ptr) + tl.where(is_first, at_first, at) * UNIT
     return load(start, offsets(rows, unit, H, R, H % 2 == 0), mask, R)
+
+
+@triton.jit
+def load_tiles(pointer, offsets, mask, COUNT: tl.constexpr, H: tl.constexpr, R: tl.constexpr):
+    """COUNT tiles that lie side by side, each as `load` gives it."""
+    tiles = ()
+    for n in tl.static_range(COUNT):
+        tiles = tiles + (load(pointer + n * H, offsets, mask, R),)
+    return tiles
+
+
+@triton.jit
+def load_states(
+    is_first, first_ptr, at_first, ptr, at, rows, unit, mask, H: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr,
+    CARRIED: tl.constexpr,
+):  # fmt: skip
+    """The states besides h that enter a step, which lie side by side, each as `load_state` gives it."""
+    states = ()
+    for s in tl.static_range(CARRIED):
+        first = first_ptr + s * H
+        state = load_state(is_first, first, at_first, ptr + s * H, at, rows, unit, mask, H, UNIT, R, CARRIED, CARRIED)
+        states = states + (state,)
+    return states
 
 
 @triton.jit
@@ -203,6 +236,45 @@ def bias_of(bias_ptr, unit, g: tl.constexpr, H: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
+def held_cells(
+    held_ptr, rows, unit, mask, H: tl.constexpr, HELD: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr
+):
+    """The HELD tiles of held (B, HELD * H)."""
+    at = offsets(rows, unit, HELD * H, R, PAIRED)
+    found = ()
+    for n in tl.static_range(HELD):
+        found = found + (load_cells(held_ptr + n * H, at, mask, W, R, PAIRED),)
+    return found
+
+
+@triton.jit
+def noise_cells(seed_ptr, first, rows, unit, NOISE: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
+    """NOISE tiles of random numbers. first: t * B, and the batch row from which `rows` count."""
+    if NOISE > 0:
+        return noise_tiles(seed_ptr, by_row(rows, W, R) + first, threads_units(unit, R), NOISE)
+    else:
+        return ()
+
+
+@triton.jit
+def row_mean(tile, n, row):
+    """The mean of each row of cells over all units, as cells. row: `threads_units` and H. n, the number of the call, names a
+    place for the sums in kernels whose programs share a row."""
+    W: tl.constexpr = tile.shape[0] // 32
+    R: tl.constexpr = 2 * tile.shape[1] * tile.shape[2]
+    H: tl.constexpr = row[1]
+    if H < 16 * W:
+        tile = tl.where(row[0] < H, tile, 0.0)
+    if R == 8:
+        t = tl.permute(tl.reshape(tile, (8 * W, 4, 2, 2)), (0, 2, 1, 3))
+        mean = tl.sum(tl.reshape(t, (16 * W, R)), 0) * (1.0 / H)
+        return tl.reshape(tl.broadcast_to(tl.reshape(mean, (1, 4, 1, 2)), (8 * W, 4, 2, 2)), tile.shape)
+    else:
+        mean = tl.sum(tl.reshape(tile, (16 * W, R)), 0) * (1.0 / H)
+        return tl.reshape(tl.broadcast_to(tl.reshape(mean, (1, R)), (16 * W, R)), tile.shape)
+
+
+@triton.jit
 def row_marks(word, rows, R: tl.constexpr):
     """The marks in a word of `rnnfast.kernels.marks.pack_kernel`, [32 W, 1] for each row of a thread."""
     found = ()
@@ -231,6 +303,17 @@ def enter(starts_ptr, offsets, marks, mask, tile, size, W: tl.constexpr, R: tl.c
         else:
             pieces = pieces + (tl.load(at + offsets[n], mask=mask[n] & begins, other=kept),)
     return cells(pieces, W, R, PAIRED)
+
+
+@triton.jit
+def enter_all(
+    starts_ptr, offsets, marks, mask, tiles, size, H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr
+):
+    """`enter` of several states, which lie side by side in starts (2, B, states * H)."""
+    entered = ()
+    for s in tl.static_range(len(tiles)):
+        entered = entered + (enter(starts_ptr + s * H, offsets, marks, mask, tiles[s], size * len(tiles), W, R, PAIRED),)
+    return entered
 
 
 @triton.jit
