@@ -98,7 +98,7 @@ def for_any_size(recurrent: bool) -> str:
 
 
 def _any_size(gates, B, H, itemsize, precision, backward, limits, marked, members: int = 1, extra: int = 0) -> StepPlan:
-    return step_plan(H, itemsize, precision)
+    return step_plan(H, itemsize, precision, extra)
 
 
 def _by_limits(*sizes) -> PersistentPlan | NoPlan:
@@ -106,7 +106,7 @@ def _by_limits(*sizes) -> PersistentPlan | NoPlan:
 
 
 def _step_clocks(gates, B, H, itemsize, precision, backward, limits, marked, members: int = 1, extra: int = 0) -> float:
-    return step_clocks(gates, B, H, itemsize, precision, backward, limits.sms, members)
+    return step_clocks(gates, B, H, itemsize, precision, backward, limits.sms, members, extra)
 
 
 FAMILIES = {

@@ -3,14 +3,14 @@
 The members of a group have the same sizes. Each has weights, states and buffers of its own, and knows nothing of the others
 while a launch runs. There are two kinds:
 
-    directions    member 0 runs from the first step to the last, member 1 the other way. Both read one input, and their outputs
-                  lie side by side in one tensor
+    side by side  the two directions of a layer, the heads of a block-diagonal W_hh, or the heads of both directions. All read
+                  one input, and their outputs lie side by side in one tensor
     layers        a stack as a pipeline over chunks of N steps: while layer l runs a chunk, layer l - 1 runs the next one
 
 A member is at a position in the order of processing: 0, ..., T - 1. A launch runs N positions of each member: begin + m * lag,
-begin + m * lag + 1, ... of member m, as far as they are positions. A member that has none returns at once. Directions have a
-lag of 0. In a pipeline each layer is N positions behind the one below, so that forward has a lag of -N; backward goes through
-the layers from the last one down, with a lag of N.
+begin + m * lag + 1, ... of member m, as far as they are positions. A member that has none returns at once. Members side by side
+have a lag of 0. In a pipeline each layer is N positions behind the one below, so that forward has a lag of -N. Backward goes
+through the layers from the last one down, with a lag of N.
 
 Position p of forward is step p, or step T - 1 - p of a member that is flipped. Backward goes through the steps against
 forward: its position p is forward's T - 1 - p.
@@ -30,7 +30,7 @@ class Group(NamedTuple):
 
     Attributes:
         members: how many.
-        directions: 2 if they are the directions of a layer, whose outputs lie side by side; else 1.
+        directions: how many members have their outputs side by side: all of them, or 1.
         flips: a bit for each member: 1 for one that runs from the last step to the first.
         lag: of a pipeline: N, the steps of a chunk. Else 0.
     """

@@ -33,7 +33,7 @@ class Marks(NamedTuple):
         codes: (M, T, B) int8; the persistent and the one-program kernels are given (M, T, tiles) words of `pack_kernel`.
         order: (B,) int32, the batch rows in the order in which programs take them, the same for all members.
         starts_h: (M, 2, B, H), the initial and the reset h.
-        starts_c: (M, 2, B, H) float32, the initial and the reset c.
+        starts_c: (M, 2, B, K * H) float32, the initial and the reset carried states, K side by side.
     """
 
     codes: Any = None
@@ -43,7 +43,7 @@ class Marks(NamedTuple):
 
 
 class StartGrads(NamedTuple):
-    """Gradients of `Marks.starts_h` and `Marks.starts_c`, each (M, 2, B, H) float32 and added to; None where not needed."""
+    """Gradients of `Marks.starts_h` and `Marks.starts_c`, of their shapes, float32 and added to; None where not needed."""
 
     h: Any = None
     c: Any = None

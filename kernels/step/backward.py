@@ -19,7 +19,7 @@ def backward_step_kernel(
     # inputs
     dy_ptr,  # (T, B, D_H) gradient of the outputs, as h; of layers (M, N, B, H), of the chunk's steps, in time
     saved_ptr,  # (M, saved_steps, B, SAVED * H) activations that forward saved
-    h_ptr,  # (T, B, D_H) h_t, the directions side by side; of layers (M, T, B, H)
+    h_ptr,  # (T, B, D_H) h_t, the members side by side; of layers (M, T, B, H)
     h0_ptr,  # (M, B, H) h before each member's first step of forward
     c_ptr,  # (M, T, B, CARRIED * H) float32, c_t
     c0_ptr,  # (M, B, CARRIED * H) float32, likewise
@@ -141,8 +141,8 @@ def backward_step_kernel(
     mask_prev = entered[:, None] & mask_h[None, :]
     mask_carries = carries[:, None] & mask_h[None, :]
 
-    at_h = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
     if STAGE == "cell":
+        at_h = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
         d_h = tl.load(product_ptr + at_h, mask=(multiplied & (offs_b < B * has_next))[:, None] & mask_h[None, :], other=0.0)
     else:
         d_h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
@@ -155,6 +155,7 @@ def backward_step_kernel(
                 w_ptr + offs_k.to(tl.int64)[:, None] * H + offs_h[None, :], mask=mask_k[:, None] & mask_h[None, :], other=0.0
             )
             d_h = dot(d_chunk, w_chunk, d_h, PRECISION, EMULATE_BF16)
+    at_h = offs_b.to(tl.int64)[:, None] * H + offs_h[None, :]
     if STAGE == "product":
         tl.store(product_ptr + at_h, d_h, mask=multiplied[:, None] & mask_h[None, :])
         return

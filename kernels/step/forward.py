@@ -44,7 +44,7 @@ def forward_step_kernel(
     mark_ptrs,  # `Marks`
     given_ptrs,  # `Given`
     # outputs
-    h_ptr,  # (T, B, D_H) h_t, the directions side by side; of layers (M, T, B, H)
+    h_ptr,  # (T, B, D_H) h_t, the members side by side; of layers (M, T, B, H)
     c_ptr,  # (M, c_steps, B, CARRIED * H) float32, c_t at index t, or the last one
     saved_ptr,  # (M, T, B, SAVED * H) activations for backward
     product_ptr,  # (M, B, G * H) float32, W h_{t-1} between the stages; None without stages

@@ -72,7 +72,7 @@ def forward(
         bias_x, bias_h: (M, G * H), b_ih and b_hh, or both None.
         h0: (M, B, H) initial hidden states, or None for zeros.
         c0: (M, B, K * H) float32 initial carried states, or None for zeros; None for a cell without any.
-        h: (T, B, D * H), written: the hidden states, D directions side by side; for layers (M, T, B, H).
+        h: (T, B, D * H), written: the hidden states, D members side by side; for layers (M, T, B, H).
         c: (M, T, B, K * H) float32 if `saved` is given, else (M, 1, B, K * H), written: all carried states, else the last; None
             for a cell without any.
         saved: (M, T, B, cell.saved * H), written: what backward needs; empty if it is to be computed again

@@ -51,8 +51,11 @@ def row_tiles(H: int) -> tuple[int, int]:
     return block_h, min(16, max(1, block_h // 128))
 
 
-def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
+def step_plan(H: int, itemsize: int, precision: str, extra: int = 0) -> StepPlan:
     """The tiles for hidden size `H` and elements of `itemsize` bytes, for every cell, forward and backward.
+
+    `extra`: float32 tiles that a program keeps in registers beyond those of an LSTM. Where 64 rows meet more than 10, 8 warps
+    share them: a cell with 20 spilled with 4 warps, and one with 9 did not.
 
     16 units, so that a layer of H = 768 spreads over 48 SMs even at a small batch: a step is bound by how fast the SMs pull the
     weights out of L2, not by the arithmetic. 64 batch rows: Triton lays the warps of a sum over several gates along the rows,
@@ -66,22 +69,26 @@ def step_plan(H: int, itemsize: int, precision: str) -> StepPlan:
     aligned = H * itemsize % 16 == 0
     widest = 256 // itemsize if aligned else 32
     block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
-    block_b, warps = (32, 8) if itemsize == 4 and precision == "ieee" else (64, 4)
+    block_b, warps = (32, 8) if itemsize == 4 and precision == "ieee" else (64, 8 if extra > 10 else 4)
     return StepPlan(BLOCK_B=block_b, BLOCK_H=16, BLOCK_K=block_k, num_warps=warps, num_stages=3)
 
 
-def step_clocks(gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, sms: int, members: int = 1) -> float:
+def step_clocks(
+    gates: int, B: int, H: int, itemsize: int, precision: str, backward: bool, sms: int, members: int = 1, extra: int = 0
+) -> float:  # fmt: skip
     """Predicted SM clocks of one launch on a GPU with `sms` SMs, without what it costs the host: a step of each of `members`.
 
     A launch takes its start, the trips to L2 one after another, and the slower of the bytes that it loads and its product. The
-    counts of `benchmarks.static` take the place of these estimates once a kernel is compiled.
+    counts of `benchmarks.static` take the place of these estimates once a kernel is compiled. `extra`: tiles that each program
+    loads besides what an LSTM does, as in `step_plan`.
     """
-    plan = step_plan(H, itemsize, precision)
+    plan = step_plan(H, itemsize, precision, extra)
     rows = plan.BLOCK_H * (1 if backward else gates)
     chunks = -(-H * (gates if backward else 1) // plan.BLOCK_K)
     programs = math.prod(plan.grid(B, H, members))
     sharing = -(-programs // sms)  # programs that one SM runs, at once or in turn
     loaded = (rows + min(B, plan.BLOCK_B)) * plan.BLOCK_K * chunks * itemsize
+    loaded += extra * min(B, plan.BLOCK_B) * plan.BLOCK_H * 4
     multiplies = rows * plan.BLOCK_B * plan.BLOCK_K * chunks
     if itemsize == 4 and precision == "ieee":
         product = multiplies / FMAS
