@@ -16,7 +16,7 @@ CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo examples test sweep matrix schedules static docs lint bench-check gpu-check clean FORCE
+.PHONY: help demo examples test sweep matrix schedules cells static docs lint bench-check gpu-check clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,8 +33,8 @@ help: ## this list
 demo: $(VENV)/demo.done ## train a character model on real English, check the kernels (examples/char_lm.py)
 	@$(RUN) examples/char_lm.py $(ARGS)
 
-examples: $(VENV)/examples.done ## three real uses, about a minute each on a CPU (docs/examples.md)
-	@for name in pronounce unfolded recall; do echo "examples/$$name.py"; $(RUN) examples/$$name.py $(ARGS) || exit 1; echo; done
+examples: $(VENV)/examples.done ## four real uses, about a minute each on a CPU (docs/examples.md)
+	@for name in pronounce unfolded recall new_cell; do echo "examples/$$name.py"; $(RUN) examples/$$name.py $(ARGS) || exit 1; echo; done
 
 test: $(VENV)/test.done ## all tests, on a CPU
 	@$(RUN) -m pytest $(WORKERS) $(ARGS)
@@ -50,6 +50,9 @@ matrix: ## all tests with the oldest, the usual and the newest PyTorch, each in 
 
 schedules: $(VENV)/test.done ## the persistent kernels under 200 random schedules of each cell and dtype, on a CPU
 	@$(RUN) tests/schedules.py $(ARGS)
+
+cells: $(VENV)/test.done ## every cell of the library on every family of kernels against its equations, on a CPU
+	@$(RUN) tests/cell_table.py $(ARGS)
 
 static: $(VENV)/test.done ## compile every kernel for three GPUs that are not here, count, predict (docs/static.md)
 	@$(RUN) -m benchmarks.static $(ARGS)

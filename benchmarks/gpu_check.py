@@ -43,7 +43,7 @@ from benchmarks.timing.run import environment, new_results, run
 from rnnfast.choice import gpu, trust, tuned, tuning_file
 from rnnfast.choice.tuning_file import Shape
 from rnnfast.commands import tune
-from rnnfast.kernels.families import FAMILIES
+from rnnfast.kernels.families import OF_TORCH
 
 CANARY = 20  # seconds
 LAYERS: dict[Case, list[Case]] = {}  # the cases that are timed, by their layer
@@ -136,7 +136,7 @@ def time_all(report: Report, until: float) -> None:
     path = report.folder / "gpu-check-times.json"
     now = new_results("cuda", {"seconds": SECONDS, "threads": 0, "interpret": False, "check_steps": CHECK_STEPS})
     now["ceilings"] = next((row for row in report.found["probes"].get("ceilings", ()) if "error" not in row), None)
-    waits = {provider_of(name) for name, family in FAMILIES.items() if family.waits}
+    waits = {provider_of(name) for name, family in OF_TORCH.items() if family.waits}
     providers = sorted([BASE, *map(provider_of, report.families)], key=waits.__contains__)  # what may hang comes last
     left = report.left("benchmark")
     for cases in LAYERS.values():
@@ -227,7 +227,7 @@ def plan() -> str:
     for layer, cases in LAYERS.items():
         models = ", ".join(filter(None, dict.fromkeys(case.model for case in cases)))
         layers.append(layer.id.removesuffix("-inference") + f" ({models})" * bool(models))
-    lines += ["", f"contestants: {', '.join([BASE, *map(provider_of, FAMILIES)])}", f"benchmark: {', '.join(layers)}"]
+    lines += ["", f"contestants: {', '.join([BASE, *map(provider_of, OF_TORCH)])}", f"benchmark: {', '.join(layers)}"]
     return "\n".join([*lines, f"tuned: {'; '.join(str(shape).removesuffix(', inference') for shape in jobs.TUNED[::2])}"])
 
 

@@ -142,7 +142,7 @@ def pipeline_round(rounds: int) -> dict[str, float]:
 def measure(rounds: int) -> dict[str, dict[str, float]]:
     """All of it, by what is measured and in which mode, in microseconds."""
     from rnnfast.choice import kernel_plan
-    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.families import OF_TORCH
     from rnnfast.kernels.persistent.plan import GPUS
 
     torch.set_num_threads(1)
@@ -156,7 +156,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
             with mock.patch.dict(os.environ, RNNFAST_KERNELS="step"):
                 found["step"] = steps(rounds)
                 found["step"]["C launcher"] = c_launcher(rounds)
-            found |= {f"call, {family} kernels": calls(family, rounds) for family in FAMILIES}
+            found |= {f"call, {family} kernels": calls(family, rounds) for family in OF_TORCH}
             found["round"] = pipeline_round(rounds)
     return found
 

@@ -24,7 +24,7 @@ from rnnfast.kernels.persistent.plan import PersistentPlan, persistent_clocks, p
 from rnnfast.kernels.scan.plan import ScanPlan, scan_clocks, scan_plan
 from rnnfast.kernels.step.plan import StepPlan, step_clocks, step_plan
 
-__all__ = ["FAMILIES", "Family", "Plan", "family_of", "for_any_size", "plans_to_measure"]
+__all__ = ["FAMILIES", "OF_TORCH", "Family", "Plan", "family_of", "for_any_size", "plans_to_measure"]
 
 
 class Plan(Protocol):
@@ -126,6 +126,9 @@ FAMILIES = {
         rows=False,
     ),
 }  # fmt: skip
+
+OF_TORCH = {name: family for name, family in FAMILIES.items() if family.recurrent}
+"""The families that run the cells of torch.nn, each of which has a W_hh."""
 
 
 def plans_to_measure(

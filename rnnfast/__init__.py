@@ -14,7 +14,7 @@ if (Path(__file__).parent / "kernels").is_file():
         "`git clone -c core.symlinks=true`."
     )
 
-from rnnfast import functional
+from rnnfast import cells, functional
 from rnnfast.accelerate import Report, accelerate, as_default, restore
 from rnnfast.choice import calls
 from rnnfast.choice.decide import use_backend
@@ -24,6 +24,7 @@ from rnnfast.choice.tuned import TuningWarning
 from rnnfast.derive.definition import Cell, Learned, Noise, Row, cell, keep, row_mean, row_norm
 from rnnfast.derive.recording import CannotFuse
 from rnnfast.explain import Explanation, explain
+from rnnfast.inspect import Inspection, inspect
 from rnnfast.nn import GRU, LSTM, RNN, GRUCell, Layer, LSTMCell, RNNCell
 from rnnfast.ops import FLOP_FORMULAS
 from rnnfast.settings import BACKENDS
@@ -45,6 +46,7 @@ __all__ = [
     "Explanation",
     "FallbackWarning",
     "GRUCell",
+    "Inspection",
     "LSTMCell",
     "Layer",
     "Learned",
@@ -56,9 +58,11 @@ __all__ = [
     "accelerate",
     "as_default",
     "cell",
+    "cells",
     "enable_compile",
     "explain",
     "functional",
+    "inspect",
     "keep",
     "restore",
     "row_mean",

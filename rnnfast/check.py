@@ -259,7 +259,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.cell:
         from rnnfast import check_cells
 
-        return check_cells.main(args.cell, device)
+        with products_in_tf32(False):
+            return check_cells.main(args.cell, device)
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, interpreted"
     print(f"Triton kernels on {where}. Each line has the tensor nearest to its limit, and that figure (docs/numerics.md)")
     print(f"{'case':58} {'tensor':28} {'figure':>8} {'rnnfast':>9} {'torch.nn':>9} {'allowed':>9}")

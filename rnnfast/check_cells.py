@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from rnnfast import numerics
 from rnnfast.cells.loading import NoCell, load_all
-from rnnfast.check import products_in_tf32
 from rnnfast.choice import kernel_plan
 from rnnfast.derive.definition import Cell
 from rnnfast.derive.registry import CannotFuse, fused
 from rnnfast.nn.layer import Layer
+from rnnfast.reference import spec_of
 from rnnfast.settings import KERNELS
 
 __all__ = ["DTYPES", "CellCase", "compare", "families", "main", "obstacle", "table"]
@@ -121,9 +121,9 @@ class _Problem:
 
         leaves = list(tensors.values())
         if self.case.second:
-            loss = sum((out.square() * weigh(out)).sum() for out in outputs.values())
+            loss = torch.stack([(out.square() * weigh(out)).sum() for out in outputs.values()]).sum()
             first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True, allow_unused=True)
-            loss = sum((grad * weigh(grad)).sum() for grad in first)
+            loss = torch.stack([(grad * weigh(grad)).sum() for grad in first]).sum()
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True)
             return {f"second derivative by {name}": grad for name, grad in zip(tensors, grads, strict=True)}
         pairs = [(out, weigh(out)) for out in outputs.values()]
@@ -155,56 +155,55 @@ def obstacle(case: CellCase, device: str) -> str:
 
 
 def compare(case: CellCase, device: str = "cpu") -> list[numerics.Verdict]:
-    """Of each tensor the figure that is nearest to its limit.
+    """Of each tensor the figure that is nearest to its limit. Products of float32 are not to be in TF32.
 
     Raises:
         CannotFuse: the kernels cannot run the cell.
     """
-    with products_in_tf32(False), KERNELS.within(case.family):
+    with KERNELS.within(case.family):
         problem, contract = _prepared(replace(case, family=""), device)
         return contract.judge(problem.run(case.dtype, "triton"))
 
 
-def families(cell: Cell, device: str) -> list[str]:
-    """The families of kernels that may run the cell here. On a CPU the programs of a grid run one after another, so none whose
-    programs wait for one another."""
+def families(cell: Cell, among: Iterable[str]) -> list[str]:
+    """The families of kernels that run the cell, of those `among` which it is asked.
+
+    Raises:
+        CannotFuse: no family does.
+    """
     from rnnfast.kernels.families import FAMILIES
 
-    able = [name for name, family in FAMILIES.items() if device != "cpu" or not family.waits]
-    return [name for name in able if (name == "scan") != cell.recurrent]
+    spec = spec_of(fused(cell))
+    return [name for name in among if not FAMILIES[name].refusal(spec.recurrent, spec.rows)]
 
 
-def table(cells: Iterable[Cell], device: str, also: Iterable[str] = (), around: Around | None = None) -> tuple[list[str], int]:
+def table(cells: Iterable[Cell], device: str, among: Sequence[str], around: Around = lambda case: nullcontext()) -> int:
     """Check the cells and print a line for each family as it is done.
 
     Args:
         cells: to check.
         device: "cpu" or "cuda".
-        also: families that run only because of `around`.
+        among: families to check it on.
         around: a context in which a case runs.
 
     Returns:
-        The lines, and how many figures are beyond their limit.
+        How many figures are beyond their limit, and cells that cannot be fused.
     """
     title = f"{'cell':18} {'family':12}" + "".join(f" {str(dtype).removeprefix('torch.'):>9} marked" for dtype in DTYPES)
-    lines = [f"{title} second  nearest to its limit"]
-    print(lines[0], flush=True)
+    print(f"{title} second  nearest to its limit", flush=True)
     failed = 0
     for cell in cells:
         try:
-            fused(cell)
+            names = families(cell, among)
         except CannotFuse as error:
-            lines.append(f"{cell.name:18} {error}")
-            print(lines[-1], flush=True)
+            print(f"{cell.name:18} {error}", flush=True)
             failed += 1
             continue
-        names = [*families(cell, device), *(name for name in also if cell.recurrent)]
         for position, family in enumerate(names):
-            line, wrong = _line(cell, family, device, around or (lambda case: nullcontext()), second=not position)
+            line, wrong = _line(cell, family, device, around, second=not position)
             failed += wrong
-            lines.append(line)
             print(line, flush=True)
-    return lines, failed
+    return failed
 
 
 def _line(cell: Cell, family: str, device: str, around: Around, second: bool) -> tuple[str, int]:
@@ -237,8 +236,11 @@ def main(texts: list[str], device: str) -> int:
         return 2
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, interpreted"
     print(f"Cells on {where}. A number is the largest part of its limit that an error takes (docs/numerics.md)")
-    _, failed = table(cells, device)
+    from rnnfast.kernels.families import FAMILIES
+
+    # Triton's interpreter runs the programs of a grid one after another
+    failed = table(cells, device, [name for name, family in FAMILIES.items() if device != "cpu" or not family.waits])
     if device == "cpu":
-        print("not here: the persistent kernels, whose programs wait for one another (a checkout has python -m tests.cells)")
+        print("not here: the persistent kernels, whose programs wait for one another (in a checkout: make cells)")
     print(f"{failed} beyond the limit" if failed else "every error is within the contract")
     return 1 if failed else 0

@@ -70,8 +70,8 @@ class Inspection:
     families: tuple[str, ...] = ()
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """What training keeps of a unit and step for backward besides the output, for an input of this dtype: what is saved, and
-        the carried states."""
+        """What training keeps of a unit and step for backward besides the output, for an input of this dtype: what is saved,
+        and the carried states."""
         return sum(tile.bytes(dtype) for tile in self.saved) + 4 * len(self.carried)
 
     def __str__(self) -> str:
@@ -150,7 +150,9 @@ def inspect(cell: Cell, **constants: Any) -> Inspection:
     except CannotFuse as error:
         return Inspection(cell, numbers, equations, str(error))
     forward, backward = (_function(found.source, name) for name in ("forward", "backward"))
-    families = ("scan",) if not cell.recurrent else ("step", "one_program") if found.rows else ("step", "persistent", "one_program")
+    families = (
+        ("scan",) if not cell.recurrent else ("step", "one_program") if found.rows else ("step", "persistent", "one_program")
+    )
     apart = cell.gates[len(cell.gates) - (found.grads - found.gates) :] if cell.recurrent else ()
     return Inspection(
         cell, numbers, equations, "", forward, backward, _saved(cell, numbers, found, backward), cell.states[1:], apart,
@@ -187,7 +189,7 @@ def _needs(cell: Cell, found: Derived, backward: str) -> dict[tuple[str, int], t
 
     def of(node: ast.AST) -> set[tuple[str, int]]:
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in arguments:
-            assert isinstance(node.slice, ast.Constant)
+            assert isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, int)
             return {(node.value.id, node.slice.value)}
         names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
         return set().union(*(known.get(name, set()) for name in names))
@@ -206,7 +208,10 @@ def _needs(cell: Cell, found: Derived, backward: str) -> dict[tuple[str, int], t
                 known[target.id] = of(value)  # type: ignore[attr-defined]
     assert isinstance(result, ast.Tuple)
     k = found.grads - found.gates
-    gates = [*(f"x.{name}" for name in cell.gates[found.gates - k :] if k), *(f"h.{name}" if k else name for name in cell.gates)]
+    gates = [
+        *(f"x.{name}" for name in cell.gates[found.gates - k :] if k),
+        *(f"h.{name}" if k else name for name in cell.gates),
+    ]
     titles = [gates, [f"s.{name}" for name in cell.states], list(cell.held)]
     needs: dict[tuple[str, int], tuple[str, ...]] = {}
     for group, names in zip(result.elts, titles, strict=True):

@@ -9,7 +9,7 @@ from benchmarks.timing import isolated
 from benchmarks.timing.providers import BASE, provider_of
 from benchmarks.timing.results import BadResults
 from rnnfast.choice.tuned import shipped
-from rnnfast.kernels.families import FAMILIES
+from rnnfast.kernels.families import OF_TORCH
 from rnnfast.kernels.persistent.plan import GpuLimits
 
 PARTS = ("compile", "probes", "benchmark", "tuned", "checks", "stress")  # of the findings: name to rows
@@ -52,7 +52,7 @@ class Report:
     def families(self) -> list[str]:
         """The families that may run: those whose programs wait for one another only if the canary found them right."""
         faults = self.found["canary"]["faults"]
-        return [name for name, family in FAMILIES.items() if not family.waits or faults.get(name) == ""]
+        return [name for name, family in OF_TORCH.items() if not family.waits or faults.get(name) == ""]
 
     @property
     def expected(self) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from rnnfast.check import Case, Problem, compare, fault
 from rnnfast.choice import kernel_plan, tuned, tuning_file
 from rnnfast.choice.tuning_file import Entry, Shape
 from rnnfast.commands import canary, tune
-from rnnfast.kernels.families import FAMILIES
+from rnnfast.kernels.families import OF_TORCH
 from rnnfast.kernels.persistent.plan import GpuLimits
 
 DEVICE = "cuda"
@@ -38,21 +38,21 @@ CELLS = (("LSTM", "tanh"), ("GRU", "tanh"), ("RNN", "tanh"), ("RNN", "relu"))
 CHECKS = {  # family, case, and TF32 or not, by name, of the families that run many steps a launch; the most wanted come first
     f"{family} {case}{' tf32' if tf32 else ''}": (family, case, tf32)
     for T, B, I, H, directions in SIZES
-    for family in FAMILIES
+    for family in OF_TORCH
     for cell, nonlinearity in CELLS
     for dtype, tf32 in ((torch.float16, False), (torch.bfloat16, False), (torch.float32, False), (torch.float32, True))
     for case in (Case(cell, T, B, I, H, dtype, bidirectional=directions == 2, nonlinearity=nonlinearity),)
-    if FAMILIES[family].many_steps and (nonlinearity == "tanh" or H in (50, 768))
+    if OF_TORCH[family].many_steps and (nonlinearity == "tanh" or H in (50, 768))
 }
 STRESS = {  # family, case, and with other work on the GPU or not, by name, of the families whose programs wait for one another
     f"{family} {case}{' beside other work' if beside else ''}": (family, case, beside)
-    for family in FAMILIES
+    for family in OF_TORCH
     for case, beside in (
         (Case("LSTM", 8, 16, 768, 768, torch.float16), False),
         (Case("LSTM", 8, 16, 768, 768, torch.float16), True),
         (Case("GRU", 8, 64, 512, 512, torch.bfloat16), True),
     )
-    if FAMILIES[family].waits
+    if OF_TORCH[family].waits
 }
 TIMED = timing.named_set("gpu-check", "cuda")
 TUNED = [  # inference and then training; of 320 steps, as `rnnfast tune` checks up to 512 against float64, which takes seconds
@@ -74,7 +74,7 @@ def builds(cases: list, shapes: list[Shape], limits: GpuLimits) -> dict[str, lis
     found = {}
     for case in cases:
         kind = case.cell_name, case.dtype, case.H, case.B
-        found |= {f"{' '.join(map(str, kind))} {family}": [family, *kind] for family in FAMILIES}
+        found |= {f"{' '.join(map(str, kind))} {family}": [family, *kind] for family in OF_TORCH}
     for shape in shapes:
         training = replace(shape, training=True)
         forward = [entry.forward for entry in tune.candidates(shape, limits) if entry.forward]

@@ -3,12 +3,17 @@
     python -m benchmarks.static [--arch 80 90 100] [--json FILE] [--summary FILE] [--jobs N] [--fresh]
                                 [--family step] [--cells lstm gru] [--dtypes float16 tf32] [--hidden 128 768] [--batch 1 16]
                                 [--marked] [--members 6] [--both-directions]
+    python -m benchmarks.static --cell my_file.py:my_cell [--arch 90] [--hidden 768] [--batch 16] [...]
     python -m benchmarks.static --show-terms LSTM 768 16
 
 For each shape the table has the persistent kernels. If they have no plan, it says why and has the step kernels. Without
 --cells, --dtypes, --hidden and --batch it is the standard table. --marked compiles the kernels for lengths and resets.
 --members compiles them for the layers of a stack as one group, --both-directions for both directions of a layer. A predicted
 step is then one of all members.
+
+--cell compiles the kernels of a cell that is not one of torch.nn's, on every family that runs it: my_file.py:my_cell,
+my_package.my_module:my_cell, the name of one in rnnfast.cells, or library for all of those. It is the LSTM's size in float16
+with H = 768 and B = 16 for an H100 unless other options say otherwise.
 docs/static.md says what the columns and the keys of the JSON mean.
 
 No GPU has measured any of it.
@@ -25,9 +30,11 @@ import triton
 
 from benchmarks.static import text
 from benchmarks.static.offline import GPU_OF_ARCH
-from benchmarks.static.table import BATCH, CELLS, HIDDEN, SCHEMA, STANDARD, build, jobs_of
+from benchmarks.static.table import BATCH, CELLS, HIDDEN, SCHEMA, STANDARD, build, jobs_of, of_cells
 from benchmarks.timing.cases import DTYPES
+from rnnfast.cells.loading import NoCell
 from rnnfast.choice import kernel_plan
+from rnnfast.derive.registry import CannotFuse
 
 
 def _positive(text: str) -> int:
@@ -38,9 +45,13 @@ def _positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description="Compiles, counts and predicts.")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(GPU_OF_ARCH))
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(GPU_OF_ARCH), help="default: 80 90 100, with --cell 90")
     parser.add_argument("--family", choices=kernel_plan.FAMILIES, help="step: the step kernels everywhere")
-    parser.add_argument("--cells", nargs="+", choices=CELLS)
+    cells = parser.add_mutually_exclusive_group()
+    cells.add_argument("--cells", nargs="+", metavar="CELL", help=f"of torch.nn: {', '.join(CELLS)}")
+    cells.add_argument(
+        "--cell", nargs="+", metavar="CELL", help="others: my_file.py:my_cell, a name in rnnfast.cells, or library"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
     parser.add_argument("--hidden", type=_positive, nargs="+")
     parser.add_argument("--batch", type=_positive, nargs="+")
@@ -58,6 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    for name in args.cells or ():
+        if name not in CELLS:
+            parser.error(f"argument --cells: no {name!r} among {', '.join(CELLS)}; another cell is --cell my_file.py:{name}")
+    archs = args.arch or ([90] if args.cell else [80, 90, 100])
     chosen = args.cells, args.dtypes, args.hidden, args.batch
     if args.show_terms:
         cell, *sizes = args.show_terms
@@ -80,9 +95,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.family or any(chosen):
         defaults = ("lstm",), ("float16",), HIDDEN, BATCH
         table = [(args.family or "persistent", *(axis or default for axis, default in zip(chosen, defaults, strict=True)))]
+    if args.cell:
+        try:
+            table = of_cells(args.cell, args.family, args.dtypes, args.hidden, args.batch)
+        except (NoCell, CannotFuse) as error:
+            parser.error(f"argument --cell: {error}")
     print(f"triton {triton.__version__}, torch {torch.__version__}. Counted and predicted: no GPU has measured any of this.\n")
     members, directions = (2, 2) if args.both_directions else (args.members, 1)
-    rows = build(jobs_of(table, args.arch, args.marked, members, directions), args.jobs, args.fresh)
+    rows = build(jobs_of(table, archs, args.marked, members, directions), args.jobs, args.fresh)
     print("\n".join(text.show_terms(rows) if args.show_terms else text.show(rows)))
     if args.json:
         report = {"schema": SCHEMA, "triton": triton.__version__, "torch": torch.__version__, "rows": rows}

@@ -16,6 +16,7 @@ from rnnfast.kernels.one_program import cost
 from rnnfast.kernels.one_program.plan import OneProgramPlan
 from rnnfast.kernels.persistent import cost_model
 from rnnfast.kernels.persistent.plan import GpuLimits, PersistentPlan
+from rnnfast.kernels.scan.plan import ScanPlan, cell_bytes
 from rnnfast.kernels.step.plan import StepPlan
 
 UNITS = ("HMMA", "HGMMA", "UTCHMMA")
@@ -30,7 +31,7 @@ def code_of(built: CompiledKernel) -> dict:
     assert not tally(code.instructions, "UBLKCP", "UTMALDG"), "a bulk copy, whose bytes are not in the machine code"
     products = [at for at, each in enumerate(loop) if each.is_a(*UNITS)]
     names = [name for name in built.src.fn.arg_names if built.src.signature[name] != "constexpr"]
-    in_ptx, weights = machine_code.Ptx(built.asm["ptx"]).loaded(names.index("w_ptr"))
+    in_ptx, weights = machine_code.Ptx(built.asm["ptx"]).loaded(names.index("w_ptr") if "w_ptr" in names else -1)
     in_code = loaded(loop, False)
     product = code.products(loop, built.metadata.num_warps)
     polled = sorted((loaded(poll, True) * threads for poll in polls), reverse=True)
@@ -171,14 +172,36 @@ def one_program_row(
     return product | row | _terms({name: share * time.total for name, share in time.share().items()}, limits.name)
 
 
+def scan_row(
+    code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: ScanPlan, limits: GpuLimits, rows: int, training: bool
+) -> dict:
+    """A row of a scan kernel for `rows` batch rows of all members. Its loop is over AHEAD steps. The model is that of
+    `rnnfast.kernels.scan.plan`: the slowest of bytes, instructions and the trip to memory."""
+    warps = rows * H / 32 / limits.sms / 4  # that share a scheduler, if all were resident
+    moved = cell_bytes(cell.gates, cell.saved, cell.carried, itemsize, backward, training)
+    bound = {
+        "memory": rows * H * moved / (hardware.MEMORY_BYTES * limits.sms),
+        "issue": max(hardware.ISSUE, warps) * code["instructions"] / plan.AHEAD,
+        "trip": hardware.MEMORY_TRIP / plan.AHEAD,
+    }
+    slowest = max(bound, key=lambda name: bound[name])
+    row = {
+        "programs": math.prod(plan.grid(rows, H)), "weights_reread_bytes": 0, "gathered_bytes": 0, "gathered_sum_bytes": 0,
+        "round_trips": 0, "gather_bound": "", "product_bound": "", "tensor_core": 0, "tensor_core_least": 0, "redundancy": 1.0,
+    }  # fmt: skip
+    return row | _terms({slowest: bound[slowest]}, limits.name)
+
+
 def step_row(
     code: dict, cell: Cell, H: int, itemsize: int, backward: bool, plan: StepPlan, B: int, limits: GpuLimits, members: int,
+    launches: float,
 ) -> dict:  # fmt: skip
     """A row of a step kernel for a batch of `B` rows of each of `members`.
 
-    Its loop is over chunks of the summed axis. A step takes the launch, the trips to L2, and the slowest of bytes, product and
-    instructions. Bytes and product are as in the model of the persistent kernels. In eager mode it takes at least the time that
-    the launch costs the host.
+    Its loop is over chunks of the summed axis. A step takes its launches, the trips to L2, and the slowest of bytes, product
+    and instructions. Bytes and product are as in the model of the persistent kernels. In eager mode it takes at least the time
+    that the launches cost the host. A cell that needs means over rows has a second launch, of which no more than that is
+    counted.
     """
     rows = plan.BLOCK_H * (1 if backward else cell.gates)
     columns = H * (cell.gates if backward else 1)
@@ -194,8 +217,8 @@ def step_row(
         "issue": sharing * hardware.ISSUE * code["instructions"] * chunks,
     }
     slowest = max(bound, key=lambda name: bound[name])
-    device = {"start": float(hardware.LAUNCH), "trips": float(hardware.L2_TRIP * trips), slowest: bound[slowest]}
-    host = hardware.LAUNCH_HOST_US * hardware.GHZ[limits.name] * 1000 - sum(device.values())
+    device = {"start": hardware.LAUNCH * launches, "trips": float(hardware.L2_TRIP * trips), slowest: bound[slowest]}
+    host = hardware.LAUNCH_HOST_US * launches * hardware.GHZ[limits.name] * 1000 - sum(device.values())
     row = {
         "programs": programs, "weights_reread_bytes": code["weight_loaded_bytes"] * chunks * programs,
         "gathered_bytes": gathered * programs, "gathered_sum_bytes": 0, "round_trips": trips,

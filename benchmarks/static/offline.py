@@ -20,12 +20,15 @@ from benchmarks.static import stub
 from benchmarks.timing.problem import tf32
 from rnnfast import ops
 from rnnfast.choice import kernel_plan
-from rnnfast.kernels import cells, dropout, one_program, persistent, recompute, runtime, step
+from rnnfast.derive import registry
+from rnnfast.kernels import dropout, one_program, persistent, recompute, runtime, step
 from rnnfast.kernels.families import FAMILIES
+from rnnfast.kernels.given import Given
 from rnnfast.kernels.groups import Group
 from rnnfast.kernels.marks import Marks, StartGrads
 from rnnfast.kernels.persistent.plan import GPUS, GpuLimits
-from rnnfast.reference import GATES
+from rnnfast.kernels.scan import launch as scan
+from rnnfast.reference import spec_of
 
 GPU_OF_ARCH = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200"}
 
@@ -90,7 +93,7 @@ class StandInDriver(DriverBase):
 
 def kernels() -> list[triton.JITFunction]:
     """Every kernel that a layer can launch."""
-    modules = (step, persistent, one_program, recompute, dropout)
+    modules = (step, persistent, one_program, scan, recompute, dropout)
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
     # pack_kernel is in two
     return list({kernel.fn: kernel for kernel in found if isinstance(kernel, triton.JITFunction)}.values())
@@ -135,15 +138,20 @@ def run_layer(
 ) -> dict[str, list[Launch]]:
     """The launches of a layer: "training" (forward) and "backward", its two halves, and "inference".
 
-    `marked`: with lengths and resets, and gradients of the states from which they begin.
+    `cell`: a name in `rnnfast.reference.CELLS`. `marked`: with lengths and resets, and gradients of the states from which they
+    begin.
     """
-    rows = GATES[cell] * hidden
-    weights = [torch.zeros(*shape, dtype=dtype) for shape in ((rows, 8), (rows, hidden), (rows,), (rows,))]
+    spec = spec_of(cell)
+    rows = spec.gates * hidden
+    w_ih, w_hh, bias = torch.zeros(rows, 8, dtype=dtype), torch.zeros(rows, hidden, dtype=dtype), torch.zeros(rows, dtype=dtype)
+    held = torch.zeros(1, spec.held * hidden, dtype=dtype, requires_grad=True) if spec.held else None
+    weights = (w_ih, w_hh, bias, bias) if spec.recurrent else (w_ih, w_hh[:0], bias, None)
+    weights = (*weights, None, held)
     x = torch.zeros(T, B, 8, dtype=dtype, requires_grad=True)
-    states = tuple(torch.zeros(B, hidden, dtype=dtype, requires_grad=marked) for _ in range(2 if cell == "lstm" else 1))
-    options = {}
+    states = tuple(torch.zeros(B, hidden, dtype=dtype, requires_grad=marked) for _ in range(spec.states))
+    options = {"noise": torch.zeros(1, dtype=torch.int64) if spec.noise else None}
     if marked:
-        options = {"lengths": torch.full((B,), T), "resets": torch.zeros(T, B, dtype=torch.bool), "reset_to": states}
+        options |= {"lengths": torch.full((B,), T), "resets": torch.zeros(T, B, dtype=torch.bool), "reset_to": states}
     marks = [len(driver.launches)]
     y, last = ops.layer(cell, x, states, *weights, **options)
     marks.append(len(driver.launches))
@@ -161,38 +169,45 @@ def run_group(
 ) -> dict[str, list[Launch]]:  # fmt: skip
     """The launches of one round of a group, as `run_layer` has those of a layer: of N steps of each member. They are the two
     directions of a layer, or with `directions` 1 the layers of a stack. `choices`: of each phase."""
-    kind, M, T, wide = cells.CELLS[cell], members, 2 * N, torch.float32
+    kind, M, T, wide = registry.kernel_cell(cell), members, 2 * N, torch.float32
 
     def new(*shape, dtype=dtype):
         return torch.zeros(M, *shape, dtype=dtype)
 
-    def cell_states(*shape):
-        return new(*shape, dtype=wide) if kind.carried else None
+    def in_float32(tiles: int, *shape):
+        return new(*shape, tiles * hidden, dtype=wide) if tiles else None
 
-    w, bias = new(kind.gates * hidden, hidden), new(kind.gates * hidden)
+    def cell_states(*shape):
+        return in_float32(kind.carried, *shape)
+
+    w, bias = new(kind.gates * hidden * kind.recurrent, hidden), new(kind.gates * hidden)
+    given = Given(in_float32(kind.held, B), torch.zeros(M, dtype=torch.int64) if kind.noise else None)
     h = torch.zeros(T, B, 2 * hidden, dtype=dtype) if directions == 2 else new(T, B, hidden)
     x = torch.zeros(M * N, B, kind.gates * hidden)
     dy = h if directions == 2 else new(N, B, hidden)
     saved, d_gates = new(T, B, kind.saved * hidden), new(T, B, kind.grads * hidden)
-    h0, c0, c, last_c = new(B, hidden), cell_states(B, hidden), cell_states(T, B, hidden), cell_states(1, B, hidden)
+    h0, c0, c, last_c = new(B, hidden), cell_states(B), cell_states(T, B), cell_states(1, B)
     marks, d_starts = Marks(), StartGrads()
     if marked:
         order = torch.arange(B, dtype=torch.int32)
-        marks = Marks(new(T, B, dtype=torch.int8), order, new(2, B, hidden), cell_states(2, B, hidden))
-        d_starts = StartGrads(new(2, B, hidden, dtype=wide), cell_states(2, B, hidden))
+        marks = Marks(new(T, B, dtype=torch.int8), order, new(2, B, hidden), cell_states(2, B))
+        d_starts = StartGrads(new(2, B, hidden, dtype=wide), cell_states(2, B))
         h0 = c0 = None
     group = Group(M, directions, flips=2 if directions == 2 else 0, lag=N if directions == 1 else 0)
-    options = {"group": group, "precision": kernel_plan.precision(), "marks": marks}
+    options = {"group": group, "precision": kernel_plan.precision(), "marks": marks, "given": given}
     launches = {}
     for phase, choice in choices.items():
         family, begin = FAMILIES[choice.family].package, len(driver.launches)
         if phase == "backward":
             family.backward(
-                kind, lambda: [(0, N, dy, saved)], h, h0, c, c0, w, d_gates, new(B, hidden, dtype=wide), cell_states(B, hidden),
-                plan=choice.plan, d_starts=d_starts, **options,
+                kind, lambda: [(0, N, dy, saved)], h, h0, c, c0, w, d_gates, new(B, hidden, dtype=wide), cell_states(B),
+                plan=choice.plan, d_starts=d_starts, d_held=in_float32(kind.held, B), **options,
             )  # fmt: skip
         else:
             kept = (c, saved) if phase == "training" else (last_c, None)
-            family.forward(kind, lambda: [(0, N, x, (M - 1) * N)], w, bias, bias, h0, c0, h, *kept, plan=choice.plan, **options)
+            bias_h = bias if kind.recurrent else None
+            family.forward(
+                kind, lambda: [(0, N, x, (M - 1) * N)], w, bias, bias_h, h0, c0, h, *kept, plan=choice.plan, **options
+            )
         launches[phase] = driver.launches[begin:]
     return launches

@@ -14,6 +14,8 @@ states wait in their owner's registers. Where a state began anew, its owner adds
 the initial or the reset state, and goes on from zero. A tile begins with the last step at which one of its rows runs, and ends
 with the first. Without, HAS_MARKS is off and the arguments that go with it are None.
 
+A program adds the gradients of its HELD tiles up over the steps, and to memory once a launch. The NOISE is made again.
+
 A launch runs a chunk of steps of each member of a group, as in forward.
 
 Legend: M members, T steps, N of them in a chunk, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, GATES =
@@ -140,7 +142,7 @@ def persistent_backward_kernel(
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     GROUPED: tl.constexpr,  # whether there are several members
-    DIRECTIONS: tl.constexpr,  # side by side in a row of h
+    DIRECTIONS: tl.constexpr,  # members side by side in a row of h
     PLAN: tl.constexpr,  # `PersistentPlan.tiles`
 ):
     HAS_DY: tl.constexpr = dy_ptr is not None

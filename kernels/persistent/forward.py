@@ -9,12 +9,16 @@ With marks (`rnnfast.kernels.marks`) they exchange the h that enters the next st
 a unit puts the initial or the reset state in h_t's place, so the product is the same. A tile begins with the first step at
 which one of its rows runs, and ends with the last. Without, HAS_MARKS is off and the arguments that go with it are None.
 
+Only h is exchanged. The CARRIED other states of a unit never leave its program, and the HELD tiles of `rnnfast.kernels.given`
+stay there from the first step to the last. The NOISE of the next step is drawn while the exchange is on its way.
+
 A launch runs a chunk of steps of each member of a group (`rnnfast.kernels.groups`). The programs of a member and batch tile
-exchange with one another only. All buffers have the members in front, but h has directions side by side.
+exchange with one another only. All buffers have the members in front, but h may have them side by side.
 
 Legend: M members, T steps, N of them in a chunk, B batch, H hidden units, H_PAD = H rounded up to whole tiles, G gates, K the
-summed axis, here H_PAD. A step's row is t * B + b, where t counts the steps of all members: T * member + the step. ROWS are the
-weight rows of a program, GATES to a unit: G rounded up to a power of two, the rest zero.
+summed axis, here H_PAD. A step's row is t * B + b, where t counts the steps of all members: T * member + the step. GATES is
+G rounded up to a power of two. ROWS are the weight rows of a product: GATES to a unit, those beyond G zero. Or it is of one
+gate, with TILES of them.
 """
 
 import triton
@@ -89,7 +93,7 @@ def persistent_forward_kernel(
     PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     GROUPED: tl.constexpr,  # whether there are several members
-    DIRECTIONS: tl.constexpr,  # side by side in a row of h
+    DIRECTIONS: tl.constexpr,  # members side by side in a row of h
     PLAN: tl.constexpr,  # `PersistentPlan.tiles`
 ):
     HAS_BIAS: tl.constexpr = bias_x_ptr is not None
@@ -110,7 +114,7 @@ def persistent_forward_kernel(
     OPERANDS: tl.constexpr = operands(CHUNKS, JOIN)
     CHUNK_WORDS: tl.constexpr = BLOCK_K // PER_WORD
     WORD_TILES: tl.constexpr = PART // PER_WORD // piece(CHUNK_WORDS, SPLIT) * vector(CHUNK_WORDS)
-    # three gates of 16 units are three products of 16 rows, where a product of all would have to be one of 64
+    # three gates of 16 units are three products of 16 rows, where a product of all would have to be one of 64; likewise five
     TILES: tl.constexpr = G if G != GATES and SPLIT > 1 and BLOCK_H >= 16 else 1
     TILE_GATES: tl.constexpr = GATES if TILES == 1 else 1
     ROWS: tl.constexpr = BLOCK_H * TILE_GATES

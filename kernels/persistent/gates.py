@@ -64,6 +64,17 @@ def side_by_side(tiles, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.
 
 
 @triton.jit
+def _sums_of(tiles, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr):
+    """The sums over the parts of up to four tiles (SPLIT, BLOCK_H, BLOCK_B), a gate each."""
+    PLACES: tl.constexpr = _places(len(tiles))
+    rows = tiles[0]
+    if PLACES > 1:
+        rows = tl.reshape(_joined(tiles, PLACES), (SPLIT, BLOCK_H, BLOCK_B, PLACES))
+        rows = tl.reshape(tl.permute(rows, (0, 1, 3, 2)), (SPLIT, BLOCK_H * PLACES, BLOCK_B))
+    return _split(sum_parts(rows, BLOCK_H * PLACES, BLOCK_B, SPLIT), BLOCK_B, BLOCK_H, PLACES)
+
+
+@triton.jit
 def gate_sums(sums, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr):
     """The gates (BLOCK_B, BLOCK_H) from the sums of `exchange.add_product`: one tile of GATES rows a unit, or a tile a gate."""
     if len(sums) == 1:
@@ -74,10 +85,5 @@ def gate_sums(sums, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.cons
             some = ()
             for i in tl.static_range(_together(first, len(sums))):
                 some = some + (sums[first + i],)
-            PLACES: tl.constexpr = _places(len(some))
-            rows = some[0]
-            if PLACES > 1:
-                rows = tl.permute(tl.reshape(_joined(some, PLACES), (SPLIT, BLOCK_H, BLOCK_B, PLACES)), (0, 1, 3, 2))
-                rows = tl.reshape(rows, (SPLIT, BLOCK_H * PLACES, BLOCK_B))
-            gates = gates + _split(sum_parts(rows, BLOCK_H * PLACES, BLOCK_B, SPLIT), BLOCK_B, BLOCK_H, PLACES)
+            gates = gates + _sums_of(some, BLOCK_B, BLOCK_H, SPLIT)
         return gates

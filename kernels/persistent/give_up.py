@@ -52,5 +52,6 @@ def gave_up(device) -> str:
     if key is None:
         return "a kernel without a name"
     direction, cell, H, dtype = key
-    name = next((name for name, other in CELLS.items() if other is cell), "another cell")
+    module = cell.forward.fn.__module__.removeprefix("rnnfast_cell_")  # of a derived cell
+    name = next((name for name, other in CELLS.items() if other is cell), module)
     return f"{direction} of {name} with {H} hidden units in {str(dtype).removeprefix('torch.')}"

@@ -114,7 +114,7 @@ class _Candidate:
     """One choice of tiles, with what it takes and what it costs."""
 
     plan: PersistentPlan
-    rows: int  # weight rows of a program; their partial sums take a power of two
+    rows: int  # weight rows of a program
     columns: int  # weight columns of a program, which it sums over
     itemsize: int
     reserve: int  # registers of a thread that are to be left
@@ -138,8 +138,9 @@ class _Candidate:
 
     @property
     def partial_bytes(self) -> int:
-        """Shared memory that the sums of the warps take."""
-        return self.plan.SPLIT * (1 << (self.rows - 1).bit_length()) * self.plan.BLOCK_B * 4
+        """Shared memory that the sums of the warps take, 64 rows at a time, and the rest as a power of two."""
+        whole, rest = divmod(self.rows, 64)
+        return self.plan.SPLIT * (64 * whole + (1 << (rest - 1).bit_length()) * (rest > 0)) * self.plan.BLOCK_B * 4
 
     @property
     def words_per_thread(self) -> int:
@@ -317,7 +318,7 @@ def _candidates(
                 if remainder or block_k < 16 or part > MOST_CHUNKS * block_k:
                     continue
                 plan = PersistentPlan(block_b, block_h, block_k, split, h_pad, warps, 1, sms, PARTS=parts)
-                separate = split > 1 and block_h >= 16  # a product of its own for each of three gates
+                separate = split > 1 and block_h >= 16  # a product a gate, if they are no power of two
                 rows = unit if backward else block_h * (gates if separate else gate_rows)
                 yield _Candidate(plan, rows, summed_gates * h_pad // parts, itemsize, reserve + kept, members)
 

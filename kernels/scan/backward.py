@@ -4,7 +4,7 @@
 
 A step's dy, saved tiles and the states before it are loaded AHEAD steps before they are used (tiles.py). The states after a
 step are those before the step processed last. The gradients of held tiles and of states that begin anew are summed in
-registers and added to memory at the end.
+registers too, from what memory has, so that it does not matter where the launches of a sequence are cut.
 
 Legend: as in forward.py; E held tiles. Next and before are meant in forward's order.
 """
@@ -21,11 +21,6 @@ from rnnfast.kernels.maths import round_to
 from rnnfast.kernels.scan.tiles import below, blocks, chosen, entering, pointers, start_states, states_at, taken, window
 
 __all__ = ["scan_backward_kernel"]
-
-
-@triton.jit
-def _added(at, tile, mask):
-    tl.store(at, tl.load(at, mask=mask, other=0.0) + tile, mask=mask)
 
 
 @triton.jit
@@ -120,19 +115,17 @@ def scan_backward_kernel(
 
     d_states = states_at(d_h_ptr, d_c_ptr, others, others, offs_b, offs_h, mask, H, H, CARRIED)
     if HAS_MARKS:
-        starts = start_states(mark_ptrs, 2 * others, offs_b, offs_h, mask, B, H, CARRIED)
+        starts = start_states(mark_ptrs.starts_h, mark_ptrs.starts_c, 2 * others, offs_b, offs_h, mask, B, H, CARRIED)
     else:
         starts = states_at(h0_ptr, c0_ptr, others, others, offs_b, offs_h, below(mask, 0, has_first), H, H, CARRIED)
     d_starts = ()
     if NEEDS_STARTS:
-        for _ in tl.static_range(2 * STATES):
-            d_starts = d_starts + (tl.zeros(mask.shape, tl.float32),)
+        d_starts = start_states(d_start_ptrs.h, d_start_ptrs.c, 2 * others, offs_b, offs_h, mask, B, H, CARRIED)
     held = ()
     d_held = ()
     if HELD > 0:
         held = blocks(pointers(given_ptrs.held, others, offs_b, offs_h, HELD * H), mask, H, HELD)
-        for _ in tl.static_range(HELD):
-            d_held = d_held + (tl.zeros(mask.shape, tl.float32),)
+        d_held = blocks(pointers(d_held_ptr, others, offs_b, offs_h, HELD * H), mask, H, HELD)
 
     # the states after the step, and where the step reads and writes
     row = t * batch
@@ -235,11 +228,11 @@ def scan_backward_kernel(
     for s in tl.static_range(CARRIED):
         tl.store(pointers(d_c_ptr, others, offs_b, offs_h, CARRIED * H) + s * H, d_states[1 + s], mask=mask)
     for n in tl.static_range(HELD):
-        _added(pointers(d_held_ptr, others, offs_b, offs_h, HELD * H) + n * H, d_held[n], mask)
+        tl.store(pointers(d_held_ptr, others, offs_b, offs_h, HELD * H) + n * H, d_held[n], mask=mask)
     if NEEDS_STARTS:
         for n in tl.static_range(2):
             first = 2 * others + n * batch
-            _added(pointers(d_start_ptrs.h, first, offs_b, offs_h, H), d_starts[n * STATES], mask)
+            tl.store(pointers(d_start_ptrs.h, first, offs_b, offs_h, H), d_starts[n * STATES], mask=mask)
             for s in tl.static_range(CARRIED):
                 at_c = pointers(d_start_ptrs.c, first, offs_b, offs_h, CARRIED * H) + s * H
-                _added(at_c, d_starts[n * STATES + 1 + s], mask)
+                tl.store(at_c, d_starts[n * STATES + 1 + s], mask=mask)

@@ -98,7 +98,7 @@ def scan_forward_kernel(
     )  # fmt: skip
     starts = ()
     if HAS_MARKS:
-        starts = start_states(mark_ptrs, 2 * others, offs_b, offs_h, mask, B, H, CARRIED)
+        starts = start_states(mark_ptrs.starts_h, mark_ptrs.starts_c, 2 * others, offs_b, offs_h, mask, B, H, CARRIED)
     else:
         first = states_at(h0_ptr, c0_ptr, others, others, offs_b, offs_h, below(mask, 0, has_first), H, H, CARRIED)
         states = chosen(p == 0, first, states, STATES)

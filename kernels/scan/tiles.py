@@ -55,9 +55,8 @@ def states_at(h_ptr, c_ptr, row_h, row_c, offs_b, offs_h, mask, WIDTH: tl.conste
 
 
 @triton.jit
-def start_states(mark_ptrs, row, offs_b, offs_h, mask, B, H: tl.constexpr, CARRIED: tl.constexpr):
-    """The initial states, then those of a reset; row: the first batch row of the initial ones."""
-    h_ptr, c_ptr = mark_ptrs.starts_h, mark_ptrs.starts_c
+def start_states(h_ptr, c_ptr, row, offs_b, offs_h, mask, B, H: tl.constexpr, CARRIED: tl.constexpr):
+    """The initial states, then those of a reset, or the gradients of both. row: the first batch row of the initial ones."""
     initial = states_at(h_ptr, c_ptr, row, row, offs_b, offs_h, mask, H, H, CARRIED)
     return initial + states_at(h_ptr, c_ptr, row + B, row + B, offs_b, offs_h, mask, H, H, CARRIED)
 

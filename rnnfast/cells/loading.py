@@ -28,7 +28,7 @@ def load_all(text: str) -> list[Cell]:
 def load(text: str) -> Cell:
     """The cell that ``my_file.py:my_cell``, ``my_package.my_module:my_cell`` or a name in `rnnfast.cells` stands for.
 
-    A file is run as a module of its name. What its code raises passes on.
+    A file is run as a module of its name, and may import what lies beside it. What its code raises passes on.
 
     Raises:
         NoCell: there is none.
@@ -54,6 +54,8 @@ def _of_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(title, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.append(folder)
     before = sys.modules.get(title)
     sys.modules[title] = module  # where the cell's functions, and pickle, look for what they use
     try:

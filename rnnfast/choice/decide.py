@@ -193,7 +193,8 @@ def decide(
         packable: whether the values of the lengths can be read here. Packing needs them.
         onednn_trains: whether the call needs gradients and PyTorch runs the layer as one oneDNN operator.
         steps: whether the call runs over time. It is false for a cell.
-        torch_wins: why PyTorch's own layer is to run if nobody asked for a backend (`rnnfast.choice.kernel_plan.torch_wins`).
+        torch_wins: why PyTorch's own layer is to run if nobody asked for a backend (`rnnfast.choice.kernel_plan.torch_wins`);
+            with `own_layer` why the equations are (`rnnfast.choice.kernel_plan.unchecked`).
         own_layer: why PyTorch has no such layer, in words, for example "PyTorch has no layer of the cell `peephole`"; empty if
             it has. Where PyTorch's layer would run, asked for or not, the equations then run with every option: the runner is
             "equations", the backend "reference", and `stands_in` has these words. Such a call has to be well formed; nobody
@@ -224,7 +225,7 @@ def decide(
     if steps and not options and trace and not own_layer:
         by_equations += (f"{trace}, and the equations would keep the number of steps",)
     gives_way = () if name == "torch" else by_equations if name == "reference" else found
-    torch_wins = torch_wins if name is None and not gives_way and well_formed and not own_layer else ""
+    torch_wins = torch_wins if name is None and not gives_way and well_formed else ""
     own_backend = name != "torch" and not gives_way and well_formed and not torch_wins
     backend = (name or "triton") if own_backend else "torch"
     runner, stands_in, refusal = {"triton": "kernels", "reference": "equations", "torch": "torch"}[backend], "", ""

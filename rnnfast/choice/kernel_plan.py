@@ -27,6 +27,7 @@ from rnnfast.choice import pipeline, trust, tuned, tuning_file
 from rnnfast.choice.forecast import MARGIN, Forecast, forecast
 from rnnfast.choice.gpu import cooperative, known, limits, pretend_gpu
 from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
+from rnnfast.reference import spec_of
 from rnnfast.settings import CANARY, KERNELS, STRICT, strict
 from rnnfast.torch_private import environment, rnn_precision
 
@@ -52,6 +53,7 @@ __all__ = [
     "shape",
     "torch_wins",
     "torch_wins_call",
+    "unchecked",
     "why_fewer",
 ]
 
@@ -218,24 +220,21 @@ def _choice(
             plan = None
     if plan is not None:
         runs = pipeline.run(family, sizes, call[1], at_once, -(-members // at_once), layers, group[3])
-        choice = replace(_chosen("step", sizes, gpu, at_once), family=family, plan=plan)
+        choice = replace(choose("step", *sizes[:6], gpu, members=at_once), family=family, plan=plan)
     else:
         runs = pipeline.best(family, sizes, *group)
-        choice = _chosen(family, sizes, gpu, runs.members if runs else 1)
+        chosen = lambda name, at_once: choose(name, *sizes[:6], gpu, sizes.marked, at_once, *sizes[7:])  # noqa: E731
+        choice = chosen(family, runs.members if runs else 1)
         if choice.family != family:
             runs = pipeline.best(choice.family, sizes, *group)
             assert runs is not None  # these kernels run any group
-            choice = replace(_chosen(choice.family, sizes, gpu, runs.members), wanted=family, reason=choice.reason)
+            choice = replace(chosen(choice.family, runs.members), wanted=family, reason=choice.reason)
     assert runs is not None
     choice = replace(choice, members=runs.members, chunk=runs.chunk if layers else 0)
     hindrance = UNCOOPERATIVE if FAMILIES[choice.family].waits and not cooperative(device) else ""
     if strict():  # `run` raises the hindrance
         return replace(choice, strict=True, hindrance=hindrance)
     return choice.without(hindrance) if hindrance else choice
-
-
-def _chosen(family: str, sizes: pipeline.Sizes, gpu: GpuLimits | None, members: int) -> Choice:
-    return choose(family, *sizes[:6], gpu, sizes.marked, members, *sizes[7:])
 
 
 def _measured_plan(
@@ -346,6 +345,23 @@ def torch_wins(
     if kernels_only or predicted.kernels * margin <= predicted.torch:
         return ""
     return f"chosen for this call: the kernels are not predicted {f'{margin} times ' if margin > 1 else ''}faster"
+
+
+def unchecked(cell: str, device: torch.device) -> str:
+    """Why the kernels are not the automatic choice for a cell that PyTorch has no layer of, in words; empty if they are.
+
+    They are if a family that runs the cell is trusted on this GPU. This may run the canary, which has cells of torch.nn: a
+    family that is right for them may run any other. The scan kernels, which run none of them, count as the step kernels do.
+    """
+    from rnnfast.kernels.families import FAMILIES
+
+    gpu = limits(device)
+    if gpu is None or asked() != "auto":
+        return ""
+    spec, families = spec_of(cell), trust.trusted(device)
+    counted = (*families, "scan") if "step" in families else families
+    able = any([not FAMILIES[family].refusal(spec.recurrent, spec.rows) for family in counted])
+    return "" if able else trust.words(gpu)
 
 
 def predict(

@@ -15,7 +15,7 @@ from benchmarks.timing.providers import provider_of
 from benchmarks.timing.results import new_row
 from rnnfast.choice import trust, tuned
 from rnnfast.commands import canary, tune
-from rnnfast.kernels.families import FAMILIES
+from rnnfast.kernels.families import OF_TORCH
 from rnnfast.kernels.persistent.plan import GPUS
 
 pytestmark = pytest.mark.same_everywhere
@@ -35,7 +35,7 @@ def test_the_plan(capsys):
     assert gpu_check.main(["--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[1]) for line in lines[1 : 1 + len(gpu_check.PLAN)]] == [s for s, _ in gpu_check.PLAN.values()]
-    assert all(any(provider_of(family) in line for line in lines) for family in FAMILIES)
+    assert all(any(provider_of(family) in line for line in lines) for family in OF_TORCH)
     (layers,) = (line for line in lines if line.startswith("benchmark: "))
     assert "LSTM-T512-B10-I128-H256-L6-tf32 (kb35, kb36, kb37)" in layers and layers.count("L6-bi-tf32") == 2
 
@@ -47,7 +47,7 @@ def test_the_plan(capsys):
 def report(tmp_path):
     """In which the canary found all right."""
     found = findings.Report(tmp_path, {"gpu": "none"}, H200)
-    found.update("canary", {"faults": dict.fromkeys(FAMILIES, ""), "why": ""})
+    found.update("canary", {"faults": dict.fromkeys(OF_TORCH, ""), "why": ""})
     return found
 
 
@@ -159,7 +159,7 @@ def test_times(report, monkeypatch):
     assert sorted(names(runner.asked)) == sorted(report.expected["benchmark"])
     for work in runner.asked:
         assert len({replace(case, mode="training", model="") for _, case, _ in work}) == 1
-        assert work[len(FAMILIES)][2] == "rnnfast-persistent", "what may hang comes last"
+        assert work[len(OF_TORCH)][2] == "rnnfast-persistent", "what may hang comes last"
     assert not report.left("benchmark")
     gpu_check.time_all(report, time.monotonic() + 1000)
     assert len(runner.asked) == len(gpu_check.LAYERS), "nothing is left"
@@ -223,7 +223,7 @@ class Children:
 
 
 @pytest.mark.parametrize("verdict", [
-    trust.Verdict(dict.fromkeys(FAMILIES, "")), trust.Verdict({"step": "", "persistent": "h_n: error 1"}),
+    trust.Verdict(dict.fromkeys(OF_TORCH, "")), trust.Verdict({"step": "", "persistent": "h_n: error 1"}),
     trust.Verdict(why="no time was left"),
 ])  # fmt: skip
 def test_prepare(verdict, tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_prepare(verdict, tmp_path, monkeypatch):
     report = findings.Report(tmp_path, {"gpu": "none"}, H200)
     happened = Children(monkeypatch, verdict).happened
     gpu_check.prepare(report, time.monotonic() + 100)
-    assert happened[0] == ("build", len(canary.CASES) * len(FAMILIES))
+    assert happened[0] == ("build", len(canary.CASES) * len(OF_TORCH))
     assert sorted(kind for kind, _ in happened[1:]) == ["build", "canary", "probe"]
     assert report.found["canary"] == {"faults": verdict.faults, "why": verdict.why} and not report.left("probes")
     runs = "persistent" in verdict.right
@@ -291,7 +291,7 @@ def test_tuning_goes_on(report, monkeypatch):
 
 def whole(report):
     """What a run finds in which all went well."""
-    work = [("gpu-check", case, name) for case in jobs.TIMED for name in ["torch.nn", *map(provider_of, FAMILIES)]]
+    work = [("gpu-check", case, name) for case in jobs.TIMED for name in ["torch.nn", *map(provider_of, OF_TORCH)]]
     checks = {name: [{"share": 0.25, "tensor": "h_n", "figure": "rms"}] for name in report.expected["checks"]}
     first, second, *_ = checks
     checks |= {first: [{"share": 0.5, "tensor": "output", "figure": "rms"}], second: [{"skipped": "no tiles fit"}]}
@@ -376,7 +376,7 @@ def fake_gpu(monkeypatch):
 
 def test_a_run(fake_gpu, tmp_path, monkeypatch, capsys):
     """Everything but the GPU's own work: interrupted in the middle, and a second call that goes on from there."""
-    children, runner = Children(monkeypatch, trust.Verdict(dict.fromkeys(FAMILIES, ""))), Runner(monkeypatch)
+    children, runner = Children(monkeypatch, trust.Verdict(dict.fromkeys(OF_TORCH, ""))), Runner(monkeypatch)
     monkeypatch.setattr(tune, "measure", lambda entries, quiet, until: dict.fromkeys(range(len(entries)), 1.5))
     monkeypatch.setattr(gpu_check, "run_tests", lambda folder, seconds: {"exit_code": 0, "closing_line": "9 passed"})
 

@@ -22,7 +22,7 @@ from rnnfast.check import Case, Result
 from rnnfast.choice import kernel_plan, tuning_file
 from rnnfast.commands import canary, tune
 from rnnfast.kernels import persistent
-from rnnfast.kernels.families import FAMILIES
+from rnnfast.kernels.families import OF_TORCH
 from rnnfast.kernels.persistent.plan import GPUS
 
 pytestmark = pytest.mark.same_everywhere
@@ -97,9 +97,9 @@ def test_stress(beside, on_an_h100, monkeypatch):
 
 def test_what_is_run():
     """Every family but the step kernels is checked, those that wait are stressed, and all are timed."""
-    assert {family for family, *_ in jobs.CHECKS.values()} == set(FAMILIES) - {"step"}
-    assert {family for family, *_ in jobs.STRESS.values()} == {name for name, family in FAMILIES.items() if family.waits}
-    assert {provider_of(family) for family in FAMILIES} <= all_providers().keys()
+    assert {family for family, *_ in jobs.CHECKS.values()} == set(OF_TORCH) - {"step"}
+    assert {family for family, *_ in jobs.STRESS.values()} == {name for name, family in OF_TORCH.items() if family.waits}
+    assert {provider_of(family) for family in OF_TORCH} <= all_providers().keys()
     assert any(case.T * case.B > 8192 for _, case, _ in jobs.CHECKS.values()), "none crosses a chunk of the input side"
     assert [shape.training for shape in jobs.TUNED] == [False, True] * (len(jobs.TUNED) // 2)
 
@@ -109,7 +109,7 @@ def test_builds(monkeypatch):
     case, shape = jobs.TIMED[0], jobs.TUNED[0]
     found = jobs.builds([case], [shape], H200)
     assert [job for job in found.values() if job[0] != "auto"] == [
-        [family, case.cell_name, case.dtype, case.H, case.B] for family in FAMILIES
+        [family, case.cell_name, case.dtype, case.H, case.B] for family in OF_TORCH
     ]
     candidates = [job[-1] for job in found.values() if job[0] == "auto"]
     for side, wanted in (("forward", shape), ("backward", replace(shape, training=True))):
@@ -145,7 +145,7 @@ def test_build(name, monkeypatch):
         entry = job[-1][1]
         assert [tuning_file.tiles(plan) for plan in launched] == [entry["forward"], entry["backward"]]
     else:
-        assert all(isinstance(plan, FAMILIES[name].kind) for plan in launched)
+        assert all(isinstance(plan, OF_TORCH[name].kind) for plan in launched)
 
 
 def test_a_real_build(tmp_path):

@@ -10,7 +10,7 @@ import torch
 import rnnfast
 from rnnfast.choice import cudnn, forecast, gpu, kernel_plan, pipeline, tuned
 from rnnfast.choice.tuning_file import Entry, Shape
-from rnnfast.kernels.families import FAMILIES
+from rnnfast.kernels.families import OF_TORCH
 from rnnfast.kernels.hardware import gigahertz
 from rnnfast.kernels.persistent.plan import GPUS
 
@@ -90,13 +90,13 @@ def test_clocks_by_the_drivers_name():
 def test_each_family_predicts_where_it_has_a_plan():
     """And a step of the step kernels takes at least what its launch costs the host."""
     for gpu_limits in GPUS.values():
-        for family in FAMILIES:
+        for family in OF_TORCH:
             for H, members in itertools.product((8, 64, 768, 5000), (1, 2)):
                 sizes = pipeline.Sizes(4, 16, H, 2, "half", True)
                 run = pipeline.run(family, sizes, 100, members, 1, False, gpu_limits)
-                plan = FAMILIES[family].plan(*sizes[:6], gpu_limits, False, members)
-                assert (run is not None) == isinstance(plan, FAMILIES[family].kind)
-                assert run is None or run.us > 100 * (0 if FAMILIES[family].many_steps else 4)
+                plan = OF_TORCH[family].plan(*sizes[:6], gpu_limits, False, members)
+                assert (run is not None) == isinstance(plan, OF_TORCH[family].kind)
+                assert run is None or run.us > 100 * (0 if OF_TORCH[family].many_steps else 4)
 
 
 def test_a_forecast_adds_up():

@@ -13,7 +13,7 @@ from rnnfast.choice import gpu, kernel_plan, pipeline, tuned, tuning_file
 from rnnfast.choice.pipeline import Grouping, Sizes, best, run
 from rnnfast.choice.tuning_file import Entry, Shape, Unusable
 from rnnfast.commands import canary, tune
-from rnnfast.kernels.families import FAMILIES
+from rnnfast.kernels.families import OF_TORCH
 from rnnfast.kernels.hardware import LAUNCH, LAUNCH_HOST_US, PRODUCT, gigahertz
 from rnnfast.kernels.persistent.plan import GPUS, persistent_plans
 
@@ -60,7 +60,7 @@ def test_a_run_adds_up(family, H, backward):
     product = (PRODUCT + LAUNCH) / gigahertz("H100") / 1000
     assert one.products == pytest.approx((one.rounds - 1 + ahead) * product)
     assert two.us == pytest.approx(2 * one.us) and two.chunk == one.chunk
-    assert (one.clears > 0) == FAMILIES[family].waits and (one.starts > 0) == FAMILIES[family].many_steps
+    assert (one.clears > 0) == OF_TORCH[family].waits and (one.starts > 0) == OF_TORCH[family].many_steps
     both = run(family, sizes, 512, 2, 1, False, H100)
     assert both.steps == pytest.approx(512 * pipeline.step_us(family, sizes, 2, H100))
     assert both.products == pytest.approx(0 if backward else 2 * both.rounds * product)
@@ -88,7 +88,7 @@ def test_the_chunk_keeps_to_its_limits(T, B):
         found = best(family, sizes._replace(B=B), T, 4, True, H100)
         if found is None:
             continue
-        plan = FAMILIES[family].plan(4, B, sizes.H, 4, "tf32", False, H100, False, found.members)
+        plan = OF_TORCH[family].plan(4, B, sizes.H, 4, "tf32", False, H100, False, found.members)
         assert 1 <= found.chunk <= min(T, plan.steps)
         assert found.chunk == 1 or found.members * found.chunk * B <= pipeline.ROWS
         assert -(-T // found.chunk) * found.chunk - T < -(-T // found.chunk)  # the last chunk is short by less than a step each
@@ -154,7 +154,7 @@ def test_pick_makes_even_chunks_of_any_length(T):
         assert pick(T=1023).plan == pick(T=512).plan
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(OF_TORCH))
 def test_a_family_by_name_takes_its_best_group(family, monkeypatch):
     monkeypatch.setenv("RNNFAST_KERNELS", family)
     H = 64 if family == "one_program" else 256
@@ -262,7 +262,7 @@ def test_candidates_of_a_group():
     stack = replace(SHAPE, layers=6, H=96, I=96)
     found = tune.candidates(stack, H100)
     at_once = [each.members[0] for each in found if each.forward]
-    assert set(at_once) == {1, 6} and at_once.count(1) == sum(1 for family in FAMILIES.values() if family.plans)
+    assert set(at_once) == {1, 6} and at_once.count(1) == sum(1 for family in OF_TORCH.values() if family.plans)
     assert len({tune.name(each) for each in found}) == len(found)
     assert any("6 of 6 at once" in tune.name(each) for each in found)
     trained = tune.candidates(replace(stack, training=True), H100, found[2])
@@ -278,7 +278,7 @@ def test_the_canary_runs_groups_of_two(name, monkeypatch):
     """A layer of two directions and a stack, on each family that has plans for them; both kinds on those of every size."""
     kinds = {}
     with gpu.pretend_gpu(GPUS[name]):
-        for family in FAMILIES:
+        for family in OF_TORCH:
             monkeypatch.setenv("RNNFAST_KERNELS", family)
             for case in canary.CASES:
                 group = pipeline.grouping(case.layers, 1 + case.bidirectional)
@@ -288,7 +288,7 @@ def test_the_canary_runs_groups_of_two(name, monkeypatch):
                     assert not group.layers or all(choice.chunk < case.T for choice in choices)
                     kinds.setdefault(family, set()).add(group)
     three = {Grouping(1, False, 1), Grouping(2, False, 1), Grouping(2, True, 1)}
-    assert kinds == dict.fromkeys(FAMILIES, three)
+    assert kinds == dict.fromkeys(OF_TORCH, three)
 
 
 # In words

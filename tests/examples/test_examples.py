@@ -242,6 +242,28 @@ def test_memory_is_what_it_takes(memory, least, most, recall, on_torch, capsys):
     assert least <= curve[-1] <= most and difference < 1e-4
 
 
+def test_new_cell(on_torch, monkeypatch, capsys, tmp_path):
+    with load("new_cell") as module:
+        monkeypatch.setattr(module, "SILENT", 6)
+        output = run(module, capsys, *CPU, "--steps", 3, "--size", 4, "--out", tmp_path)
+        assert "backend: torch" in output and "PyTorch has no layer of the cell `ringing`" in output
+        assert output.count("error of tones that it was not trained on: 0.") == 2
+        assert drawn(tmp_path / "new_cell.png")
+        heard, tone = module.tones(5, torch.Generator().manual_seed(0), torch.device("cpu"))
+        assert heard.shape == tone.shape == (30, 5, 1) and not heard[24:].any()
+        assert (heard - tone)[:24].std() == pytest.approx(module.NOISE, rel=0.3)
+
+
+@pytest.mark.sweep
+def test_ringing_learns_what_lstm_does_not(on_torch, capsys):
+    with load("new_cell") as module:
+        found = {}
+        for name in module.NAMES:
+            torch.manual_seed(0)
+            found[name] = module.train(module.Model(name, 32), 300, 0, torch.device("cpu"))[-1]
+    assert found["ringing"] < 0.07 and found["lstm"] > 2 * found["ringing"]
+
+
 def test_bad_input(pronounce, unfolded, recall, on_torch, capsys, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for module, args, complaint in (

@@ -41,3 +41,11 @@ def test_recall(device, monkeypatch, capsys, tmp_path):
     assert "backend: triton" in output
     differences = re.findall(r"chunks in one call: (\S+)", output)
     assert len(differences) == 3 and all(float(difference) < 1e-5 for difference in differences)
+
+
+def test_new_cell(device, monkeypatch, capsys, tmp_path):
+    with load("new_cell") as module:
+        for name, value in (("HEARD", 3), ("SILENT", 2), ("BATCH", 2)):
+            monkeypatch.setattr(module, name, value)
+        output = run(module, capsys, "--device", device, "--steps", 1, "--size", 7, "--out", tmp_path)
+    assert output.count("backend: triton") == 2 and output.count("it was not trained on: 0.") == 2

@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
+from support.diagonal import CELLS
 from support.recurrence import Layer, steps_of
 
-from rnnfast.kernels import one_program, runtime, step
+from rnnfast.kernels import one_program, runtime, scan, step
 from rnnfast.kernels.groups import Group
 from rnnfast.kernels.one_program.plan import OneProgramPlan
+from rnnfast.kernels.scan.plan import ScanPlan
 
 pytestmark = [
     pytest.mark.skipif(runtime.mode() != "interpreted", reason="runs in Triton's interpreter: TRITON_INTERPRET=1"),
@@ -19,11 +21,18 @@ T, B, H, LAST = 1_000_000, 130, 17, 3
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize(("family", "plan"), [(step, steps_of(H, torch.float16)), (one_program, OneProgramPlan(8, 32, 2, 100))])
-def test_last_steps(family, plan, layers, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "plan", "cell"),
+    [
+        (step, steps_of(H, torch.float16), "lstm"),
+        (one_program, OneProgramPlan(8, 32, 2, 100), "lstm"),
+        (scan, ScanPlan(64, 32, 2, 4, 100), CELLS["quasi"]),
+    ],
+)
+def test_last_steps(family, plan, cell, layers, tmp_path):
     """A million steps: forward in training and backward on the last three give the bits of a short sequence. As the second of
     two layers in a pipeline too, whose first one has no step then."""
-    short = Layer("lstm", torch.float16, LAST + 1, B, H)
+    short = Layer(cell, torch.float16, LAST + 1, B, H)
     right_h, right_c, right_saved = short.forward(family, plan)
     cell = short.cell
     lag = LAST if layers > 1 else 0
@@ -38,8 +47,10 @@ def test_last_steps(family, plan, layers, tmp_path):
             tensor[-1, T - len(end) :] = end
         return tensor
 
-    def members(tensor: torch.Tensor) -> torch.Tensor:
-        """For the last layer, and NaN for those before it."""
+    def members(tensor):
+        """For the last layer, and NaN for those before it; None of None."""
+        if tensor is None:
+            return None
         return torch.stack([torch.full_like(tensor, float("nan"))] * (layers - 1) + [tensor])
 
     h = sparse(1, torch.float16, right_h[:1].expand(LAST + 1, B, H))

@@ -15,13 +15,14 @@ KINDS = st.sampled_from([(2, "ieee"), (4, "tf32"), (4, "ieee")])
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(sorted(GPUS)), st.sampled_from([1, 3, 4]), st.integers(1, 300), st.integers(1, 2200), KINDS, st.booleans()
-)
-def test_keeps_to_the_limits(gpu, gates, B, H, kind, backward):
+    st.sampled_from(sorted(GPUS)), st.sampled_from([1, 3, 4, 5, 8]), st.integers(1, 300), st.integers(1, 2200), KINDS,
+    st.booleans(), st.sampled_from([0, 3, 9]),
+)  # fmt: skip
+def test_keeps_to_the_limits(gpu, gates, B, H, kind, backward, extra):
     itemsize, precision = kind
     limits = GPUS[gpu]
-    plan = persistent_plan(gates, B, H, itemsize, precision, backward, limits)
-    assert plan == persistent_plan(gates, B, H, itemsize, precision, backward, limits)
+    plan = persistent_plan(gates, B, H, itemsize, precision, backward, limits, extra=extra)
+    assert plan == persistent_plan(gates, B, H, itemsize, precision, backward, limits, extra=extra)
     if isinstance(plan, NoPlan):
         assert plan.reason.startswith("no tiles fit: ")
         return
@@ -50,6 +51,12 @@ def test_the_main_shapes_are_in(gpu, backward):
     for H, B in ((512, 64), (768, 16), (1024, 16)):
         for gates in (1, 3, 4):
             assert isinstance(persistent_plan(gates, B, H, 2, "ieee", backward, GPUS[gpu]), PersistentPlan), (H, B, gates)
+
+
+def test_what_a_cell_keeps_takes_the_place_of_weights():
+    """Three tiles more than an LSTM's leave room for the weights of fewer operands; with thirty there still is a plan."""
+    kept, fewer, _ = (persistent_plan(4, 16, 768, 2, "ieee", True, GPUS["H100"], extra=extra) for extra in (0, 3, 30))
+    assert kept.IN_REGISTERS > fewer.IN_REGISTERS > 0
 
 
 def test_programs_spread_over_the_gpu():

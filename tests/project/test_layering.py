@@ -103,8 +103,8 @@ def test_modules_know_no_triton(path):
 FLOW = (
     ("__main__",),
     ("",),  # rnnfast itself
-    ("commands", "check"),
-    ("accelerate", "explain", "functional"),
+    ("commands", "check", "check_cells"),
+    ("accelerate", "explain", "functional", "inspect"),
     ("nn",),
     ("ops",),
     ("derive",),

@@ -173,7 +173,7 @@ def layers(library: ctypes.CDLL) -> dict:
     from benchmarks.static import offline
     from rnnfast import ops
     from rnnfast.choice import kernel_plan
-    from rnnfast.kernels.families import FAMILIES
+    from rnnfast.kernels.families import OF_TORCH
     from rnnfast.kernels.persistent.plan import GPUS
     from rnnfast.reference import Weights
 
@@ -199,7 +199,7 @@ def layers(library: ctypes.CDLL) -> dict:
         ops.group("lstm", x, None, stack, stacked=True).y.sum().backward()
         return [shown(launch) for launch in launches.take()]
 
-    for family in FAMILIES:
+    for family in OF_TORCH:
         os.environ["RNNFAST_KERNELS"] = family
         with kernel_plan.pretend_gpu(GPUS["H200"]):
             run()

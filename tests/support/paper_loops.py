@@ -266,7 +266,7 @@ def in_torch(name: str):
 LOOPS = {
     loop.__name__: loop
     for loop in (
-        cfc, cifg, clipped_lstm, hard_sigmoid_lstm, indrnn, layer_norm_gru, layer_norm_lstm, leaky, liquid, mgu, mingru, minlstm,
-        peephole, qrnn, slstm, sru, variational_lstm, zoneout_lstm,
+        cfc, cifg, clipped_lstm, hard_sigmoid_lstm, indrnn, layer_norm_gru, layer_norm_lstm, leaky, liquid, mgu, mingru,
+        minlstm, peephole, qrnn, slstm, sru, variational_lstm, zoneout_lstm,
     )
 } | {name: in_torch(name) for name in ("gru", "lstm", "rnn_relu", "rnn_tanh")}  # fmt: skip

@@ -188,7 +188,7 @@ def provider_of(family: str) -> str:
 def all_providers() -> dict[str, Provider]:
     from benchmarks.timing.providers import peers
 
-    families = [name for name in KERNELS.choices if name != "auto"]
+    families = [name for name in KERNELS.choices if name not in ("auto", "scan")]  # which is for cells without W_hh
     ours = [RnnFast("rnnfast", None), *[RnnFast(provider_of(name), "triton", name) for name in families]]
     ours.append(RnnFast("rnnfast-torch", "torch"))
     loops = [CompiledNN("torch.compile-nn"), Loop("torch.compile-loop", compiled=True), Loop("loop", compiled=False)]
