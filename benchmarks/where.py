@@ -2,6 +2,7 @@
 
     python -m benchmarks.where [--gpu H100 ...]
     python -m benchmarks.where --stacks [--gpu H100 ...]
+    python -m benchmarks.where --scans [--gpu H100 ...]
 
 Every time is predicted. The first table is in microseconds a time step, all layers and directions together
 (`rnnfast.choice.forecast`). The GPUs count as never measured, and every family of kernels as found right by the canary.
@@ -9,6 +10,9 @@ Every time is predicted. The first table is in microseconds a time step, all lay
 The second table is for problems 35, 38, 39 and 41 of KernelBench's level 3: milliseconds of a call on the persistent kernels,
 one member after another and in groups (`rnnfast.choice.pipeline`), and where the time of the groups goes. It has the arithmetic
 of the products over all steps, which the choice leaves out.
+
+The third table is for cells without W_hh in float16, B = 16: nanoseconds of a time step on the scan kernels, beside the floor
+that the bytes set, and milliseconds of whole sequences in training, launches included, where 80 GB hold them (docs/scan.md).
 """
 
 import argparse
@@ -19,14 +23,17 @@ from dataclasses import replace
 import torch
 
 from benchmarks.floor.ceilings import stated
+from rnnfast.cells import indrnn, qrnn, sru
 from rnnfast.choice import kernel_plan, pipeline, tuned
 from rnnfast.choice.forecast import CALL_US
 from rnnfast.choice.gpu import pretend_gpu
 from rnnfast.choice.trust import families
 from rnnfast.choice.tuning_file import Shape
+from rnnfast.derive.registry import fused
 from rnnfast.kernels.hardware import LAUNCH, PRODUCT, gigahertz
-from rnnfast.kernels.persistent.plan import GPUS
-from rnnfast.reference import GATES
+from rnnfast.kernels.persistent.limits import GPUS
+from rnnfast.kernels.scan.plan import cell_bytes, predicted, scan_plan
+from rnnfast.reference import CELLS, GATES
 from rnnfast.settings import CANARY
 
 PEAK_SHARE = 1 / 3  # of the data sheet's FLOPs, that products of these sizes reach; an estimate
@@ -45,6 +52,8 @@ CALLS = (  # cell, dtype, precision, T, B, I, H, layers, directions
     ("lstm", "bfloat16", "half", 512, 64, 2048, 2048, 1, 1),
     ("lstm", "float16", "half", 8, 4, 256, 256, 1, 1),
 )
+SCAN_BYTES = 80e9  # of a GPU, for all that a training step keeps
+SCANNED, SCAN_UNITS, SCAN_STEPS = (indrnn, qrnn, sru), (512, 1024, 2048), (1_000, 10_000, 100_000, 1_000_000)
 
 
 def cell(shape: Shape, name: str) -> str:
@@ -137,12 +146,42 @@ def stacks(names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def scans(names: list[str]) -> str:
+    """The third table, as Markdown."""
+    lines = [
+        f"| cell, GPU, pass | H | bytes | floor | step | bound by | {' | '.join(f'T = {T}' for T in SCAN_STEPS)} |",
+        f"|---|--:|--:|--:|--:|---|{'--:|' * len(SCAN_STEPS)}",
+    ]
+    for name, found, H, backward in itertools.product(names, SCANNED, SCAN_UNITS, (False, True)):
+        gpu, cell, ceilings = GPUS[name], fused(found), stated(name)
+        assert ceilings is not None
+        spec, sizes = CELLS[cell], pipeline.sizes_of(cell, 16, H, 2, "half", backward)
+        bytes = cell_bytes(spec.gates, spec.saved, spec.carried, 2, backward)
+        floor = 16 * H * bytes / ceilings.hbm_bytes_per_s * 1e9
+        plan = scan_plan(*sizes[:6], gpu, extra=sizes.extra)
+        terms = vars(predicted(*sizes[:4], backward, gpu, plan.AHEAD, extra=sizes.extra))
+        step = pipeline.step_us("scan", sizes, 1, gpu)
+        runs = [pipeline.best("scan", sizes, T, 1, False, gpu) for T in SCAN_STEPS]
+        assert step is not None
+        columns = [str(H), str(bytes), f"{floor:.0f}", f"{1000 * step:.0f}", max(terms, key=lambda term: terms[term])]
+        # input, output, what is saved, the carried states and the gate gradients
+        kept = 16 * H * (2 * (2 + spec.saved + spec.grads) + 4 * spec.carried)
+        fits = [T * kept < SCAN_BYTES for T in SCAN_STEPS]
+        columns += [f"{run.us / 1000:.2f}" if fit else "-" for run, fit in zip(runs, fits, strict=True) if run is not None]
+        lines.append(f"| {found.name}, {name}, {'backward' if backward else 'forward'} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.where", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--gpu", nargs="+", choices=list(GPUS), help="GPUs to assume")
     parser.add_argument("--stacks", action="store_true", help="the problems of KernelBench, layers and directions in groups")
+    parser.add_argument("--scans", action="store_true", help="cells without W_hh, on the scan kernels")
     args = parser.parse_args(argv)
-    print(stacks(args.gpu or [*STACK_GPUS]) if args.stacks else table(args.gpu or [*ASSUMED]))
+    if args.scans:
+        print(scans(args.gpu or ["H100"]))
+    else:
+        print(stacks(args.gpu or [*STACK_GPUS]) if args.stacks else table(args.gpu or [*ASSUMED]))
     return 0
 
 

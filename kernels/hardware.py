@@ -18,6 +18,14 @@ GHZ = {  # highest SM clock; NVIDIA's data sheets and `nvidia-smi -q -d CLOCK`
     "B200": 1.965,
 }
 SLOWEST_GHZ = min(GHZ.values())
+MEMORY_GB = {  # GB/s of its memory; data sheets of A100 (80 GB SXM), H100 (SXM5), H200, an eighth of DGX B200; whitepapers
+    "A100": 2039,
+    "H100": 3350,
+    "H200": 4800,
+    "RTX 3090": 936,
+    "RTX 4090": 1008,
+    "B200": 8000,
+}
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}  # an SM holds at most, by compute capability (CUDA programming guide)
 REGISTER_BYTES = 256 << 10  # an SM's register file, all GPUs above (CUDA programming guide)
 
@@ -52,3 +60,10 @@ def gigahertz(name: str) -> float:
     """The highest SM clock of the GPU that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; of one that `GHZ` does not
     have, the slowest of these."""
     return next((clock for known, clock in GHZ.items() if known in name), SLOWEST_GHZ)
+
+
+def memory_clocks(bytes: float, name: str) -> float:
+    """Clocks that memory takes for so many bytes, by the data sheet, on the GPU that a driver calls `name`; on one that
+    `MEMORY_GB` does not have, by the least of these."""
+    rate = next((rate for known, rate in MEMORY_GB.items() if known in name), min(MEMORY_GB.values()))
+    return bytes / rate * gigahertz(name)

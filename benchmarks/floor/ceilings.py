@@ -8,7 +8,7 @@ which the benchmark runs.
 import re
 from dataclasses import dataclass, replace
 
-from rnnfast.kernels.hardware import CLUSTER_HOP, GHZ, PORT_BYTES, REGISTER_BYTES
+from rnnfast.kernels.hardware import CLUSTER_HOP, GHZ, MEMORY_GB, PORT_BYTES, REGISTER_BYTES
 from rnnfast.kernels.persistent.plan import GPUS
 
 HOP_SOURCE = f"SM to SM: {CLUSTER_HOP} clocks at least (arXiv 2402.13499, H100; through L2 it takes longer)"
@@ -36,13 +36,13 @@ def _stated(name, sms, shared, l2_size, clock, hbm, half, tf32, single, source, 
     return Ceilings(name, sms, shared + REGISTER_BYTES + extra, l2_size, hbm * 1e9, l2, flops, hop, f"{source}. {HOP_SOURCE}")
 
 
-_SHEETS = {  # HBM, half, TF32, float32, source
-    "A100": (2039, 312, 156, 19.5, "NVIDIA A100 data sheet (80 GB SXM)"),
-    "H100": (3350, 989.4, 494.7, 66.9, "NVIDIA H100 data sheet (SXM5)"),
-    "H200": (4800, 989.4, 494.7, 66.9, "NVIDIA H200 data sheet (SXM)"),
-    "RTX 3090": (936, 71, 35.6, 35.6, "NVIDIA GA102 whitepaper"),
-    "RTX 4090": (1008, 165.2, 82.6, 82.6, "NVIDIA Ada whitepaper"),
-    "B200": (8000, 2250, 1125, 80, "NVIDIA DGX B200 data sheet, an eighth of it"),
+_SHEETS = {  # half, TF32, float32, source
+    "A100": (312, 156, 19.5, "NVIDIA A100 data sheet (80 GB SXM)"),
+    "H100": (989.4, 494.7, 66.9, "NVIDIA H100 data sheet (SXM5)"),
+    "H200": (989.4, 494.7, 66.9, "NVIDIA H200 data sheet (SXM)"),
+    "RTX 3090": (71, 35.6, 35.6, "NVIDIA GA102 whitepaper"),
+    "RTX 4090": (165.2, 82.6, 82.6, "NVIDIA Ada whitepaper"),
+    "B200": (2250, 1125, 80, "NVIDIA DGX B200 data sheet, an eighth of it"),
 }
 _OLD = (  # no kernel of ours runs on these GPUs; others have published times on them
     ("Titan X (Maxwell)", 24, 96 << 10, 3 << 20, 1.075, 336.5, 6.6, 6.6, 6.6, "NVIDIA GTX Titan X specifications"),
@@ -50,7 +50,9 @@ _OLD = (  # no kernel of ours runs on these GPUs; others have published times on
     ("Titan Xp", 30, 96 << 10, 3 << 20, 1.582, 547.7, 12.15, 12.15, 12.15, "NVIDIA Titan Xp specifications"),
 )
 STATED = {
-    name: _stated(name, gpu.sms, gpu.shared_bytes, gpu.l2_bytes, GHZ[name], *sheet, (256 << 10) * (gpu.capability >= 100))
+    name: _stated(
+        name, gpu.sms, gpu.shared_bytes, gpu.l2_bytes, GHZ[name], MEMORY_GB[name], *sheet, (256 << 10) * (gpu.capability >= 100)
+    )
     for name, sheet in _SHEETS.items()
     for gpu in (GPUS[name],)
 } | {old[0]: _stated(*old) for old in _OLD}

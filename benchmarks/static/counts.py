@@ -180,7 +180,7 @@ def scan_row(
     warps = rows * H / 32 / limits.sms / 4  # that share a scheduler, if all were resident
     moved = cell_bytes(cell.gates, cell.saved, cell.carried, itemsize, backward, training)
     bound = {
-        "memory": rows * H * moved / (hardware.MEMORY_BYTES * limits.sms),
+        "memory": hardware.memory_clocks(rows * H * moved, limits.name),
         "issue": max(hardware.ISSUE, warps) * code["instructions"] / plan.AHEAD,
         "trip": hardware.MEMORY_TRIP / plan.AHEAD,
     }

@@ -29,7 +29,7 @@ def _launcher(kernel, cell: Cell, plan: ScanPlan, H: int, grouped: bool, directi
         "EMULATE_BF16": emulates_bf16(dtype),
         "PLAN": plan,
     }
-    return Launcher(kernel, constants | own, num_warps=plan.num_warps, num_stages=1)
+    return Launcher(kernel, constants | own, num_warps=plan.num_warps, num_stages=1, maxnreg=255)
 
 
 @functools.lru_cache(MOST_LAUNCHERS)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from rnnfast.kernels.hardware import ISSUE, MEMORY_BYTES, MEMORY_TRIP
+from rnnfast.kernels.hardware import ISSUE, MEMORY_TRIP, memory_clocks
 from rnnfast.kernels.persistent.limits import GPUS, GpuLimits
 
 __all__ = ["ScanPlan", "ScanTime", "cell_bytes", "predicted", "scan_clocks", "scan_plan"]
@@ -96,7 +96,7 @@ def predicted(
     cells = B * H * members
     warps = cells / 32 / limits.sms / 4  # that share a scheduler, if all were resident
     return ScanTime(
-        memory=cells * cell_bytes(gates, saved, carried, itemsize, backward) / (MEMORY_BYTES * limits.sms),
+        memory=memory_clocks(cells * cell_bytes(gates, saved, carried, itemsize, backward), limits.name),
         issue=max(ISSUE, warps) * instructions_estimate(gates, backward, extra),
         trip=MEMORY_TRIP / ahead,
     )

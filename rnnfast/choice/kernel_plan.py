@@ -347,18 +347,19 @@ def torch_wins(
     return f"chosen for this call: the kernels are not predicted {f'{margin} times ' if margin > 1 else ''}faster"
 
 
-def unchecked(cell: str, device: torch.device) -> str:
-    """Why the kernels are not the automatic choice for a cell that PyTorch has no layer of, in words; empty if they are.
+def unchecked(cell: str, x: torch.Tensor) -> str:
+    """Why the kernels are not the automatic choice for a call with the input `x` of a cell that PyTorch has no layer of, in
+    words; empty if they are.
 
     They are if a family that runs the cell is trusted on this GPU. This may run the canary, which has cells of torch.nn: a
     family that is right for them may run any other. The scan kernels, which run none of them, count as the step kernels do.
     """
     from rnnfast.kernels.families import FAMILIES
 
-    gpu = limits(device)
-    if gpu is None or asked() != "auto":
+    gpu = limits(x.device)
+    if gpu is None or asked() != "auto" or x.dtype not in tuning_file.DTYPES:
         return ""
-    spec, families = spec_of(cell), trust.trusted(device)
+    spec, families = spec_of(cell), trust.trusted(x.device)
     counted = (*families, "scan") if "step" in families else families
     able = any([not FAMILIES[family].refusal(spec.recurrent, spec.rows) for family in counted])
     return "" if able else trust.words(gpu)

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rnnfast.choice import kernel_plan
 from rnnfast.choice.decide import Decision, decide, tell
 from rnnfast.derive.definition import Cell
 from rnnfast.reference import Cell as Spec
+from rnnfast.torch_private import forward_level, innermost_transform
 
 __all__ = ["Variant", "announce", "decided", "held", "variant"]
 
@@ -44,9 +46,20 @@ def _own_layer(cell: Cell) -> str:
 
 def decided(cell: Cell, found: Variant, backend: str | None, tensor: Tensor, **facts: Any) -> Decision:
     """What `rnnfast.choice.decide.decide` makes of a well-formed call with the input `tensor`."""
-    device = tensor.device
-    own_layer = _own_layer(cell)
-    return decide(backend, device.type, device.index, tensor.dtype, own_layer=own_layer, obstacle=found.unfused, **facts)
+    device, unchecked = tensor.device, ""
+    # as of torch.nn's layers: not in compiled code, nor inside a transform
+    if not torch.compiler.is_compiling() and innermost_transform() is None and forward_level() < 0:
+        unchecked = kernel_plan.unchecked(found.cell, tensor) if isinstance(found.cell, str) else ""
+    return decide(
+        backend,
+        device.type,
+        device.index,
+        tensor.dtype,
+        own_layer=_own_layer(cell),
+        obstacle=found.unfused,
+        torch_wins=unchecked,
+        **facts,
+    )
 
 
 def announce(cell: Cell, chosen: Decision) -> None:
