@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import triton
 
-from rnnfast.kernels.cells import gru, lstm, rnn
+from rnnfast.kernels.cells import gru, lstm, rnn_relu, rnn_tanh
 
 __all__ = ["CELLS", "Cell"]
 
@@ -71,6 +71,6 @@ class Cell:
 CELLS = {
     "lstm": Cell(gates=4, saved=4, grads=4, carried=1, direct=False, forward=lstm.forward, backward=lstm.backward),
     "gru": Cell(gates=3, saved=4, grads=4, carried=0, direct=True, forward=gru.forward, backward=gru.backward),
-    "rnn_tanh": Cell(gates=1, saved=0, grads=1, carried=0, direct=False, forward=rnn.tanh_forward, backward=rnn.tanh_backward),
-    "rnn_relu": Cell(gates=1, saved=0, grads=1, carried=0, direct=False, forward=rnn.relu_forward, backward=rnn.relu_backward),
+    "rnn_tanh": Cell(gates=1, saved=0, grads=1, carried=0, direct=False, forward=rnn_tanh.forward, backward=rnn_tanh.backward),
+    "rnn_relu": Cell(gates=1, saved=0, grads=1, carried=0, direct=False, forward=rnn_relu.forward, backward=rnn_relu.backward),
 }

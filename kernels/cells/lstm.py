@@ -1,35 +1,47 @@
-"""Long short-term memory (Hochreiter and Schmidhuber, 1997; with the forget gate of Gers et al., 2000), as torch.nn.LSTM.
+"""The cell `lstm`, made by rnnfast.derive. Forward saves i, f, g, o."""
 
-    i, f, o = sigmoid(x_i + h_i), sigmoid(x_f + h_f), sigmoid(x_o + h_o)      g = tanh(x_g + h_g)
-    c_t = f c_{t-1} + i g                                                     h_t = o tanh(c_t)
-
-where x_* and h_* are the input and hidden sides of each gate, in the order i, f, g, o.
-"""
+# @cell(gates="i f g o", states="h c")
+# def lstm(x, h, s):
+#     """Long short-term memory."""
+#     i = sigmoid(x.i + h.i)
+#     f = sigmoid(x.f + h.f)
+#     g = tanh(x.g + h.g)
+#     o = sigmoid(x.o + h.o)
+#     keep(i, f, g, o)
+#     c = f * s.c + i * g
+#     return o * tanh(c), c
 
 import triton
-import triton.language as tl  # noqa: F401 - the interpreter wants it in sight of every jit function
+import triton.language as tl
 
 from rnnfast.kernels.maths import sigmoid, tanh
 
 
 @triton.jit
 def forward(x_gates, h_gates, states, given):
-    i = sigmoid(x_gates[0] + h_gates[0])
-    f = sigmoid(x_gates[1] + h_gates[1])
-    g = tanh(x_gates[2] + h_gates[2])
-    o = sigmoid(x_gates[3] + h_gates[3])
-    c = f * states[1] + i * g
-    return (o * tanh(c), c), (i, f, g, o)
+    x_i, x_f, x_g, x_o = x_gates
+    h_i, h_f, h_g, h_o = h_gates
+    c = states[1]
+    i = sigmoid(x_i + h_i)
+    f = sigmoid(x_f + h_f)
+    g = tanh(x_g + h_g)
+    o = sigmoid(x_o + h_o)
+    new_c = f * c + i * g
+    new_h = o * tanh(new_c)
+    return (new_h, new_c), (i, f, g, o)
 
 
 @triton.jit
 def backward(saved, states, new_states, given, d_states):
     i, f, g, o = saved
-    tanh_c = tanh(new_states[1])
-    d_h = d_states[0]
-    d_c = d_states[1] + d_h * o * (1.0 - tanh_c * tanh_c)
-    d_i = d_c * g * i * (1.0 - i)
-    d_f = d_c * states[1] * f * (1.0 - f)
-    d_g = d_c * i * (1.0 - g * g)
-    d_o = d_h * tanh_c * o * (1.0 - o)
-    return (d_i, d_f, d_g, d_o), (d_h, d_c * f), ()
+    c = states[1]
+    new_c = new_states[1]
+    d_h, d_c = d_states
+    t0 = tanh(new_c)
+    t1 = d_c + d_h * o * (1.0 - t0 * t0)
+    d_c_before = t1 * f
+    d_o = d_h * t0 * o * (1.0 - o)
+    d_g = t1 * i * (1.0 - g * g)
+    d_f = t1 * c * f * (1.0 - f)
+    d_i = t1 * g * i * (1.0 - i)
+    return (d_i, d_f, d_g, d_o), (tl.zeros_like(d_states[0]), d_c_before), ()

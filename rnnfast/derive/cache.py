@@ -31,11 +31,9 @@ def folder() -> Path:
 
 
 @functools.cache
-def _temporary() -> Path:
+def _temporary() -> tempfile.TemporaryDirectory:
     """A folder for this process, where the cache's cannot be written. It is removed when the process ends."""
-    made = tempfile.TemporaryDirectory(prefix="rnnfast-cells-")
-    _temporary.made = made  # type: ignore[attr-defined]
-    return Path(made.name)
+    return tempfile.TemporaryDirectory(prefix="rnnfast-cells-")
 
 
 def write(name: str, source: str) -> Path:
@@ -47,7 +45,7 @@ def write(name: str, source: str) -> Path:
     try:
         return _written(folder(), name, source)
     except (OSError, RuntimeError):  # RuntimeError: there is no home
-        return _written(_temporary(), name, source)
+        return _written(Path(_temporary().name), name, source)
 
 
 def _written(place: Path, name: str, source: str) -> Path:

@@ -57,8 +57,9 @@ class Learned:
 class _Running(threading.local):
     """What `keep` and `row_mean` do while a cell runs in this thread; None for what they do outside of one."""
 
-    keep: Callable[[tuple[Tensor, ...], bool], None] | None = None
-    row_mean: Callable[[Tensor], Tensor] | None = None
+    def __init__(self):  # not attributes of the class, which Dynamo would tell from those of a thread
+        self.keep: Callable[[tuple[Tensor, ...], bool], None] | None = None
+        self.row_mean: Callable[[Tensor], Tensor] | None = None
 
     @contextmanager
     def within(self, keep: Callable, row_mean: Callable | None = None) -> Iterator[None]:
@@ -76,9 +77,10 @@ running = _Running()
 def keep(*tiles: Any, dtype: torch.dtype | None = None) -> Any:
     """Have the kernels save these tiles for backward, in this order and before what the derivation adds. Returns them.
 
-    Without it the derivation chooses what is cheapest, and a cell need not call it. It decides what
-    ``rnnfast.functional``'s ``return_gates`` returns, and it takes what leaves float16's range, 65504, by its dtype: tiles are
-    saved in the dtype of the input, an exponential that the derivation chooses in float32.
+    Without it the derivation chooses what is cheapest, and a cell need not call it. Tiles are saved in the dtype of the input, so
+    a value beyond 65504 would be infinite in float16. An exponential is therefore saved in float32, and what is computed from
+    one by sums and products, unless the exponent is seen to be at most 0, as in ``exp(a - torch.maximum(a, b))``. For any other
+    value that may grow so large, say ``keep(v, torch.float32)``.
 
     Args:
         tiles: tensors (B, H) that were computed in the cell, or sides of its gates.

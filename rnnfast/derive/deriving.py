@@ -73,11 +73,12 @@ def _derive(cell: Cell, constants: dict[str, Any]) -> Derived:
     about += f", and in float32 {_listed(kept32, '')}." if kept32 else "."
     if constants:
         about += f" Numbers: {', '.join(f'{name} = {value!r}' for name, value in constants.items())}."
-    functions, reads = _functions(recorded, kept, kept32, d_gates)
+    _name_gradients(cell, recorded)
+    functions, rows, reads = _functions(recorded, kept, kept32, d_gates)
     found = Derived(
         printing.module(cell.function, about, functions), tuple(_named(e) for e in kept), tuple(_named(e) for e in kept32),
         G, G + apart, len(cell.states) - 1 + len(kept32), len(cell.held), len(cell.noise), not is_zero(recorded.d_states[0]),
-        cell.recurrent, any("row_mean(" in text for text in functions), recorded.leaves[G + len(d_h)] in reads,
+        cell.recurrent, rows, recorded.leaves[G + len(d_h)] in reads,
     )  # fmt: skip
     check(cell, constants, found)
     return found
@@ -91,7 +92,7 @@ def _saved(cell: Cell, recorded: Recorded, backward: list[Any]) -> tuple[list[Ex
             raise CannotFuse(
                 f"{place(cell.function)}: keep() was given a constant or a comparison, where it saves tiles of numbers"
             )
-        kept[value] = kept.get(value, False) or float32
+        kept[value] = kept.get(value, False) or float32 or may_overflow(value)
     free = {leaf for leaf in recorded.leaves if leaf.args[0] in ("state", "given", "noise")}
     free |= {new for new in recorded.new_states if isinstance(new, Expr)} | set(kept)
     for expr in saving.saved(backward, free):
@@ -102,6 +103,19 @@ def _saved(cell: Cell, recorded: Recorded, backward: list[Any]) -> tuple[list[Ex
     return [expr for expr in kept if not kept[expr]], [expr for expr in kept if kept[expr]]
 
 
+def _name_gradients(cell: Cell, recorded: Recorded) -> None:
+    """Names for the reader: d_f of both sides of gate f, d_x_f and d_h_f where they differ, d_c_before of a state."""
+    d_x, d_h = recorded.d_x, recorded.d_h
+    titles = [(value, f"d_{name}") for value, name in zip(d_x, cell.gates, strict=True) if not d_h or value in d_h]
+    titles += [(value, f"d_x_{name}") for value, name in zip(d_x, cell.gates, strict=True)]
+    titles += [(value, f"d_h_{name}") for value, name in zip(d_h, cell.gates, strict=False)]
+    titles += [(value, f"d_{name}_before") for value, name in zip(recorded.d_states, cell.states, strict=True)]
+    titles += [(value, f"d_{name}") for value, name in zip(recorded.d_held, cell.held, strict=True)]
+    for value, title in titles:
+        if isinstance(value, Expr) and value.op != "leaf":
+            value.name = value.name or title
+
+
 def _named(expr: Expr) -> str:
     return f"{expr.args[0]}.{expr.args[2]}" if expr.op == "leaf" else expr.name or expr.op
 
@@ -110,8 +124,10 @@ def _listed(kept: list[Expr], nothing: str) -> str:
     return ", ".join(_named(expr) for expr in kept) or nothing
 
 
-def _functions(recorded: Recorded, kept: list[Expr], kept32: list[Expr], d_gates: list[Any]) -> tuple[list[str], set[Expr]]:
-    """The texts of forward and backward, and what backward needs."""
+def _functions(
+    recorded: Recorded, kept: list[Expr], kept32: list[Expr], d_gates: list[Any]
+) -> tuple[list[str], bool, set[Expr]]:
+    """The texts of forward and backward, whether they need whole rows, and what backward needs."""
     of = {
         kind: [leaf for leaf in recorded.leaves if leaf.args[0] == kind] for kind in ("x", "h", "state", "given", "noise", "d")
     }
@@ -137,12 +153,12 @@ def _functions(recorded: Recorded, kept: list[Expr], kept32: list[Expr], d_gates
         Argument("d_states", [*of["d"], *nothing], [f"d_{name}" for name in names + wide]),
     ]
     gradients = [d_gates, [*recorded.d_states, *[0.0] * len(kept32)], recorded.d_held]
-    rows = any(
-        expr.op == "row_mean" for expr in inputs_of([*recorded.new_states, *(root for group in gradients for root in group)])
-    )
+    results = [[*recorded.new_states, *kept32], kept]
+    roots = [root for group in gradients for root in group]
+    rows = any(expr.op == "row_mean" for expr in inputs_of([*results[0], *kept, *roots]))
     texts = [
-        printing.function("forward", forward, [[*recorded.new_states, *kept32], kept], "states[0]", rows),
+        printing.function("forward", forward, results, "states[0]", rows),
         printing.function("backward", backward, gradients, "d_states[0]", rows),
     ]
     known = {expr for argument in backward for expr in argument.tiles if expr is not None}
-    return texts, set(inputs_of([root for group in gradients for root in group], known))
+    return texts, rows, set(inputs_of(roots, known))

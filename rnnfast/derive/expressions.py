@@ -113,6 +113,12 @@ class Pool:
             return self("neg", b)
         if a is b:
             return 0.0
+        if not self.primal and _is(b, "mul"):
+            # d - d z is d (1 - z), d a - d b is d (a - b): more exact where they cancel. The cell itself stays as it was written.
+            factors = [(a, 1.0), *([a.args, a.args[::-1]] if _is(a, "mul") else [])]
+            for factor, rest in factors:
+                if isinstance(factor, Expr) and factor in b.args:
+                    return self("mul", factor, self("sub", rest, b.args[b.args[0] is factor]))
         return self("add", a, b.args[0]) if _is(b, "neg") else None
 
     def _mul(self, a: Any, b: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from rnnfast.derive.expressions import COMPARE, Expr, Pool
 
-__all__ = ["Refused", "from_operator", "refusal"]
+__all__ = ["BRANCH", "CAPTURED", "IN_PLACE", "TRANSLATED", "Refused", "from_operator", "refusal"]
 
 
 class Refused(Exception):
@@ -30,8 +30,13 @@ BINARY = {
     "bitwise_or": "or", "mul": "mul", **{name: name for name in COMPARE},
 }  # fmt: skip
 EMPTY = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+OTHERS = {
+    "copy", "_to_copy", "add", "sub", "rsub", "div", "reciprocal", "relu", "sign", "sgn", "where", "clamp", "clamp_min",
+    "clamp_max", "pow", "hardsigmoid", "hardsigmoid_backward",
+}  # fmt: skip
 ZEROS, ONES = {"zeros_like", "zeros", "new_zeros"}, {"ones_like", "ones", "new_ones"}
 FULL = {"full", "full_like", "new_full", "scalar_tensor"}
+TRANSLATED = {*SAME, *UNARY, *BINARY, *OTHERS, *EMPTY, *ZEROS, *ONES, *FULL}  # all others by PyTorch's rules first
 
 PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "linear", "mv", "addmv", "dot", "vdot", "matmul", "einsum", "convolution", "t",
@@ -78,8 +83,8 @@ def refusal(name: str, text: str) -> str | None:
     if name in PRODUCTS:
         return (
             "a matrix product. The kernels compute W_hh h before the cell runs; another product needs all units of a row in "
-            "the middle of a step, where each program has a part of them. Take it from the hidden side of a gate: a GRU with the "
-            "reset before the product, W (r h), is written with the reset after it, as torch.nn.GRU's: "
+            "the middle of a step, where each program has a part of them. Take it from the hidden side of a gate: a GRU with "
+            "the reset before the product, W (r h), is written with the reset after it, as torch.nn.GRU's: "
             "n = tanh(x.n + r * h.n). A product with a diagonal matrix is one with a learned vector"
         )
     if name in OVER_UNITS:
@@ -157,6 +162,10 @@ def _translated(pool: Pool, name: str, args: list, kwargs: dict, value: torch.Te
     if name in ("clamp", "clamp_min", "clamp_max"):
         least, most = (b, c) if name == "clamp" else (b, None) if name == "clamp_min" else (None, b)
         return _clamped(pool, a, kwargs.get("min", least), kwargs.get("max", most))
+    if name == "hardsigmoid":
+        return pool("div", _clamped(pool, pool("add", a, 3.0), 0.0, 6.0), 6.0)
+    if name == "hardsigmoid_backward":
+        return pool("where", pool("and", pool("gt", b, -3.0), pool("lt", b, 3.0)), pool("div", a, 6.0), 0.0)
     if name == "pow" and not isinstance(b, Expr):
         return _power(pool, a, b)
     if name in EMPTY:

@@ -25,7 +25,7 @@ from torch import Tensor
 from rnnfast.derive import definition
 from rnnfast.derive.definition import Cell
 from rnnfast.derive.expressions import Expr, Pool
-from rnnfast.derive.operators import BRANCH, CAPTURED, IN_PLACE, Refused, from_operator, refusal
+from rnnfast.derive.operators import BRANCH, CAPTURED, IN_PLACE, TRANSLATED, Refused, from_operator, refusal
 from rnnfast.torch_rules import Mode, decomposition
 
 __all__ = ["SHAPE", "CannotFuse", "Recorded", "alone", "place", "record"]
@@ -140,7 +140,7 @@ class _Recorder(Mode):
                 raise self.refuse(f"`{name}` writes into a tensor (out=). Leave out= away and use the result")
             if full.endswith("_") and args[0].untyped_storage().data_ptr() in self.arguments:
                 raise self.refuse(IN_PLACE.format(self.arguments[args[0].untyped_storage().data_ptr()]))
-        if (rule := decomposition(func)) is not None:
+        if name not in TRANSLATED and (rule := decomposition(func)) is not None:
             before, self.by_author = self.by_author, False
             try:
                 with self:

@@ -7,10 +7,12 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from rnnfast import reference
+from rnnfast.cells import builtin
 from rnnfast.derive import cache
 from rnnfast.derive.definition import Cell
 from rnnfast.derive.deriving import Derived, derive
 from rnnfast.derive.recording import CannotFuse
+from rnnfast.torch_private import constant
 
 if TYPE_CHECKING:
     from rnnfast.kernels.cells import Cell as KernelCell
@@ -28,6 +30,7 @@ def _key(cell: Cell, numbers: dict[str, Any]) -> tuple:
     return (cell, *((name, type(value), value) for name, value in sorted(numbers.items())))
 
 
+@constant
 def derived(cell: Cell, **constants: Any) -> Derived:
     """What becomes of the cell with these numbers, and its defaults for the others. It is derived once in a process.
 
@@ -49,13 +52,16 @@ def derived(cell: Cell, **constants: Any) -> Derived:
     return found
 
 
+@constant
 def fused(cell: Cell, **constants: Any) -> str:
     """The name in `rnnfast.reference.CELLS` of the cell with these numbers. It is derived, verified and added when first asked
-    for.
+    for. The cells of torch.nn have been: their kernels are in `rnnfast.kernels.cells`.
 
     Raises:
         CannotFuse, TypeError: as for `derived`.
     """
+    if getattr(builtin, cell.name, None) is cell:
+        return cell.name
     numbers = cell.numbers(**constants)
     key = _key(cell, numbers)
     if (name := _names.get(key)) is not None:
