@@ -69,8 +69,8 @@ class Layer(nn.Module):
 
     Errors are of the types of torch.nn: `RuntimeError` for a wrong size or device, `ValueError` for a wrong dtype, or a wrong
     rank of the input, `TypeError` for what is no tensor, for an unknown number of the cell and for a row that is missing or
-    unknown. Constructing raises `TypeError` and `ValueError` as torch.nn does, and `ValueError` for ``heads`` that do not divide
-    hidden_size or are several for a cell without W_hh.
+    unknown. Constructing raises `TypeError` and `ValueError` as torch.nn does, and `ValueError` for ``heads`` that do not
+    divide hidden_size or are several for a cell without W_hh.
 
     Example:
         >>> @rnnfast.cell(gates="f z o", states="h c")
@@ -162,8 +162,9 @@ class Layer(nn.Module):
         output, last, *all_states = stack.run(
             runner, self, call.cell, call.members, input, call.states, call.options, again, noise, self.cell.output
         )
-        last = tuple(heads.joined(state, self.heads) for state in (last if len(self.cell.states) > 1 else (last,)))
-        return output, last if len(last) > 1 else last[0], *all_states
+        if len(self.cell.states) == 1:
+            return output, heads.joined(last, self.heads), *all_states
+        return output, tuple(heads.joined(state, self.heads) for state in last), *all_states
 
     def extra_repr(self) -> str:
         text = [self.cell.name, str(self.input_size), str(self.hidden_size)]
@@ -252,7 +253,8 @@ def prepared(layer: Layer, input: Any, hx: Any, options: CallOptions, rows: dict
         tiles = [row if row.shape[1] == 1 else row.index_select(1, order) for row in tiles]
     members = []
     for place, suffix in enumerate(_suffixes(layer)):
-        w_ih, w_hh, b_ih, b_hh = (parameters.get(kind + suffix) for kind in _KINDS)
+        w_ih = parameters[f"weight_ih{suffix}"]
+        w_hh, b_ih, b_hh = (parameters.get(kind + suffix) for kind in _KINDS[1:])
         held = variants.held([parameters[name + suffix] for name in cell.learned], tiles, place)
         whole = Weights(w_ih, w_ih.new_empty(0, layer.hidden_size) if w_hh is None else w_hh, b_ih, b_hh, None, held)
         members += heads.members(whole, k, len(cell.gates), len(cell.held))

@@ -137,7 +137,7 @@ def _states(layer: Any, x: Tensor, hx: Any, shape: tuple[int, ...]) -> tuple[Ten
     names = layer.cell.states
     if len(names) > 1 and not isinstance(hx, (tuple, list)):
         raise TypeError(f"hx must be a tuple of {len(names)} tensors ({', '.join(names)}), got {type(hx).__name__}")
-    states = tuple(hx) if len(names) > 1 else (hx,)
+    states: tuple[Any, ...] = tuple(hx) if len(names) > 1 else (hx,)
     if len(states) != len(names):
         raise RuntimeError(f"hx must hold {len(names)} states ({', '.join(names)}), got {len(states)}")
     for n, state in enumerate(states):

@@ -59,7 +59,7 @@ def by_hand(weights, x, mask, hx, lengths, resets, reset_to):
 
     Returns the output and the last states. weights: of the parameters by name.
     """
-    cell, last = own_cells.everything, [torch.zeros_like(state) for state in hx]
+    cell, last, ys = own_cells.everything, [torch.zeros_like(state) for state in hx], []
     for place in range(4):
         suffix = f"_l{place // 2}{'_reverse' * (place % 2)}"
         w_ih, w_hh, b_ih, b_hh, w = (weights[f"{name}{suffix}"] for name in KINDS)
@@ -79,10 +79,9 @@ def by_hand(weights, x, mask, hx, lengths, resets, reset_to):
                 outputs[t][b] = state[2]
             for part, found in zip(last, state, strict=True):
                 part[place, b] = found
-        y = torch.stack([torch.stack(row) for row in outputs])
+        ys.append(torch.stack([torch.stack(row) for row in outputs]))
         if place % 2:
-            x = torch.cat([before, y], -1)
-        before = y
+            x = torch.cat(ys[-2:], -1)
     return [x, *last]
 
 
@@ -257,7 +256,7 @@ def test_explain(device):
         rnnfast.explain(layer, x)
 
 
-CELL, OWN = own_cells.everything, {"mask": torch.ones(B, H)}
+CELL, OWN, SQUARE = own_cells.everything, {"mask": torch.ones(B, H)}, torch.ones(H, H)
 X, ZEROS = torch.randn(T, B, I), tuple(torch.zeros(1, B, H) for _ in range(3))
 
 
@@ -294,9 +293,9 @@ X, ZEROS = torch.randn(T, B, I), tuple(torch.zeros(1, B, H) for _ in range(3))
         (ValueError, "backend should be one of", lambda _: Layer(CELL, I, H, backend="cuda")),
         (ValueError, "divisible by heads", lambda _: Layer(CELL, I, H, heads=3)),
         (ValueError, "has no W_hh", lambda _: Layer(own_cells.indrnn, I, H, heads=2)),
-        (RuntimeError, "w_hh must be", lambda _: run(CELL, X, None, torch.ones(8, I), torch.ones(4, 4), w=torch.ones(4), **OWN)),
+        (RuntimeError, "w_hh must be", lambda _: run(CELL, X, None, torch.ones(8, I), SQUARE, w=SQUARE[0], **OWN)),
         (TypeError, "learned vector 'w'", lambda _: run(CELL, X, None, torch.ones(8, I), torch.ones(8, 4), **OWN)),
-        (RuntimeError, "must be None", lambda _: run(own_cells.indrnn, X, None, torch.ones(4, I), torch.ones(4, 4), u=torch.ones(4))),
+        (RuntimeError, "must be None", lambda _: run(own_cells.indrnn, X, None, torch.ones(4, I), SQUARE, u=SQUARE[0])),
     ],
 )  # fmt: skip
 def test_bad_input(error, text, call):

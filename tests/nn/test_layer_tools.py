@@ -31,12 +31,8 @@ def gradients(call, layer, x, seed=2):
     torch.manual_seed(seed)
     x = x.detach().clone().requires_grad_()
     y = call(x)[0]
-    return [
-        y,
-        *torch.autograd.grad(
-            (y * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum(), [x, *layer.parameters()]
-        ),
-    ]
+    loss = (y * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum()
+    return [y, *torch.autograd.grad(loss, [x, *layer.parameters()])]
 
 
 def same(found, expected):
@@ -106,7 +102,7 @@ def test_exported(backend, device, monkeypatch):
         for known in (reference.CELLS, importlib.import_module("rnnfast.kernels.cells").CELLS):
             for name in [name for name in known if name.startswith("peephole_")]:
                 monkeypatch.delitem(known, name)
-        with pytest.raises(RuntimeError, match="does not know the cell 'peephole_.*make an rnnfast.Layer of it"):
+        with pytest.raises(RuntimeError, match=r"does not know the cell 'peephole_.*make an rnnfast\.Layer of it"):
             program.module()(x)
 
 
