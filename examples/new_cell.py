@@ -36,7 +36,7 @@ NAMES = {"ringing": "the new cell", "lstm": "LSTM"}
 
 
 @rnnfast.cell(gates="i z o", states="h c d")
-def ringing(x, h, s, *, turn, fading: rnnfast.Learned(4.0)):  # type: ignore
+def ringing(x, h, s, *, turn, fading=rnnfast.Learned(4.0)):
     """Units that ring: c and d turn by twice the angle whose tangent is `turn`, and fade by sigmoid(`fading`), which begins at
     0.98."""
     i, o, z = sigmoid(x.i + h.i), sigmoid(x.o + h.o), tanh(x.z + h.z)

@@ -2,7 +2,6 @@
 
 What is normalised is W_ih x + b_ih and W_hh h + b_hh. For the published forms make the layer with bias=False.
 """
-# pyright: reportInvalidTypeForm=false
 
 from torch import sigmoid, tanh
 
@@ -15,8 +14,8 @@ ONES, ZEROS = Learned(1.0), Learned(0.0)
 
 @cell(gates="i f g o", states="h c")
 def layer_norm_lstm(
-    x, h, s, *, x_i: ONES, x_f: ONES, x_g: ONES, x_o: ONES, h_i: ONES, h_f: ONES, h_g: ONES, h_o: ONES, b_i: ZEROS, b_f: ZEROS,
-    b_g: ZEROS, b_o: ZEROS, gain: ONES, offset: ZEROS,
+    x, h, s, *, x_i=ONES, x_f=ONES, x_g=ONES, x_o=ONES, h_i=ONES, h_f=ONES, h_g=ONES, h_o=ONES, b_i=ZEROS, b_f=ZEROS,
+    b_g=ZEROS, b_o=ZEROS, gain=ONES, offset=ZEROS,
 ):  # fmt: skip
     """LSTM of layer norms (Ba, Kiros and Hinton, 2016, "Layer normalization", appendix), as haste has it: W_ih x and W_hh h
     are normalised over the 4 H units of all gates, c where the output reads it. Learned: gains x_ and h_, biases b_, and
@@ -30,7 +29,7 @@ def layer_norm_lstm(
 
 @cell(gates="r z n", states="h")
 def layer_norm_gru(
-    x, h, s, *, x_r: ONES, x_z: ONES, x_n: ONES, h_r: ONES, h_z: ONES, h_n: ONES, b_r: ZEROS, b_z: ZEROS, b_n: ZEROS, c_n: ZEROS
+    x, h, s, *, x_r=ONES, x_z=ONES, x_n=ONES, h_r=ONES, h_z=ONES, h_n=ONES, b_r=ZEROS, b_z=ZEROS, b_n=ZEROS, c_n=ZEROS
 ):
     """GRU of layer norms as haste has it: W_ih x and W_hh h are normalised over the 3 H units of all gates (Ba et al.,
     2016, normalise n apart), and the reset comes after the product. Learned: gains x_ and h_, biases b_, and c_n, which the

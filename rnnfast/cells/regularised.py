@@ -1,5 +1,4 @@
 """LSTMs with noise or a mask in the recurrence."""
-# pyright: reportOperatorIssue=false
 
 import torch
 from torch import sigmoid, tanh

@@ -22,7 +22,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,16 +30,23 @@ from torch import Tensor
 __all__ = ["Cell", "Learned", "Noise", "Row", "cell", "keep", "row_mean", "row_norm"]
 
 
-class Row:
+if TYPE_CHECKING:  # inside of a cell's function such an argument is a tensor
+    _Argument = Tensor
+else:
+    _Argument = object
+
+
+class Row(_Argument):
     """Annotation of an argument: a tensor (B, H) given at the call, the same at each step."""
 
 
-class Noise:
+class Noise(_Argument):
     """Annotation of an argument: numbers uniform in [0, 1), new at each step, batch row and unit."""
 
 
-class Learned:
-    """Annotation of an argument: a vector (H,) that the layer learns. An argument with neither annotation nor default is one.
+class Learned(_Argument):
+    """A vector (H,) that the layer learns, as the annotation of an argument or, with its first value, as the default:
+    ``gain=Learned(1.0)``. An argument with neither annotation nor default is one, too.
 
     Args:
         init: the number that all its values have at first; None for values uniform in +-1 / sqrt(H), as torch.nn's weights.
@@ -173,9 +180,9 @@ class Cell:
         self.constants: dict[str, Any] = {}
         rows, noise = [], []
         for a in (a for a in arguments if a.kind is a.KEYWORD_ONLY):
-            kind = _annotation(self.function, a)
+            kind = a.default if isinstance(a.default, Learned) else _annotation(self.function, a)
             if kind in (Row, Noise) or isinstance(kind, Learned):
-                if a.default is not a.empty:
+                if a.default not in (a.empty, kind):
                     raise TypeError(f"cell `{self.name}`: {a.name} is a tensor, so it has no default, got {a.default!r}")
                 if isinstance(kind, Learned):
                     self.learned[a.name] = kind
@@ -321,8 +328,8 @@ def cell(*, gates: Any, states: Any = "h", output: str | None = None, recurrent:
     ``x.f`` is W_ih x_t + b_ih of the gate f, ``h.f`` W_hh h_{t-1} + b_hh, ``s.c`` the state c before the step. In a kernel all
     are float32. The function says what happens to each unit, from the values of that unit alone, besides `row_mean`.
 
-    Arguments after ``*``: one without annotation and default, or annotated `Learned`, is a learned vector (H,) of the layer;
-    one annotated `Row` a tensor (B, H) given at the call; one annotated `Noise` random numbers; one with a default a number,
+    Arguments after ``*``: one without annotation and default, or with `Learned` in either place, is a learned vector (H,) of
+    the layer; one annotated `Row` a tensor (B, H) given at the call; one annotated `Noise` random numbers; one with a default a number,
     which is set when the layer is made and is part of the kernel. ``training`` is the layer's mode.
 
     What the function reads besides, such as a global number, is read once, when the cell is derived.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
-import triton.language as tl  # noqa: F401 - the interpreter wants it in sight of every jit function
+import triton.language as tl
 from support.cells import CELLS
 from support.equations import assert_right
 from support.recurrence import Layer, assert_as_alone

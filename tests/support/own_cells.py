@@ -28,7 +28,7 @@ def rnn_tanh(x, h, s):
 
 
 @cell(gates="i f g o", states="h c")
-def peephole(x, h, s, *, w_i, w_f: Learned(1.0), w_o: Learned):
+def peephole(x, h, s, *, w_i, w_f=Learned(1.0), w_o: Learned):
     i, f = sigmoid(x.i + h.i + w_i * s.c), sigmoid(x.f + h.f + w_f * s.c)
     c = f * s.c + i * tanh(x.g + h.g)
     o = sigmoid(x.o + h.o + w_o * c)
