@@ -393,8 +393,8 @@ def precision() -> str:
 
 
 def _refusal(error: Exception) -> str:
-    """In words, that the driver refused this launch, would refuse every launch of this plan, and left the GPU unchanged; or that
-    Triton cannot compile the plan. Empty for any other error.
+    """In words, that the driver refused this launch, would refuse every launch of this plan, and left the GPU unchanged; or
+    that Triton cannot compile the plan. Empty for any other error.
 
     Triton passes on the driver's text for an error, not its number. These errors are not refusals:
 

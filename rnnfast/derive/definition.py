@@ -84,8 +84,8 @@ running = _Running()
 def keep(*tiles: Any, dtype: torch.dtype | None = None) -> Any:
     """Have the kernels save these tiles for backward, in this order and before what the derivation adds. Returns them.
 
-    Without it the derivation chooses what is cheapest, and a cell need not call it. Tiles are saved in the dtype of the input, so
-    a value beyond 65504 would be infinite in float16. An exponential is therefore saved in float32, and what is computed from
+    Without it the derivation chooses what is cheapest, and a cell need not call it. Tiles are saved in the dtype of the input,
+    so a value beyond 65504 would be infinite in float16. An exponential is therefore saved in float32, and what is computed from
     one by sums and products, unless the exponent is seen to be at most 0, as in ``exp(a - torch.maximum(a, b))``. For any other
     value that may grow so large, say ``keep(v, torch.float32)``.
 
@@ -329,8 +329,8 @@ def cell(*, gates: Any, states: Any = "h", output: str | None = None, recurrent:
     are float32. The function says what happens to each unit, from the values of that unit alone, besides `row_mean`.
 
     Arguments after ``*``: one without annotation and default, or with `Learned` in either place, is a learned vector (H,) of
-    the layer; one annotated `Row` a tensor (B, H) given at the call; one annotated `Noise` random numbers; one with a default a number,
-    which is set when the layer is made and is part of the kernel. ``training`` is the layer's mode.
+    the layer; one annotated `Row` a tensor (B, H) given at the call; one annotated `Noise` random numbers; one with a default a
+    number, which is set when the layer is made and is part of the kernel. ``training`` is the layer's mode.
 
     What the function reads besides, such as a global number, is read once, when the cell is derived.
 

@@ -95,7 +95,8 @@ def test_half_precision(cell, rows, dtype):
 
 
 @pytest.mark.parametrize(
-    ("cell", "marked", "plain"), [("five", True, False), ("five", False, True), pytest.param("normed", True, False, marks=sweep)]
+    ("cell", "marked", "plain"),
+    [("five", True, False), ("five", False, True), pytest.param("normed", True, False, marks=sweep)],
 )
 def test_members(cell, marked, plain):
     """Three members side by side, as heads are: each has the bits that it has alone, its own noise too."""
