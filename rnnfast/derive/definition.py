@@ -85,9 +85,9 @@ def keep(*tiles: Any, dtype: torch.dtype | None = None) -> Any:
     """Have the kernels save these tiles for backward, in this order and before what the derivation adds. Returns them.
 
     Without it the derivation chooses what is cheapest, and a cell need not call it. Tiles are saved in the dtype of the input,
-    so a value beyond 65504 would be infinite in float16. An exponential is therefore saved in float32, and what is computed from
-    one by sums and products, unless the exponent is seen to be at most 0, as in ``exp(a - torch.maximum(a, b))``. For any other
-    value that may grow so large, say ``keep(v, torch.float32)``.
+    so a value beyond 65504 would be infinite in float16. An exponential is therefore saved in float32, and what is computed
+    from one by sums and products, unless the exponent is seen to be at most 0, as in ``exp(a - torch.maximum(a, b))``. For any
+    other value that may grow so large, say ``keep(v, torch.float32)``.
 
     Args:
         tiles: tensors (B, H) that were computed in the cell, or sides of its gates.
