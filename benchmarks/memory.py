@@ -38,7 +38,8 @@ def kept_by_kernels(case: Case, recompute: bool = False) -> dict[str, int]:
         problem = Problem(case, "cpu")
         layer = problem.module(getattr(rnnfast, case.cell), recompute=recompute)
         cell, weights = base.cell_of(layer), list(layer.parameters())
-        forward = lambda x: stack.run("kernels", layer, cell, weights, x, (), None, recompute)  # noqa: E731
+        members = stack.members_of(layer, weights)
+        forward = lambda x: stack.run("kernels", layer, cell, members, x, (), None, recompute)  # noqa: E731
         return problem.kept(Ready(forward, weights))
 
 

@@ -21,7 +21,6 @@ if os.environ.get("TRITON_INTERPRET"):
 
     quick_interpreter.install()
 
-gc.set_threshold(100_000, 20, 20)  # looking for cycles as often as Python does took a seventh of the time
 # PyTorch's own module checks need expecttest, which a GPU machine may lack.
 collect_ignore_glob = [] if find_spec("expecttest") else ["*/test_module_db.py"]
 gc.set_threshold(100_000, 20, 20)  # looking for cycles as often as Python does took a seventh of the time

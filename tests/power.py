@@ -174,10 +174,11 @@ class Draw:
         cell, seen = reference_name(self.case), []
         right = reference.CELLS[cell]
 
-        def step(x, states, *weights):
-            seen.append(states[0])
+        def step(x, h, states, given):
+            seen.append((h, states[0]))
             first = len(seen) % self.case.T == 1  # each direction of each layer starts anew
-            return right.step(x, (seen[-1 if first else -2], *states[1:]), *weights)
+            h, before = seen[-1 if first else -2]
+            return right.step(x, h, (before, *states[1:]), given)
 
         with mock.patch.dict(reference.CELLS, {cell: replace(right, step=step)}):
             return self.kernel()

@@ -23,7 +23,7 @@ class GiveUp(NamedTuple):
 
 
 _words: dict[Any, GiveUp] = {}  # by device
-_names: dict[tuple[str, Cell, int, Any], int] = {}  # of launches: numbers from 1 on
+_names: dict[tuple[str, Cell | None, int, Any], int] = {}  # of launches: numbers from 1 on
 
 
 def for_launch(tensor) -> GiveUp:
@@ -36,7 +36,7 @@ def for_launch(tensor) -> GiveUp:
     return _words[device]
 
 
-def name_of(direction: str, cell: Cell, H: int, dtype) -> int:
+def name_of(direction: str, cell: Cell | None, H: int, dtype) -> int:
     """The number by which a launch tells the host what it was."""
     return _names.setdefault((direction, cell, H, dtype), len(_names) + 1)
 
@@ -52,6 +52,6 @@ def gave_up(device) -> str:
     if key is None:
         return "a kernel without a name"
     direction, cell, H, dtype = key
-    module = cell.forward.fn.__module__.removeprefix("rnnfast_cell_")  # of a derived cell
+    module = "no cell" if cell is None else cell.forward.fn.__module__.removeprefix("rnnfast_cell_")  # of a derived cell
     name = next((name for name, other in CELLS.items() if other is cell), module)
     return f"{direction} of {name} with {H} hidden units in {str(dtype).removeprefix('torch.')}"

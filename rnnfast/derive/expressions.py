@@ -198,6 +198,15 @@ def may_overflow(expr: Any) -> bool:
     return False
 
 
+def _at_least(expr: Any, bound: Any) -> bool:
+    """Whether `expr` is `bound`, a maximum of it and others, or a choice between such."""
+    if expr is bound:
+        return True
+    if _is(expr, "maximum"):
+        return any(_at_least(arg, bound) for arg in expr.args)
+    return _is(expr, "where") and all(_at_least(arg, bound) for arg in expr.args[1:])
+
+
 def _at_most_zero(expr: Any) -> bool:
     """-|a|, -(a a), a - max(a, b), min(a, 0) and the like: what keeps an exponential in range."""
     if not isinstance(expr, Expr):
@@ -206,7 +215,7 @@ def _at_most_zero(expr: Any) -> bool:
         inner = expr.args[0]
         return _is(inner, "abs") or (_is(inner, "mul") and inner.args[0] is inner.args[1])
     if expr.op == "sub":
-        return _is(expr.args[1], "maximum") and expr.args[0] in expr.args[1].args
+        return _at_least(expr.args[1], expr.args[0])
     if expr.op in ("mul", "div"):
         return any(_at_most_zero(a) and not isinstance(b, Expr) and b > 0 for a, b in (expr.args, expr.args[::-1]))
     return expr.op == "minimum" and any(_at_most_zero(arg) for arg in expr.args)

@@ -436,7 +436,7 @@ def test_explain_the_rest(device):
 @pytest.mark.parametrize("foreign", [torch.nn.LSTM(I, H), torch.nn.Linear(I, H), rnnfast.LSTM, None])
 def test_explain_foreign(foreign):
     """explain answers for rnnfast's own layers only."""
-    with pytest.raises(TypeError, match=r"module should be an rnnfast\.LSTM, GRU or RNN, or a cell, got "):
+    with pytest.raises(TypeError, match=r"module should be an rnnfast\.LSTM, GRU or RNN, a cell or a Layer, got "):
         rnnfast.explain(foreign, torch.zeros(T, B, I))
 
 

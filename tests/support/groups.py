@@ -11,7 +11,7 @@ from rnnfast import ops, reference
 from rnnfast.choice import kernel_plan
 from rnnfast.reference import Weights
 
-KINDS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "held")
+KINDS = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
 @contextlib.contextmanager
@@ -80,7 +80,9 @@ class Stack:
         )
         if not self.spec.recurrent:
             tensors = tensors | {f"w_hh{m}": tensors["x"].new_zeros(0, self.H) for m in range(self.members)}
-        weights = [Weights(*(tensors.get(f"{kind}{m}") for kind in KINDS)) for m in range(self.members)]
+        weights = [
+            Weights(*(tensors.get(f"{kind}{m}") for kind in KINDS), held=tensors.get(f"held{m}")) for m in range(self.members)
+        ]
         marks = {name: value.to(tensors["x"].device) for name, value in self.options.items()}
         if self.spec.noise:
             marks["noise"] = torch.arange(self.members, device=tensors["x"].device) * 2**40 - 7

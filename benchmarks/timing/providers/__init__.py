@@ -7,10 +7,12 @@ import contextlib
 import importlib.metadata
 import os
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 import rnnfast
 from benchmarks.timing.cases import Case, Unknown
@@ -121,8 +123,12 @@ class Loop(Provider):
         return None
 
     def ready(self, problem: Problem) -> Ready:
-        case, step = problem.case, reference.STEPS[problem.case.cell_name]
+        case, equations = problem.case, reference.CELLS[problem.case.cell_name].step
         parameters = [weight.clone().requires_grad_() for weight in problem.weights.values()]
+
+        def step(x: Tensor, states: tuple[Tensor, ...], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Any:
+            return equations(linear(x, w_ih, b_ih), linear(states[0], w_hh, b_hh), states, ())
+
         if self.compiles:
             torch.compiler.reset()
             step = torch.compile(step)
