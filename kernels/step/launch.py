@@ -42,9 +42,9 @@ def _backward_launcher(cell: Cell, stage: str, *kind) -> Launcher:
     return _launcher(backward_step_kernel, *kind, **constants)
 
 
-def _stages(cell: Cell, plan: StepPlan, H: int) -> list[tuple[str, StepPlan]]:
-    """The launches of a step, each with its plan. The last one runs the cell."""
-    return [("product", plan), ("cell", plan.of_rows(H))] if cell.rows else [("whole", plan)]
+def _of_rows(plan: StepPlan, H: int) -> list[tuple[str, StepPlan]]:
+    """The two launches of a step of a cell that needs whole rows, each with its plan. The last one runs the cell."""
+    return [("product", plan), ("cell", plan.of_rows(H))]
 
 
 def _kind(h, H: int, group: Group, precision: str) -> tuple:
@@ -93,7 +93,7 @@ def forward(
     fixed = w, bias_x, bias_h, h_first, c_first, marks, given, h, c, saved, product
     stages = [
         Repeated(_forward_launcher(cell, saves, stage, tiles, *kind), tiles.grid(B, H, group.members), *fixed)
-        for stage, tiles in _stages(cell, plan, H)
+        for stage, tiles in (_of_rows(plan, H) if cell.rows else [("whole", plan)])
     ]
     sizes = T, group.flips, has_first, 1 if c is None else c.size(1), B, H
     enters = has_first or marks.codes is not None  # whether a state enters the first step
@@ -139,7 +139,7 @@ def backward(
     fixed = h, h_first, c, c_first, w, dcs, marks, given, d_gates, d_h, d_c, d_starts, d_held, product
     stages = [
         Repeated(_backward_launcher(cell, stage, tiles, *kind), tiles.grid(B, H, group.members), *fixed)
-        for stage, tiles in _stages(cell, plan, H)
+        for stage, tiles in (_of_rows(plan, H) if cell.rows else [("whole", plan)])
     ]
     first_begin = -group.lag * (group.members - 1)
     for begin, N, dy, saved in rounds():

@@ -26,6 +26,7 @@ import torch
 from rnnfast.choice import pipeline, trust, tuned, tuning_file
 from rnnfast.choice.forecast import MARGIN, Forecast, forecast
 from rnnfast.choice.gpu import cooperative, known, limits, pretend_gpu
+from rnnfast.choice.launchable import refusal_of
 from rnnfast.choice.obstacles import FallbackWarning, autocast, user_level
 from rnnfast.reference import spec_of
 from rnnfast.settings import CANARY, KERNELS, STRICT, strict
@@ -64,14 +65,6 @@ GAVE_UP = (
     "programs of the persistent kernels waited for one another in vain and gave up: in {} on {}. Results since then are NaN "
     "where they were not computed. This process runs the step kernels from now on; RNNFAST_KERNELS=step avoids the wait"
 )
-REFUSALS = {  # the texts of cuGetErrorString for the errors that mean: this GPU cannot make this launch
-    "invalid argument": 1,  # CUDA_ERROR_INVALID_VALUE: the grid, the block or the shared memory is too large for the GPU
-    "too many resources requested for launch": 701,  # CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: registers or threads
-    "too many blocks in cooperative launch": 720,  # CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE: not all would be resident
-    "operation not supported": 801,  # CUDA_ERROR_NOT_SUPPORTED: this GPU or driver has no cooperative launch
-}
-
-NOT_COMPILED = "PassManager::run failed"  # Triton's error for a kernel that a pass of its compiler cannot take
 
 _refused: dict[tuple[torch.device, Plan], str] = {}  # the plans that were refused, and why
 _waiting: dict[torch.device, ModuleType] = {}  # the kernels whose programs have waited for one another on each device
@@ -392,23 +385,6 @@ def precision() -> str:
     return "tf32" if rnn_precision() == "tf32" else "ieee"
 
 
-def _refusal(error: Exception) -> str:
-    """In words, that the driver refused this launch, would refuse every launch of this plan, and left the GPU unchanged; or
-    that Triton cannot compile the plan. Empty for any other error.
-
-    Triton passes on the driver's text for an error, not its number. These errors are not refusals:
-
-    - 700, 702, 719 and others in this range come from kernels that ran before. The GPU's memory may then be wrong.
-    - 2, "out of memory", may come after some launches of the call have run.
-    - 900 to 908 have ended the capture of a CUDA graph.
-    """
-    words = str(error).removeprefix("Triton Error [CUDA]: ")
-    if isinstance(error, RuntimeError) and words == NOT_COMPILED:
-        return f"this version of Triton cannot compile them: {error}"
-    is_refusal = type(error).__name__ == "OutOfResources" or (isinstance(error, RuntimeError) and words in REFUSALS)
-    return f"the driver refused the launch: {error}" if is_refusal else ""
-
-
 def run(direction: str, choice: Choice, device: torch.device, *args, **options) -> Choice:
     """Call `direction`, "forward" or "backward", of the chosen family. If the driver refuses, call the step kernels instead.
 
@@ -444,7 +420,7 @@ def run(direction: str, choice: Choice, device: torch.device, *args, **options) 
         getattr(family.package, direction)(*args, **options, plan=choice.plan)
         return choice
     except Exception as error:
-        refusal = _refusal(error)
+        refusal = refusal_of(error)
         if choice.family == family_of(choice.step) or not refusal:
             raise
         if strict():

@@ -87,8 +87,8 @@ def run(
     L, details = layer.num_layers, bool(given.get("details"))
     side = len(members) // L  # members of a layer: its directions, or the heads of each
     flips = ((1 << side // 2) - 1) << side // 2 if layer.bidirectional else 0
-    whole = side == 1 and spec_of(cell).recurrent and not details
-    parts = _parts(x, members, p) if runner == "kernels" and L > 1 and whole else [(n, n + 1) for n in range(L)]
+    whole = runner == "kernels" and L > 1 and side == 1 and not details and spec_of(cell).recurrent
+    parts = _parts(x, members, p) if whole else [(n, n + 1) for n in range(L)]
     for first, last in parts:
         own = slice(first * side, last * side)
         start = tuple(state[own] for state in states) or None

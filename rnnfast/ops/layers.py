@@ -13,7 +13,7 @@ from rnnfast.ops import dropout as between
 from rnnfast.ops import gradients, operators, recurrence
 from rnnfast.ops.members import Frame
 from rnnfast.ops.operators import Results
-from rnnfast.reference import RESETS, STARTS, Traced, Weights, spec_of
+from rnnfast.reference import CELLS, RESETS, STARTS, Traced, Weights, spec_of
 from rnnfast.torch_private import innermost_transform
 
 __all__ = ["group", "layer", "trace"]
@@ -56,7 +56,7 @@ def group(
         recompute: as for `layer`.
         dropout: between the layers of a stack, the probability that an element is dropped.
     """
-    M, spec = len(weights), spec_of(cell)
+    M, spec = len(weights), CELLS[cell] if cell in CELLS else spec_of(cell)
     D = 1 if stacked else M
     h0, c0 = _side_by_side(states, spec) if states else (None, None)
     reset_h, reset_c = _side_by_side(reset_to, spec) if reset_to else (None, None)

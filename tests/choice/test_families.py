@@ -14,6 +14,7 @@ from support.side_by_side import together
 import rnnfast
 from rnnfast import ops, reference
 from rnnfast.choice import gpu, kernel_plan, obstacles, tuned, tuning_file
+from rnnfast.choice.launchable import refusal_of
 from rnnfast.kernels import cells, families, persistent, step
 from rnnfast.kernels.persistent.plan import GPUS, PersistentPlan, persistent_plans
 from rnnfast.kernels.step import plan
@@ -171,7 +172,7 @@ CUDA = "Triton Error [CUDA]: "
 )
 def test_what_is_a_refusal(error, refused):
     """A launch that did not happen, for a reason that stays: not an error of a kernel before it, nor one that may pass."""
-    assert bool(kernel_plan._refusal(error)) == refused
+    assert bool(refusal_of(error)) == refused
 
 
 @on_cpu
