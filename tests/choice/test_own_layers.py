@@ -82,9 +82,9 @@ def test_other_ways_to_ask(able):
     assert (chosen.backend, chosen.asked_by, chosen.stands_in) == ("reference", "rnnfast.use_backend", "")
 
 
-def test_a_call_of_it_is_not_watched(able, monkeypatch):
+def test_a_call_of_it_is_not_watched(able, cudnn_benchmark):
     """So that nothing measures it."""
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    cudnn_benchmark(True)
     assert not decided(None).watched and decide(None, "cpu", None, torch.float32).watched
 
 
