@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def wrong(names: list, *options: str) -> dict[str, str]:
-    """What is wrong with each layer of these names, or with the way in which each mistake was noticed; nothing of what is right.
-    One process runs all: so one test asks for all, lest each worker of a run starts a process of its own."""
+    """What is wrong with each layer of these names, or with the way in which each mistake was noticed. Nothing is said of what
+    is right. One process runs all: so one test asks for all, lest each worker of a run starts a process of its own."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ptx", "--json", *options]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
