@@ -103,6 +103,7 @@ def test_modules_know_no_triton(path):
 FLOW = (
     ("__main__",),
     ("",),  # rnnfast itself
+    ("integrations",),
     ("commands", "check", "check_cells"),
     ("accelerate", "explain", "functional", "inspect"),
     ("nn",),
