@@ -196,7 +196,7 @@ def told(times: float) -> str:
 
 
 def faster(name: str, cells: list[str], batches: list[int]) -> str:
-    """The fourth table for one GPU, as Markdown: a line a cell, dtype and B, a column an H. dtypes of equal times share a line."""
+    """The fourth table for one GPU, as Markdown: a line for each cell, dtype and B. Dtypes of equal times share a line."""
     lines = [
         f"| predicted, {name} | B | {' | '.join(f'H = {H}' for H in FASTER_UNITS)} |",
         f"|---|--:|{'--:|' * len(FASTER_UNITS)}",

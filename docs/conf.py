@@ -4,9 +4,11 @@ import rnnfast
 
 project = "rnnfast"
 author = "The rnnfast authors"
+copyright = "the rnnfast authors. MIT licence"
 release = version = rnnfast.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.napoleon", "sphinx_copybutton"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
