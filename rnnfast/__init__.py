@@ -24,6 +24,7 @@ from rnnfast.choice.tuned import TuningWarning
 from rnnfast.derive.definition import Cell, Learned, Noise, Row, cell, keep, row_mean, row_norm
 from rnnfast.derive.recording import CannotFuse
 from rnnfast.explain import Explanation, explain
+from rnnfast.explain_model import LayerCalls, ModelExplanation
 from rnnfast.inspect import Inspection, inspect
 from rnnfast.nn import GRU, LSTM, RNN, GRUCell, Layer, LSTMCell, RNNCell
 from rnnfast.ops import FLOP_FORMULAS
@@ -49,7 +50,9 @@ __all__ = [
     "Inspection",
     "LSTMCell",
     "Layer",
+    "LayerCalls",
     "Learned",
+    "ModelExplanation",
     "Noise",
     "RNNCell",
     "Report",

@@ -23,7 +23,7 @@ from torch import Tensor
 from rnnfast.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from rnnfast.nn.base import ACCELERATED
 
-__all__ = ["Report", "accelerate", "as_default", "restore"]
+__all__ = ["Report", "accelerate", "advice", "as_default", "restore"]
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -106,6 +106,13 @@ def restore(
         True
     """
     return _exchange(model, "torch.nn", _THEIRS, inplace, report, lambda module: every or ACCELERATED in vars(module))
+
+
+def advice(module: torch.nn.Module) -> str:
+    """What to do about a recurrent module that is not rnnfast's, in words. Empty for other modules."""
+    new = _exchanged(type(module), _OURS)
+    reason = _reason(module, new, True)
+    return "rnnfast.accelerate(model) exchanges it" if new is not None and reason is None else reason or ""
 
 
 def _exchange(

@@ -105,7 +105,7 @@ FLOW = (
     ("",),  # rnnfast itself
     ("integrations",),
     ("commands", "check", "check_cells"),
-    ("accelerate", "explain", "functional", "inspect"),
+    ("accelerate", "explain", "explain_model", "functional", "inspect", "run_once"),
     ("nn",),
     ("ops",),
     ("derive",),
