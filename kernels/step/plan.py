@@ -64,8 +64,8 @@ def step_plan(H: int, itemsize: int, precision: str, extra: int = 0, amd: bool =
     there 8 warps share 32 rows, since with 4 some spilled all the same, and a step waits for instructions to be issued.
     Chunks of 256 bytes (half precision: 128 elements, float32: 64) keep the loads wide and three of them in flight; a small
     layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows are not
-    aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers. AMD GPUs have chunks of 128
-    bytes, a line of their cache: wider ones take all of their 64 KiB of shared memory, and spilled on gfx1100.
+    aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers. On AMD GPUs a chunk is
+    128 bytes, a line of their cache: twice that takes all of 64 KiB of shared memory, and spilled on gfx1100.
     """
     aligned = H * itemsize % 16 == 0
     widest = (128 if amd else 256) // itemsize if aligned else 32

@@ -118,7 +118,8 @@ def _obstacle(limits: GpuLimits, found: Verdict | None) -> str | None:
 def trusted(device: torch.device) -> tuple[str, ...]:
     """The families that may run on `device` without being asked for.
 
-    Runs the canary if it is needed and allowed, but never while code is compiled or a CUDA graph is captured, nor on an AMD GPU.
+    Runs the canary if it is needed and allowed, but never while code is compiled or a CUDA graph is captured, and never on an
+    AMD GPU.
     """
     limits = gpu.limits(device)
     if limits is None:

@@ -53,9 +53,7 @@ def test_limits(amd):
 
 def test_other_architectures_are_refused(monkeypatch):
     stand_in_amd_gpu(monkeypatch, "gfx906")
-    assert refusals("triton") == (
-        "the kernels were compiled for the AMD GPUs gfx942, gfx950 and gfx1100, and this is another",
-    )
+    assert refusals("triton") == ("the kernels were compiled for the AMD GPUs gfx942, gfx950 and gfx1100, and this is another",)
 
 
 @pytest.mark.parametrize("asked", [None, "triton"])
@@ -163,7 +161,7 @@ def test_float32_products(monkeypatch):
 
 @pytest.mark.parametrize("arch", list(AMD_GPUS))
 def test_plans(arch):
-    """The persistent kernels have none, the step kernels take half of the shared memory, the one-program kernels small layers."""
+    """The persistent kernels have none, the step kernels take half of the shared memory, the one-program ones small layers."""
     limits = AMD_GPUS[arch]
     for backward in (False, True):
         assert isinstance(found := persistent_plan(4, 16, 128, 2, "half", backward, limits), NoPlan)
