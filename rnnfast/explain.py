@@ -147,6 +147,8 @@ def _predicted(
     and in numbers."""
     gpu = kernel_plan.limits(device)
     assert gpu is not None
+    if gpu.arch:
+        return f"nothing, because no model knows AMD GPUs; {trust.words(gpu)}"
     families = trust.trusted(device)
     found = kernel_plan.predict(shape, device, gpu, families or trust.families(), packed, projected, options.details)
     said = str(found)
@@ -237,7 +239,8 @@ def _torch(module: Any, input: Tensor | PackedSequence, runner: str) -> str:
     tensor = input.data if isinstance(input, PackedSequence) else input
     cudnn = tensor.is_cuda and torch.backends.cudnn.is_acceptable(tensor)
     lengths = ", on rows packed by their lengths, which are read on the CPU" if runner == "packed" else ""
-    return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}{lengths}"
+    library = "ATen" if not cudnn else "MIOpen" if torch.version.hip else "cuDNN"
+    return f"PyTorch's own layer, on {library}{lengths}"
 
 
 def _details(module: Any, options: CallOptions) -> bool:

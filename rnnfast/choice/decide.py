@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import torch_private
-from rnnfast.choice import obstacles
+from rnnfast.choice import obstacles, trust
 from rnnfast.choice.obstacles import FallbackWarning, user_level
 from rnnfast.settings import BACKEND, KEYS, accepted, check_environment, strict
 from rnnfast.torch_private import constant, cudnn_benchmark, environment, forward_level, innermost_transform
@@ -216,7 +216,7 @@ def decide(
         on_cpu_autocast = kind == "cpu" and torch.is_autocast_enabled("cpu")
         reasons = (
             known["triton"] if "triton" in known else obstacles.triton_obstacle(),
-            known[device] if device in known else obstacles.device_obstacle(kind, index),
+            known[device] if device in known else trust.device_obstacle(kind, index),
             None if dtype in DTYPES else f"the dtype is {dtype}: the kernels take float16, bfloat16 and float32",
             "autocast is on: on the CPU, PyTorch's own layer decides what it casts" if on_cpu_autocast else None,
             (_without_rule(inside) if inside else None) or trace,

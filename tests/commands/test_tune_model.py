@@ -344,5 +344,5 @@ def test_wrong_calls(path, monkeypatch, capsys):
 
 
 def test_without_a_gpu():
-    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU, and PyTorch sees none here: run it on"):
+    with pytest.raises(RuntimeError, match="needs a GPU, and PyTorch sees none here: run it on"):
         rnnfast.tune(rnnfast.GRU(32, 32), inputs())
