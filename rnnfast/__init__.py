@@ -25,6 +25,7 @@ from rnnfast.derive.definition import Cell, Learned, Noise, Row, cell, keep, row
 from rnnfast.derive.recording import CannotFuse
 from rnnfast.explain import Explanation, explain
 from rnnfast.inspect import Inspection, inspect
+from rnnfast.integrations import keras
 from rnnfast.nn import GRU, LSTM, RNN, GRUCell, Layer, LSTMCell, RNNCell
 from rnnfast.ops import FLOP_FORMULAS
 from rnnfast.settings import BACKENDS
@@ -64,6 +65,7 @@ __all__ = [
     "functional",
     "inspect",
     "keep",
+    "keras",
     "restore",
     "row_mean",
     "row_norm",
