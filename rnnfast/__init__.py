@@ -26,6 +26,7 @@ from rnnfast.derive.recording import CannotFuse
 from rnnfast.explain import Explanation, explain
 from rnnfast.explain_model import LayerCalls, ModelExplanation
 from rnnfast.inspect import Inspection, inspect
+from rnnfast.integrations import keras
 from rnnfast.nn import GRU, LSTM, RNN, GRUCell, Layer, LSTMCell, RNNCell
 from rnnfast.ops import FLOP_FORMULAS
 from rnnfast.settings import BACKENDS
@@ -67,6 +68,7 @@ __all__ = [
     "functional",
     "inspect",
     "keep",
+    "keras",
     "restore",
     "row_mean",
     "row_norm",

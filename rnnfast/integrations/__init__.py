@@ -13,7 +13,12 @@ from types import ModuleType
 
 __all__ = ["TESTED", "load"]
 
-TESTED: dict[str, str] = {}
+TESTED: dict[str, str] = {
+    "flair": "0.15.1",
+    "keras": "3.15.1",
+    "speechbrain": "1.1.2",
+    "stanza": "1.15.0",
+}
 """The name of each library on PyPI, and the version tested."""
 
 
