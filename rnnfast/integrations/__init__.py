@@ -14,6 +14,13 @@ from types import ModuleType
 __all__ = ["TESTED", "load"]
 
 TESTED: dict[str, str] = {
+    "captum": "0.9.0",
+    "lightning": "2.6.6",
+    "onnx": "1.0",
+    "onnxruntime": "1.0",
+    "opacus": "1.6.0",
+    "pytorch-lightning": "2.6.6",
+    "skorch": "1.4.0",
 }
 """The name of each library on PyPI, and the version tested."""
 
