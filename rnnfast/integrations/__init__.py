@@ -16,8 +16,9 @@ __all__ = ["TESTED", "load"]
 TESTED: dict[str, str] = {
     "captum": "0.9.0",
     "lightning": "2.6.6",
-    "onnx": "1.0",
-    "onnxruntime": "1.0",
+    "onnx": "1.23.2",
+    "onnxruntime": "1.32.0",
+    "onnxscript": "0.7.2",
     "opacus": "1.6.0",
     "pytorch-lightning": "2.6.6",
     "skorch": "1.4.0",

@@ -67,7 +67,7 @@ def made(package, late=False):
             return self(batch[0])
 
         def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), lr=0.01)
+            return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
 
     torch.manual_seed(0)
     return Model()
