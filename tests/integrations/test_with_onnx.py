@@ -7,8 +7,9 @@ from support.pages import run_page
 
 import rnnfast
 
-for package in ("onnx", "onnxscript", "onnxruntime"):
-    needs(package)
+needs("onnx")
+needs("onnxscript")
+needs("onnxruntime")
 pytestmark = [
     pytest.mark.same_everywhere,
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
