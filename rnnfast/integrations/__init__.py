@@ -14,8 +14,16 @@ from types import ModuleType
 __all__ = ["TESTED", "load"]
 
 TESTED: dict[str, str] = {
+    "captum": "0.9.0",
     "flair": "0.15.1",
     "keras": "3.15.1",
+    "lightning": "2.6.6",
+    "onnx": "1.23.2",
+    "onnxruntime": "1.32.0",
+    "onnxscript": "0.7.2",
+    "opacus": "1.6.0",
+    "pytorch-lightning": "2.6.6",
+    "skorch": "1.4.0",
     "speechbrain": "1.1.2",
     "stanza": "1.15.0",
 }
