@@ -14,6 +14,10 @@ from types import ModuleType
 __all__ = ["TESTED", "load"]
 
 TESTED: dict[str, str] = {
+    "gymnasium": "1.4.0",
+    "sb3-contrib": "2.9.2",
+    "tensordict": "0.14.3",
+    "torchrl": "0.14.1",
 }
 """The name of each library on PyPI, and the version tested."""
 
