@@ -3,8 +3,10 @@
 import pytest
 import torch
 from support.packages import needs
+from support.pages import run_page
 
 needs("sb3-contrib")
+needs("gymnasium")
 
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
@@ -16,6 +18,7 @@ from rnnfast.integrations import sb3
 
 pytestmark = [
     pytest.mark.numerical,
+    pytest.mark.same_everywhere,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:You are trying to run PPO on the GPU"),
 ]
@@ -114,3 +117,9 @@ def test_what_is_exchanged():
         sb3.accelerate(RecurrentPPO(Own, ShortEpisodes(), n_steps=8, batch_size=8))
     with pytest.raises(TypeError, match="should be a RecurrentPPO or its policy, got Linear"):
         sb3.accelerate(torch.nn.Linear(1, 1))
+
+
+def test_page():
+    with rnnfast.use_backend("torch"):
+        model = run_page("sb3-contrib")["model"]
+    assert type(model.policy.lstm_actor) is rnnfast.LSTM

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from support.packages import needs
+from support.pages import run_page
 
 needs("torchrl")
+needs("gymnasium")
 
 from support.short_episodes import ShortEpisodes
 from tensordict import TensorDict
@@ -21,6 +23,7 @@ from rnnfast.integrations import torchrl as integration
 T, I, H = 6, 4, 5
 pytestmark = [
     pytest.mark.numerical,
+    pytest.mark.same_everywhere,
     pytest.mark.filterwarnings("ignore"),  # TorchRL's and gymnasium's own, of many kinds
 ]
 
@@ -118,7 +121,9 @@ def test_stored_states(kind, options_seen):
         assert options_seen == (expected or ONE_CALL)
 
 
-@pytest.mark.parametrize("options", [{"proj_size": 3}, {"bias": False}, {"bidirectional": True}, {"recurrent_recompute": "full"}])
+@pytest.mark.parametrize(
+    "options", [{"proj_size": 3}, {"bias": False}, {"bidirectional": True}, {"recurrent_recompute": "full"}]
+)
 def test_options_of_the_layer(options, options_seen):
     """Both directions run on TorchRL's code, whose states stand elsewhere."""
     both = "bidirectional" in options
@@ -203,5 +208,11 @@ def test_what_is_exchanged():
     assert [name for name, _ in reports[0].changed] == ["0.gru"] and [name for name, _ in reports[0].left] == ["1.lstm"]
     data = batch("LSTM", 1)
     close(results(policy[1], data), results(made(modules, "LSTM", python_based=True), data))
-    with pytest.raises(TypeError, match="should be a torch.nn.Module"):
+    with pytest.raises(TypeError, match="should be a torch"):
         integration.accelerate(None)
+
+
+def test_page():
+    with rnnfast.use_backend("torch"):
+        found = run_page("torchrl")
+    assert type(found["gru"]) is integration.GRUModule and found["batch"]["is_init"][1:].any()

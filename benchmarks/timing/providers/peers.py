@@ -130,7 +130,7 @@ class Haste(Provider):
 
 
 class TorchRL(Provider):
-    """The Triton kernels of TorchRL, which its modules run with ``recurrent_backend="triton"``. Without the modules around them.
+    """The Triton kernels that TorchRL's modules run with ``recurrent_backend="triton"``, without the modules.
 
     Weights, biases and gates are laid out as torch.nn's. Input and output are batch first. The states of all steps, at which
     resets would begin, and the mask of resets are arguments: they are zero here, and made once.
