@@ -16,7 +16,7 @@ CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo examples test sweep matrix schedules cells static docs lint bench-check gpu-check clean FORCE
+.PHONY: help demo examples test sweep matrix schedules cells static docs lint bench-check gpu-check hub dist clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -79,6 +79,9 @@ gpu-check: ## on this machine's GPU, in nine minutes: times, tuning, checks, tes
 		{ echo "gpu-check installs nothing, and $(PYTHON) lacks torch, triton, pytest or hypothesis: name one that has them," \
 		"make gpu-check PYTHON=..." >&2; exit 1; }
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(ARGS)
+
+hub: ## the package for the kernel hub of Hugging Face, in build/hub (docs/integrations/hub.md)
+	@$(PYTHON) -m release.hub $(ARGS)
 
 clean: ## remove the virtual environment and everything built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -14,6 +14,7 @@ from types import ModuleType
 __all__ = ["TESTED", "load"]
 
 TESTED: dict[str, str] = {
+    "kernels": "0.17.2",
 }
 """The name of each library on PyPI, and the version tested."""
 
