@@ -83,6 +83,9 @@ gpu-check: ## on this machine's GPU, in nine minutes: times, tuning, checks, tes
 hub: ## the package for the kernel hub of Hugging Face, in build/hub (docs/integrations/hub.md)
 	@$(PYTHON) -m release.hub $(ARGS)
 
+dist: $(VENV)/release.done ## sdist and wheel in dist/, checked by twine, and by pyright after both kinds of install
+	@$(RUN) -m release.dist
+
 clean: ## remove the virtual environment and everything built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find benchmarks examples kernels rnnfast tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,9 @@
 """What installs: wheel, sdist and editable, each built from a copy of this tree and used in an environment without Triton."""
 
+import email
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from packaging.requirements import Requirement
 pytestmark = pytest.mark.same_everywhere
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = [name for name in ("benchmarks", "docs", "examples", "kernels", "rnnfast", "tests") if (ROOT / name).is_dir()]
+FOLDERS = [name for name in ("benchmarks", "docs", "examples", "kernels", "release", "rnnfast", "tests") if (ROOT / name).is_dir()]
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
 
 USE = """
@@ -30,7 +32,7 @@ assert "backend: torch" in told and "Triton is not installed" in told, told
 output, (h_n, c_n) = layer(torch.ones(5, 2, 3))
 (output.sum() + c_n.sum()).backward()
 assert output.shape == (5, 2, 4) and all(weight.grad.abs().sum() > 0 for weight in layer.parameters())
-for name in ("triton", "kernels", "tests", "benchmarks", "examples", "rnnfast.kernels"):
+for name in ("triton", "kernels", "tests", "benchmarks", "examples", "release", "rnnfast.kernels"):
     try:
         __import__(name)
     except ImportError as error:
@@ -187,6 +189,36 @@ def test_wheel_metadata(wheel):
         assert metadata.read_text("top_level.txt") == "rnnfast\n"
 
 
+def test_long_description_has_no_relative_links(tree, wheel, tmp_path):
+    """A package index shows README.md away from the files that it links to."""
+
+    def description(text: str) -> str:
+        return email.message_from_string(text).get_payload()
+
+    def targets(text: str) -> set[str]:
+        return {target for target in re.findall(r"\]\(([^()\s]+)\)", text) if not target.startswith("https:")}
+
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        built = description(archive.read(name).decode())
+    local = targets((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert local and not targets(built)
+
+    copy = tmp_path / "tree"
+    shutil.copytree(tree, copy, symlinks=True)
+    settings = (copy / "pyproject.toml").read_text(encoding="utf-8")
+    if not re.search(r"^\[project\.urls\]", settings, re.MULTILINE):
+        settings = settings.replace("[project.scripts]", '[project.urls]\nSource = "https://example.org/r"\n\n[project.scripts]')
+        (copy / "pyproject.toml").write_text(settings, encoding="utf-8")
+    source = re.search(r'^Source = "([^"]+)"', settings, re.MULTILINE)[1]
+    program = f"from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel({str(tmp_path)!r})"
+    run(sys.executable, "-c", program, cwd=copy)
+    text = next(tmp_path.glob("*.dist-info/METADATA")).read_text(encoding="utf-8")
+    assert f"Project-URL: Source, {source}" in text
+    for target in local:
+        assert f"]({source}{target if target.startswith('#') else f'/blob/main/{target}'})" in description(text), target
+
+
 def test_sdist_holds_the_sources_and_builds_the_same_wheel(sdist, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         held = {member.name.partition("/")[2] for member in archive.getmembers() if not (member.issym() or member.islnk())}
@@ -207,9 +239,12 @@ def test_wheel_works_without_triton(wheel, clean, tmp_path):
 def test_editable_install_works_without_triton(tree, clean, tmp_path):
     pip("--python", clean, "install", *OFFLINE, "--editable", tree, cwd=tmp_path)
     used = run(clean, "-c", USE, cwd=tmp_path)
-    assert Path(used.strip()) == tree / "rnnfast" / "__init__.py"
+    assert Path(used.strip()).resolve() == tree / "rnnfast" / "__init__.py"
     where = run(clean, "-c", "import importlib.util as u; print(u.find_spec('rnnfast.kernels').origin)", cwd=tmp_path)
-    assert Path(where.strip()) == tree / "rnnfast" / "kernels" / "__init__.py"
+    assert Path(where.strip()).resolve() == tree / "kernels" / "__init__.py"
+    paths = run(clean, "-c", "import sys; print(*sys.path, sep='\\n')", cwd=tmp_path).splitlines()
+    assert str(tree / ".editable") in paths, "a path, which type checkers follow"
+    assert {path.suffix for path in (tree / ".editable").iterdir() if path.name != "rnnfast"} <= {".egg-info"}
 
 
 def test_kernels_refuse_another_name(tree):
