@@ -165,11 +165,14 @@ def _module(path: str) -> str:
 
 def _metadata(files: dict[str, bytes], backend: str) -> dict[str, object]:
     """What the hub wants to know. Version 0 is for what is not recommended for production yet."""
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    source = re.search(r'^Source = "([^"]+)"', settings, re.MULTILINE)
     return {
         "id": package_id(files, backend),
         "name": NAME,
         "version": 0,
         "license": "mit",
+        **({"upstream": source[1]} if source else {}),
         "kernels-minver": OLDEST_KERNELS,
         "python-depends": [],
         "backend": {"type": backend},

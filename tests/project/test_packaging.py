@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 pytestmark = pytest.mark.same_everywhere
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = [name for name in ("benchmarks", "docs", "examples", "kernels", "release", "rnnfast", "tests") if (ROOT / name).is_dir()]
+TOPS = ("benchmarks", "docs", "examples", "kernels", "release", "rnnfast", "tests")
+FOLDERS = [name for name in TOPS if (ROOT / name).is_dir()]
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
 
 USE = """
@@ -208,7 +209,9 @@ def test_long_description_has_no_relative_links(tree, wheel, tmp_path):
     shutil.copytree(tree, copy, symlinks=True)
     settings = (copy / "pyproject.toml").read_text(encoding="utf-8")
     if not re.search(r"^\[project\.urls\]", settings, re.MULTILINE):
-        settings = settings.replace("[project.scripts]", '[project.urls]\nSource = "https://example.org/r"\n\n[project.scripts]')
+        settings = settings.replace(
+            "[project.scripts]", '[project.urls]\nSource = "https://example.org/r"\n\n[project.scripts]'
+        )
         (copy / "pyproject.toml").write_text(settings, encoding="utf-8")
     source = re.search(r'^Source = "([^"]+)"', settings, re.MULTILINE)[1]
     program = f"from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel({str(tmp_path)!r})"
@@ -219,11 +222,40 @@ def test_long_description_has_no_relative_links(tree, wheel, tmp_path):
         assert f"]({source}{target if target.startswith('#') else f'/blob/main/{target}'})" in description(text), target
 
 
+def test_the_address_is_said_in_one_place():
+    """`Source` in pyproject.toml. docs/one-point-zero.md says where else it shows."""
+    source = re.search(r'^Source = "([^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    cited = re.search(r"^repository-code: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert (source and source[1]) == (cited and cited[1].strip("\"'"))
+
+
+def test_versions_and_dates():
+    """CITATION.cff has the version of the package, and CHANGELOG.md the date of each version that was released."""
+    import rnnfast
+
+    assert f"\nversion: {rnnfast.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", heading) for heading in headings[1:])
+
+
+def test_dir_shows_the_api_alone():
+    import rnnfast
+
+    public = [name for name in dir(rnnfast) if not name.startswith("__")]
+    assert public == sorted(rnnfast.__all__) and "__version__" in dir(rnnfast)
+    import rnnfast.numerics
+
+    assert rnnfast.numerics is not None
+
+
 def test_sdist_holds_the_sources_and_builds_the_same_wheel(sdist, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         held = {member.name.partition("/")[2] for member in archive.getmembers() if not (member.issym() or member.islnk())}
     sources = {installed(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    missing = (sources | {"LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}) - held
+    missing = (
+        sources | {"CITATION.cff", "LICENSE", "Makefile", "README.md", "SECURITY.md", "pyproject.toml", "setup.py"}
+    ) - held
     assert not missing, missing
     assert not [name for name in held if "__pycache__" in name or name.startswith((".git", "build", "out"))]
     pip("wheel", *OFFLINE, "--wheel-dir", tmp_path, sdist, cwd=tmp_path)
