@@ -40,7 +40,7 @@ def editable_path() -> dict[str, str]:
 
     Python is told of the folder by a path, which type checkers read too. Without ``package_dir`` setuptools would hook into
     Python's imports, which they do not see. With the folder of the project as the path, tests/ and benchmarks/ would be
-    packages of everyone. Where no link can be made, as on Windows without the right to, setuptools does what it would have done.
+    packages of everyone. Where no link can be made, as on Windows without the right to, setuptools does as before.
     """
     folder = HERE / ".editable"
     folder.mkdir(exist_ok=True)
