@@ -19,7 +19,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 __all__ = ["BACKENDS", "Refused", "build", "package_id", "relative", "sources"]
@@ -73,11 +73,12 @@ def package_id(files: dict[str, bytes], backend: str) -> str:
     return f"_{NAME}_{backend}_{digest.hexdigest()[:12]}"
 
 
-def relative(text: str, path: str, modules: set[str]) -> str:
+def relative(text: str, path: str, modules: set[str], public: Collection[str] = ()) -> str:
     """The source at `path` in the package, with relative imports of the package's own modules.
 
     Args:
         modules: the names of all modules of the package, as "rnnfast.ops.schema".
+        public: the names of its API. "rnnfast.explain" in a text is what a user calls, though there is a module of that name.
 
     Raises:
         Refused: there is an ``import rnnfast``, an import of no such module, or a text or name that is bound to "rnnfast".
@@ -102,7 +103,7 @@ def relative(text: str, path: str, modules: set[str]) -> str:
     done = "".join(lines)
     if done != text and ast.dump(ast.parse(done)) != ast.dump(tree):
         raise Refused(f"{path}: its imports could not be made relative")
-    for line, why in _bound(tree, modules):
+    for line, why in _bound(tree, modules - {NAME} - {f"{NAME}.{name}" for name in public}):
         raise Refused(f"{path}:{line}: {why}")
     return done
 
@@ -126,7 +127,7 @@ def _bound(tree: ast.Module, modules: set[str]) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
             if statement.search(node.value):
                 yield node.lineno, "code in a text imports rnnfast: name the package by PACKAGE in rnnfast/version.py"
-            elif node.value.strip(".") in modules - {NAME} or node.value == f"{NAME}.":
+            elif node.value.strip(".") in modules or node.value == f"{NAME}.":
                 yield node.lineno, "the name of a module in a text: name the package by PACKAGE in rnnfast/version.py"
             elif re.fullmatch(rf"{NAME}::\w*", node.value):
                 yield node.lineno, "name the operators by NAMESPACE in rnnfast/ops/schema.py"
@@ -140,10 +141,11 @@ def build(out: Path, root: Path = ROOT) -> list[Path]:
     """
     files = sources(root)
     modules = {_module(path) for path in files if path.endswith(".py")}
+    public = _public(files["__init__.py"].decode())
     version = re.search(r'__version__ = "(.+)"', files["version.py"].decode())
     assert version is not None
     made = {
-        path: relative(content.decode(), path, modules).encode() if path.endswith(".py") else content
+        path: relative(content.decode(), path, modules, public).encode() if path.endswith(".py") else content
         for path, content in files.items()
     }
     shutil.rmtree(out, ignore_errors=True)
@@ -157,6 +159,14 @@ def build(out: Path, root: Path = ROOT) -> list[Path]:
         folders.append(folder)
     (out / "README.md").write_text(CARD.format(version=version[1]), encoding="utf-8")
     return folders
+
+
+def _public(text: str) -> list[str]:
+    """``__all__`` in this source."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    raise Refused("__init__.py: there is no __all__ as a list of texts")
 
 
 def _module(path: str) -> str:

@@ -25,7 +25,6 @@ from rnnfast.commands.measure import MODULES, measure
 from rnnfast.nn.layer import Layer
 from rnnfast.nn.sequence import Sequence
 from rnnfast.torch_private import tree_leaves
-from rnnfast.version import PACKAGE
 
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Row", "TuningReport", "tune"]
 
 _Recurrent = torch.nn.RNNBase | torch.nn.RNNCellBase | Layer
-FUNCTION = f"{PACKAGE}.functional"
+FUNCTION = "rnnfast.functional"
 
 
 @dataclass(frozen=True)

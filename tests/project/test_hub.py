@@ -58,6 +58,8 @@ def test_imports_become_relative():
     wanted = 'from .. import ops\n"from rnnfast"; from ..ops.schema import (\n    a,\n)\n'
     assert hub.relative(text, "ops/schema.py", MODULES) == wanted
     assert hub.relative("from rnnfast.ops import x", "__init__.py", MODULES) == "from .ops import x"
+    label = "name = 'rnnfast.ops'"
+    assert hub.relative(label, "ops/schema.py", MODULES, public=["ops"]) == label
 
 
 @pytest.mark.parametrize(
