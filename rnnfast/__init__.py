@@ -125,6 +125,11 @@ def tune(model: torch.nn.Module, *inputs: Any, again: bool = False, **kwargs: An
     return tune_model.tune(model, inputs, kwargs, again)
 
 
+def __dir__() -> list[str]:
+    """The public names. Modules such as `rnnfast.numerics` are found by importing them."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
+
 def _measure(shape: Shape, device: torch.device) -> Entry | None:
     """What `rnnfast.choice.calls` measures with. It imports what measures when that is first needed."""
     from rnnfast.commands import first_call

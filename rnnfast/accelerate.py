@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rnnfast.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from rnnfast.nn.base import ACCELERATED
+from rnnfast.version import PACKAGE
 
 __all__ = ["Report", "accelerate", "advice", "as_default", "restore"]
 
@@ -178,7 +179,8 @@ def _reason(module: torch.nn.Module, new: type | None, is_meant: bool) -> str | 
     if isinstance(module, torch.nn.RNNBase):
         return f"{name} is a class of its own, whose code may count on its base class: derive it from rnnfast's"
     if isinstance(module, torch.nn.RNNCellBase):
-        return None if name.startswith("rnnfast.") else f"a cell runs one step a call; there is rnnfast.{cls.__name__} to build"
+        is_ours = name.startswith(f"{PACKAGE}.")
+        return None if is_ours else f"a cell runs one step a call; there is rnnfast.{cls.__name__} to build"
     if name.startswith("torch.ao.nn.quant") and cls.__name__.endswith(("LSTM", "GRU", "RNN")):
         return f"{name} is quantized, which the kernels do not know"
     return None

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from rnnfast.choice import gpu, launchable
+from rnnfast.version import PACKAGE
 
 __all__ = [
     "FallbackWarning",
@@ -32,8 +33,8 @@ class FallbackWarning(UserWarning):
 
 def user_level() -> int:
     """The ``stacklevel`` with which a warning of the caller names the innermost line outside rnnfast and torch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rnnfast", "torch"):
+    level, frame, inside = 1, sys._getframe(1), (f"{PACKAGE}.", "torch.")
+    while frame.f_back and f"{frame.f_globals.get('__name__', '')}.".startswith(inside):
         level, frame = level + 1, frame.f_back
     return level
 

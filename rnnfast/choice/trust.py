@@ -178,10 +178,10 @@ def _run(device: torch.device, seconds: float = SECONDS) -> Verdict:
     faults: dict[str, str] = {}
     left, until = list(families()), time.monotonic() + seconds
     env = {k: v for k, v in os.environ.items() if not k.startswith("RNNFAST_") and k != "TRITON_INTERPRET"}
-    env["PYTHONSAFEPATH"] = "1"  # not an rnnfast that happens to be in this folder
+    env["PYTHONSAFEPATH"] = "1"  # not a torch that happens to be in this folder
     while left:
         doing = None
-        command = [sys.executable, "-m", "rnnfast.commands.canary", str(device.index or 0), *left]
+        command = child.own("commands.canary", str(device.index or 0), *left)
         try:
             with closing(child.rows(command, QUIET, env, until)) as rows:
                 for row in rows:

@@ -18,6 +18,7 @@ TESTED: dict[str, str] = {
     "flair": "0.15.1",
     "gymnasium": "1.4.0",
     "keras": "3.15.1",
+    "kernels": "0.17.2",
     "lightning": "2.6.6",
     "onnx": "1.23.2",
     "onnxruntime": "1.32.0",
