@@ -54,8 +54,8 @@ class _BatchFirst(Sequence):
         shapes = _shapes(self, rows[0])
         parts = super().__call__(*rows).split([prod(shape[1:]) for shape in shapes], 1)
         output, *last = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        last = tuple(state.transpose(0, 1) for state in last)
-        return _turned(self, output), last if len(last) > 1 else last[0]
+        last = [state.transpose(0, 1) for state in last]
+        return _turned(self, output), tuple(last) if len(last) > 1 else last[0]
 
     def forward(self, x: Tensor, *given: Tensor) -> Tensor:  # type: ignore[override]
         """The call as Opacus' hooks see it.
@@ -67,14 +67,14 @@ class _BatchFirst(Sequence):
         Returns:
             output, h_n and an LSTM's c_n, each (B, -1), side by side.
         """
-        states = tuple(each.transpose(0, 1) for each in given if each.is_floating_point())
+        states = [each.transpose(0, 1) for each in given if each.is_floating_point()]
         options = {}
         for each in given:
             if each.dtype == torch.bool:
                 options["resets"] = _turned(self, each)
             elif not each.is_floating_point():
                 options["lengths"] = each
-        hx = None if not states else states if len(states) > 1 else states[0]
+        hx = None if not states else tuple(states) if len(states) > 1 else states[0]
         output, last = super().forward(_turned(self, x), hx, **options)
         states = [state.transpose(0, 1) for state in states_of(cell_of(self), last)]
         return torch.cat([part.flatten(1) for part in (_turned(self, output), *states)], 1)
@@ -125,7 +125,7 @@ class _Unhooked(torch.nn.Module):
 
 
 @_samplers.register_grad_sampler(list(_FIXED.values()))
-def grad_samples(layer: torch.nn.RNNBase, activations: list[Tensor], backprops: Tensor) -> dict[torch.nn.Parameter, Tensor]:
+def grad_samples(layer: torch.nn.RNNBase, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
     """The gradients of each row of the batch: Opacus' grad sampler of the layers in this module.
 
     Args:
@@ -142,7 +142,7 @@ def grad_samples(layer: torch.nn.RNNBase, activations: list[Tensor], backprops: 
     x = activations[0]
     if backprops.shape != (x.shape[0], sum(prod(shape[1:]) for shape in _shapes(layer, x))):
         raise ValueError(f"{type(layer).__name__} of rnnfast needs batch_first=True for Opacus, whatever its own is")
-    weights = {f"layer.{name}": weight for name, weight in layer.named_parameters() if weight.requires_grad}
+    weights: dict[str, Tensor] = {f"layer.{name}": weight for name, weight in layer.named_parameters() if weight.requires_grad}
     if not len(x):
         return {weight: weight.new_zeros(0, *weight.shape) for weight in weights.values()}
     unhooked, dtype = _Unhooked(layer), next(iter(weights.values())).dtype

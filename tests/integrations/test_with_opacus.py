@@ -61,7 +61,9 @@ def loop(model, x, hx=None, **given):
     found = []
     for row in range(len(x)):
         model.zero_grad()
-        own = {name: one(value, row, 1 if name == "resets" and not model.rnn.batch_first else 0) for name, value in given.items()}
+        own = {
+            name: one(value, row, 1 if name == "resets" and not model.rnn.batch_first else 0) for name, value in given.items()
+        }
         with rnnfast.use_backend("reference"):
             loss(model(x[row : row + 1], None if hx is None else one(hx, row, 1), **own), target()[row : row + 1]).backward()
         found.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
