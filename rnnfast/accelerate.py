@@ -248,8 +248,8 @@ def _others(model: torch.nn.Module, known: list[str]) -> list[tuple[str, str]]:
     modules = {name: type(module) for name, module in model.named_modules()}
     keras = [name for name, cls in modules.items() if any(_package(each) == "keras" for each in cls.__mro__)]
     skipped = {*known, *keras}
-    named = [name for name, cls in modules.items() if alike.search(cls.__name__) and not cls.__module__.startswith(f"{PACKAGE}.")]
-    named = [name for name in named if name not in skipped]
+    skipped |= {name for name, cls in modules.items() if cls.__module__.startswith(f"{PACKAGE}.")}
+    named = [name for name, cls in modules.items() if alike.search(cls.__name__) and name not in skipped]
     outer = [name for name in keras if not any(_is_inside(name, other) for other in keras)]
     inner = [name for name in named if not any(_is_inside(other, name) for other in (*known, *named))]
     reasons = dict.fromkeys(outer, "Keras's: rnnfast.keras.enable() lets rnnfast run Keras's recurrent layers")

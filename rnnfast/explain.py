@@ -142,13 +142,13 @@ def _explain_layer(module: Any, input: Tensor | PackedSequence, hx: Any = None, 
 
 def _predicted(
     shape: tuning_file.Shape, device: torch.device, packed: bool, projected: bool, options: CallOptions
-) -> tuple[str, Forecast]:
+) -> tuple[str, Forecast | None]:
     """What the models predict, on the families that are trusted or, while none is, on all; in words with the canary's verdict,
     and in numbers."""
     gpu = kernel_plan.limits(device)
     assert gpu is not None
     if gpu.arch:
-        return f"nothing, because no model knows AMD GPUs; {trust.words(gpu)}"
+        return f"nothing, because no model knows AMD GPUs; {trust.words(gpu)}", None
     families = trust.trusted(device)
     found = kernel_plan.predict(shape, device, gpu, families or trust.families(), packed, projected, options.details)
     said = str(found)
