@@ -48,6 +48,11 @@ def test_examples():
     assert int(done.stdout.split()[-1]) >= 25
 
 
+def test_readme_is_short():
+    """It stands on one screen or three; docs/ has the rest."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def test_there_are_some():
     """The pages are not empty of them."""
     assert len(PAGES[ROOT / "README.md"]) >= 3 and len(PAGES[ROOT / "docs" / "sequences.md"]) >= 4
