@@ -13,7 +13,8 @@ from types import ModuleType
 
 __all__ = ["TESTED", "load"]
 
-TESTED: dict[str, str] = {}
+TESTED: dict[str, str] = {
+}
 """The name of each library on PyPI, and the version tested."""
 
 
