@@ -16,17 +16,18 @@ CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo examples test sweep matrix schedules cells static docs lint bench-check gpu-check clean FORCE
+.PHONY: help demo examples test sweep matrix integrations test-integrations schedules cells static docs lint bench-check gpu-check \
+	hub dist clean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  ARGS=\"...\"      options of the program or of pytest, e.g. make demo ARGS=\"--steps 60\""
-	@echo "  PYTHON=...      the Python to build on           now: $(PYTHON)"
-	@echo "  TORCH=...       the PyTorch to install           now: $(TORCH)"
-	@echo "  TRITON=...      the Triton to install where      now: $(TRITON)"
-	@echo "                  torch brings none; TRITON= for none"
-	@echo "  VENV=...        the virtual environment          now: $(VENV)"
+	@echo "  ARGS=\"...\"       options of the program or of pytest, e.g. make demo ARGS=\"--steps 60\""
+	@echo "  PYTHON=...       the Python to build on           now: $(PYTHON)"
+	@echo "  TORCH=...        the PyTorch to install           now: $(TORCH)"
+	@echo "  TRITON=...       the Triton to install where      now: $(TRITON)"
+	@echo "                   torch brings none; TRITON= for none"
+	@echo "  VENV=...         the virtual environment          now: $(VENV)"
 	@echo
 	@echo "With an NVIDIA GPU: make demo TORCH=torch. What was chosen stays until chosen otherwise or make clean."
 
@@ -47,6 +48,12 @@ sweep: $(VENV)/test.done ## what `make test` leaves out: large sweeps in Triton'
 
 matrix: ## all tests with the oldest, the usual and the newest PyTorch, each in an environment of its own (tests/matrix.py)
 	@$(PYTHON) tests/matrix.py $(ARGS)
+
+integrations: ## the layers in other libraries, on a CPU; the libraries are in an environment of their own (docs/integrations)
+	@$(MAKE) --no-print-directory test-integrations EXTRA=integrations VENV=$(VENV)-integrations
+
+test-integrations: $(VENV)/$(EXTRA).done
+	@$(RUN) -m pytest tests/integrations -m "sweep or not sweep" $(ARGS)
 
 schedules: $(VENV)/test.done ## the persistent kernels under 200 random schedules of each cell and dtype, on a CPU
 	@$(RUN) tests/schedules.py $(ARGS)
@@ -80,10 +87,16 @@ gpu-check: ## on this machine's GPU, in nine minutes: times, tuning, checks, tes
 		"make gpu-check PYTHON=..." >&2; exit 1; }
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(ARGS)
 
-clean: ## remove the virtual environment and everything built
+hub: ## the package for the kernel hub of Hugging Face, in build/hub (docs/integrations/hub.md)
+	@$(PYTHON) -m release.hub $(ARGS)
+
+dist: $(VENV)/release.done ## sdist and wheel in dist/, checked by twine, and by pyright after both kinds of install
+	@$(RUN) -m release.dist
+
+clean: ## remove the virtual environments and everything built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find benchmarks examples kernels rnnfast tests -name __pycache__ -type d -prune -exec rm -rf {} +
-	if [ -e $(VENV)/made-by-make ]; then rm -rf $(VENV); fi
+	for each in $(VENV) $(VENV)-integrations; do if [ -e $$each/made-by-make ]; then rm -rf $$each; fi; done
 
 # The environment. choice.mk keeps what was chosen, so that `make demo TORCH=torch` and then `make test` share one; another
 # choice builds it anew. A .done file stands for one finished installation.

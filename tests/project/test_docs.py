@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {path: re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL) for path in
          (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}  # fmt: skip
 FOUND = [module.name for module in pkgutil.walk_packages(rnnfast.__path__, "rnnfast.")]
-MODULES = ["rnnfast", *(name for name in FOUND if "kernels" not in name and "._" not in name)]
+MODULES = ["rnnfast", *(name for name in FOUND if not re.search(r"kernels|\._|\.integrations\.", name))]
 
 
 @pytest.mark.parametrize("page", [page for page, programs in PAGES.items() if programs], ids=lambda page: page.name)
