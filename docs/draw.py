@@ -57,7 +57,7 @@ def speedups(path: Path) -> None:
     figure.savefig(path, dpi=100, facecolor="white", metadata={"Software": None})
     plt.close(figure)
     with Image.open(path) as image:  # a quarter of the bytes
-        image.convert("RGB").quantize(64).save(path, optimize=True)
+        image.convert("RGB").quantize(160).save(path, optimize=True)
 
 
 def text(
@@ -161,7 +161,7 @@ def families(path: Path) -> None:
             parts += [line(x + 46, top + a * lane + 9, x + side + 4, top + b * lane + 9) for a in range(3) for b in range(3)]
     top = 170
     row(top, "persistent", ("one launch, W_hh on chip,", "programs wait for each other"), 3)
-    parts.append(box(left, top - 4, steps * side - 8, 3 * lane + 6, "none", "#333"))
+    parts.append(box(left, top - 4, 16 + steps * 50, 3 * lane + 6, "none", "#333"))
     for number in range(3):
         parts.append(box(left + 4, top + number * lane, 14, lane - 4, weights))
         parts += [box(left + 26 + at * 50, top + number * lane, 32, lane - 4, work) for at in range(steps)]
