@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from rnnfast.kernels.persistent.limits import GpuLimits
 
 __all__ = [
-    "Entry", "Shape", "Unusable", "decode", "encode", "machine", "names", "plan_with", "read", "slug", "store", "tiles",
-    "where",
+    "Entry", "Shape", "Unusable", "decode", "encode", "folder", "machine", "names", "plan_with", "read", "slug", "store",
+    "tiles", "where",
 ]  # fmt: skip
 
 FORMAT, SCHEMA = "rnnfast tuning", 2
@@ -108,8 +108,12 @@ def where(gpu: GpuLimits) -> Path:
     """The path of the tuning file of `gpu`. The file need not exist."""
     if named := TUNING_FILE.get():
         return Path(os.path.expanduser(named))
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "rnnfast" / f"{slug(gpu)}.json"
+    return folder() / f"{slug(gpu)}.json"
+
+
+def folder() -> Path:
+    """Where the files of all GPUs are that have no other path."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "rnnfast"
 
 
 def slug(gpu: GpuLimits) -> str:

@@ -1,1 +1,1 @@
-"""The commands of the program `rnnfast`. There is one: `rnnfast tune`."""
+"""The commands of the program `rnnfast` and what they share: `rnnfast tune`, `rnnfast.tune` and `rnnfast doctor`."""
