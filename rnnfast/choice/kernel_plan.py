@@ -4,10 +4,10 @@
     "persistent"   one launch for many time steps, with the recurrent weights on chip; runs sizes that have a plan on this GPU
     "one_program"  the same for a small layer, whole in one program for a few batch rows; runs sizes whose weights fit
     "scan"         one launch for many time steps of a cell without W_hh, of which no other family knows; runs any size
-    "auto"         the fastest family, as measured or predicted, of those that this GPU's canary found right; on an AMD GPU,
-                   for which nothing is predicted, that for any size where nothing was measured
+    "auto"         the fastest family, as measured or predicted, of those that this GPU's canary found right
 
-RNNFAST_KERNELS names one of them. The default is "auto". `rnnfast.choice.trust` has the canary.
+RNNFAST_KERNELS names one of them. The default is "auto". Nothing is predicted for an AMD GPU: there "auto" takes the kernels
+for any size, unless others were measured. `rnnfast.choice.trust` has the canary.
 
 What the family that was asked for cannot run, the step kernels run; of a cell without W_hh, the scan kernels. This happens
 silently for a cell or a size without a plan and on a GPU without cooperative launch; `rnnfast.explain` says why. If the driver
