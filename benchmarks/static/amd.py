@@ -1,4 +1,4 @@
-"""Counts what a kernel compiled for an AMD GPU has, from its assembly. No model of these GPUs is known, so nothing is predicted.
+"""Counts what a kernel compiled for an AMD GPU has, from its assembly. Nothing is predicted: there is no model of these GPUs.
 
 The instructions are those of the whole text, each once, after the compiler has unrolled its loops.
 """

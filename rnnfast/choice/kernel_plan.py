@@ -6,9 +6,8 @@
     "scan"         one launch for many time steps of a cell without W_hh, of which no other family knows; runs any size
     "auto"         the fastest family, as measured or predicted, of those that this GPU's canary found right
 
-On an AMD GPU nothing is predicted: where nothing was measured, "auto" is the family that runs any size.
-
-RNNFAST_KERNELS names one of them. The default is "auto". `rnnfast.choice.trust` has the canary.
+RNNFAST_KERNELS names one of them. The default is "auto". Nothing is predicted for an AMD GPU: there "auto" takes the kernels
+for any size, unless others were measured. `rnnfast.choice.trust` has the canary.
 
 What the family that was asked for cannot run, the step kernels run; of a cell without W_hh, the scan kernels. This happens
 silently for a cell or a size without a plan and on a GPU without cooperative launch; `rnnfast.explain` says why. If the driver

@@ -87,7 +87,7 @@ def _find_device_obstacle(kind: str, index: int | None) -> str | None:
     if torch.version.hip:
         from rnnfast.kernels.persistent.limits import AMD_GPUS
 
-        if gpu.limits(torch.device(kind, index)) is None:
+        if gpu.limits(torch.device(kind, index or 0)) is None:
             *some, last = AMD_GPUS
             return f"the kernels were compiled for the AMD GPUs {', '.join(some)} and {last}, and this is another"
     elif (capability := torch.cuda.get_device_capability(index))[0] < 8:

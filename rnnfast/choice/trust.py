@@ -100,7 +100,7 @@ def device_obstacle(kind: str, index: int | None) -> str | None:
     """
     found = obstacles.device_obstacle(kind, index)
     if found is None and kind == "cuda" and torch.version.hip and CANARY.get() != "trust":
-        limits = gpu.limits(torch.device(kind, index))
+        limits = gpu.limits(torch.device(kind, index or 0))
         assert limits is not None
         found = obstacles.known[f"{kind}:{index}"] = _obstacle(limits, verdict(limits))
     return found
