@@ -54,6 +54,7 @@ __all__ = [
     "registers",
     "remove_batch_dim",
     "replaced",
+    "replaced_in_class",
     "rnn_precision",
     "run_operator",
     "saved_tensor",
@@ -423,7 +424,7 @@ _CALLED = {cls: {name: getattr(cls, name, None) for name in CALLED} for cls in _
 
 
 @constant
-def _replaced_in_class(cls: type, mixin: type) -> str:
+def replaced_in_class(cls: type, mixin: type) -> str:
     (base,) = [each for each in cls.__mro__ if each in _FORWARDS][:1]
     for name, original in _CALLED[base].items():
         if getattr(cls, name, None) is not original:
@@ -443,4 +444,4 @@ def replaced(layer: torch.nn.Module, mixin: type) -> str:
     for name in CALLED:
         if name in layer.__dict__:
             return f"{name}, which torch.nn's forward calls, was replaced on the instance"
-    return _replaced_in_class(type(layer), mixin)
+    return replaced_in_class(type(layer), mixin)

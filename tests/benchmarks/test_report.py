@@ -74,6 +74,12 @@ def gpu() -> dict:
     return made_up_results.gpu()
 
 
+@pytest.fixture(scope="module")
+def told(gpu, tmp_path_factory) -> tuple[Page, str, str]:
+    """What `report` gives for these results, made once."""
+    return report(tmp_path_factory.mktemp("told"), gpu)
+
+
 def report(tmp_path, *files: dict) -> tuple[Page, str, str]:
     """The page, its source and the Markdown."""
     paths = []
@@ -85,8 +91,8 @@ def report(tmp_path, *files: dict) -> tuple[Page, str, str]:
     return Page(source), source, (tmp_path / "report/report.md").read_text()
 
 
-def test_page_stands_alone(gpu, tmp_path):
-    read, source, _ = report(tmp_path, gpu)
+def test_page_stands_alone(told):
+    read, source, _ = told
     assert len(read.ids) == len(set(read.ids))
     assert read.links and all(link.startswith("#") and link[1:] in read.ids for link in read.links)
     assert not re.search(r"https?://|@import|url\(", source)
@@ -94,9 +100,9 @@ def test_page_stands_alone(gpu, tmp_path):
     assert "prefers-color-scheme: dark" in source and 'name="viewport"' in source
 
 
-def test_every_row_is_told(gpu, tmp_path):
+def test_every_row_is_told(gpu, told):
     """Each comparison stands in the table of its kind, losses worst first; each failure with its reason."""
-    read, _, markdown = report(tmp_path, gpu)
+    read, _, markdown = told
     base = {results.key(row)[0]: row for row in gpu["rows"] if row["provider"] == "torch.nn"}
     ours = [row for row in gpu["rows"] if row["provider"].startswith("rnnfast") and row["status"] == "ok"]
 
@@ -140,8 +146,8 @@ def test_published(tmp_path):
     assert heading not in report(tmp_path, made_up_results.cpu())[0].tables
 
 
-def test_heat_map(gpu, tmp_path):
-    read, _, _ = report(tmp_path, gpu)
+def test_heat_map(gpu, told):
+    read, _, _ = told
     case = Case("LSTM", 1024, 32, 768, 768)
     (row,) = (r for r in gpu["rows"] if results.key(r) == (case, "rnnfast-step"))
     rows = read.tables["LSTM float16 training, T = 1,024, I = H"]
@@ -151,7 +157,7 @@ def test_heat_map(gpu, tmp_path):
     assert line[column] == f"{facts.ratio(1 / row['ratio']['p50'])}\u202f▼"
 
 
-def test_no_verdict(gpu, tmp_path):
+def test_no_verdict(gpu, told, tmp_path):
     """None where the times vary too much, nor for torch.nn's own code. Neither counts as faster or slower."""
     content = copy.deepcopy(gpu)
     noisy, same = [row for row in content["rows"] if row["provider"] == "rnnfast-step" and row["status"] == "ok"][:2]
@@ -162,7 +168,7 @@ def test_no_verdict(gpu, tmp_path):
     found = {row[0].replace("\xa0", " "): row[2:4] for row in read.tables["Without a verdict"][1:]}
     assert found[facts.describe(results.key(noisy)[0])] == ["no verdict", "15.8 (1.07 to 84.9)"]
     assert found[facts.describe(results.key(same)[0])][0] == "torch.nn's code" and len(found) == 2
-    before, _, _ = report(tmp_path, gpu)
+    before, _, _ = told
     columns, *_ = read.tables["Summary"]
     old, new = (next(row for row in one.tables["Summary"] if row[0] == "rnnfast-step") for one in (before, read))
     counts = [[int(row[columns.index(kind)]) for kind in ("faster", "within spread", "slower")] for row in (old, new)]

@@ -79,7 +79,8 @@ def test_the_model_itself(name):
 def test_report_is_printed(capsys):
     rnnfast.accelerate(nn.Sequential(nn.Linear(2, 2)))
     rnnfast.accelerate(nn.GRU(I, H), report=None)
-    assert capsys.readouterr().out == "0 layers exchanged for rnnfast's\n"
+    nothing = "no module of the model is a torch.nn.LSTM, GRU or RNN, or has such a name"
+    assert capsys.readouterr().out == f"0 layers exchanged for rnnfast's\n  {nothing}\n"
     with pytest.raises(TypeError, match=r"model should be a torch.nn.Module, got list"):
         rnnfast.accelerate([nn.GRU(I, H)])
 

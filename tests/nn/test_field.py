@@ -46,8 +46,7 @@ def dynamo():
 # Tensors made without a device
 
 
-@pytest.mark.parametrize("lengths", [[3, 1], [1, 3], [2, 2]], ids=str)
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+@pytest.mark.parametrize(("name", "lengths"), [("LSTM", [3, 1]), ("LSTM", [1, 3]), ("GRU", [2, 2])], ids=str)
 def test_default_device(name, lengths, device):
     """Another default device changes nothing: packed rows, lengths of any kind, resets, all steps' states, torch.func."""
     ours, theirs = pair(name, device, num_layers=2, bidirectional=True)

@@ -19,8 +19,17 @@ def layer(name, nonlinearity, device, backend="triton", **options):
     return getattr(rnnfast, name)(I, options.pop("H", H), **options, device=device, backend=backend)
 
 
-@pytest.mark.parametrize("lengths", [None, [2, 4, 0, 3, 1]], ids=["full", "lengths"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "lengths"),
+    [
+        (torch.float32, [2, 4, 0, 3, 1]),
+        (torch.float16, None),
+        (torch.bfloat16, [2, 4, 0, 3, 1]),
+        *(pytest.param(dtype, None, marks=pytest.mark.sweep) for dtype in (torch.float32, torch.bfloat16)),
+        pytest.param(torch.float16, [2, 4, 0, 3, 1], marks=pytest.mark.sweep),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name, nonlinearity", CELLS)
 def test_equals_a_loop(name, nonlinearity, dtype, lengths, device):
     """Both directions, from given states to given states: outputs and all gradients, those of hx and reset_to too, within the

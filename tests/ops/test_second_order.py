@@ -196,8 +196,15 @@ def test_equations(cell):
     assert gradgradcheck(run, tensors, fast_mode=True, check_fwd_over_rev=True, check_batched_grad=batched)
 
 
-@pytest.mark.parametrize("options", [{}, STACKED, {"batch_first": True}], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("LSTM", STACKED),
+        *((name, options) for name in NAMES for options in ({}, {"batch_first": True})),
+        *(pytest.param(name, STACKED, marks=pytest.mark.sweep) for name in NAMES if name != "LSTM"),
+    ],
+    ids=str,
+)
 def test_float64(name, options):
     """float64, which PyTorch's own layer runs: gradgradcheck, and forward mode by the equations."""
     module, x = getattr(rnnfast, name)(I, H, **options, dtype=torch.float64), torch.randn(T, B, I, dtype=torch.float64)

@@ -18,7 +18,7 @@ def test_sample(name):
     """With two threads. The other tests run with the newest set that this CPU has, so here only older ones do."""
     if name not in instruction_sets.available()[:-1]:
         pytest.skip(f"this CPU has no set newer than {name}")
-    done = instruction_sets.run(name, 2, "--sample", "80", "-p", "no:xdist")
+    done = instruction_sets.run(name, 2, "--sample", "160", "-p", "no:xdist")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"; {name}, threads: 2" in done.stdout and " passed" in done.stdout.splitlines()[-1]
 
