@@ -16,7 +16,8 @@ CHOICE := $(strip $(PYTHON)|$(TORCH)|$(TRITON))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo examples test sweep matrix integrations test-integrations schedules cells static docs lint bench-check gpu-check clean FORCE
+.PHONY: help demo examples test sweep matrix integrations test-integrations schedules cells static docs lint bench-check gpu-check \
+	hub dist clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -85,6 +86,12 @@ gpu-check: ## on this machine's GPU, in nine minutes: times, tuning, checks, tes
 		{ echo "gpu-check installs nothing, and $(PYTHON) lacks torch, triton, pytest or hypothesis: name one that has them," \
 		"make gpu-check PYTHON=..." >&2; exit 1; }
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(ARGS)
+
+hub: ## the package for the kernel hub of Hugging Face, in build/hub (docs/integrations/hub.md)
+	@$(PYTHON) -m release.hub $(ARGS)
+
+dist: $(VENV)/release.done ## sdist and wheel in dist/, checked by twine, and by pyright after both kinds of install
+	@$(RUN) -m release.dist
 
 clean: ## remove the virtual environments and everything built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -3,6 +3,7 @@
     python -m benchmarks.where [--gpu H100 ...]
     python -m benchmarks.where --stacks [--gpu H100 ...]
     python -m benchmarks.where --scans [--gpu H100 ...]
+    python -m benchmarks.where --faster [--gpu H100 ...] [--cells lstm gru] [--batch 16 64]
 
 Every time is predicted. The first table is in microseconds a time step, all layers and directions together
 (`rnnfast.choice.forecast`). The GPUs count as never measured, and every family of kernels as found right by the canary.
@@ -13,6 +14,9 @@ of the products over all steps, which the choice leaves out.
 
 The third table is for cells without W_hh in float16, B = 16: nanoseconds of a time step on the scan kernels, beside the floor
 that the bytes set, and milliseconds of whole sequences in training, launches included, where 80 GB hold them (docs/scan.md).
+
+The fourth table says how many times faster than cuDNN our fastest kernels are predicted to train one layer in one direction,
+I = H and T = 512 (docs/results.md). Where cuDNN runs, because we are not predicted to be `MARGIN` times faster, it says so.
 """
 
 import argparse
@@ -172,13 +176,56 @@ def scans(names: list[str]) -> str:
     return "\n".join(lines)
 
 
+FASTER_CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}
+FASTER_DTYPES = {"float16": "half", "bfloat16": "half", "float32": "tf32"}  # and the precision of their products
+FASTER_UNITS, FASTER_ROWS, FASTER_STEPS = (64, 128, 256, 512, 768, 1024, 2048), (1, 16, 64, 128), 512
+MOST_FASTER = 10.0  # a larger ratio is not printed: so far from the published times the models say little
+
+
+def ratio(shape: Shape, name: str) -> tuple[float, bool]:
+    """How many times faster than cuDNN our fastest kernels are predicted to be, and whether cuDNN runs nevertheless."""
+    device, gpu = torch.device("cpu"), GPUS[name]
+    with pretend_gpu(gpu), tuned.override_tuning(gpu, []), CANARY.within("trust"):
+        predicted = kernel_plan.predict(shape, device, gpu, families())
+        return predicted.torch / predicted.kernels, kernel_plan.torch_wins(shape, device)
+
+
+def told(times: float) -> str:
+    """A ratio with one decimal, or that it is larger than is printed."""
+    return f"> {MOST_FASTER:.0f}" if times > MOST_FASTER else f"{times:.1f}"
+
+
+def faster(name: str, cells: list[str], batches: list[int]) -> str:
+    """The fourth table for one GPU, as Markdown: a line for each cell, dtype and B. Dtypes of equal times share a line."""
+    lines = [
+        f"| predicted, {name} | B | {' | '.join(f'H = {H}' for H in FASTER_UNITS)} |",
+        f"|---|--:|{'--:|' * len(FASTER_UNITS)}",
+    ]
+    for cell, B in itertools.product(cells, batches):
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for dtype, precision in FASTER_DTYPES.items():
+            shapes = [Shape(cell, dtype, precision, FASTER_STEPS, B, H, H, 1, 1, True) for H in FASTER_UNITS]
+            found = [ratio(shape, name) for shape in shapes]
+            columns = tuple(f"cuDNN ({times:.2f})" if cudnn else told(times) for times, cudnn in found)
+            alike.setdefault(columns, []).append(dtype)
+        lines += [
+            f"| {FASTER_CELLS[cell]} {', '.join(dtypes)} | {B} | {' | '.join(columns)} |" for columns, dtypes in alike.items()
+        ]
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.where", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--gpu", nargs="+", choices=list(GPUS), help="GPUs to assume")
     parser.add_argument("--stacks", action="store_true", help="the problems of KernelBench, layers and directions in groups")
     parser.add_argument("--scans", action="store_true", help="cells without W_hh, on the scan kernels")
+    parser.add_argument("--faster", action="store_true", help="how many times faster than cuDNN, by cell, dtype, H and B")
+    parser.add_argument("--cells", nargs="+", choices=list(FASTER_CELLS), default=list(FASTER_CELLS), help="of --faster")
+    parser.add_argument("--batch", nargs="+", type=int, default=list(FASTER_ROWS), metavar="B", help="of --faster")
     args = parser.parse_args(argv)
-    if args.scans:
+    if args.faster:
+        print("\n\n".join(faster(name, args.cells, args.batch) for name in args.gpu or ["H100"]))
+    elif args.scans:
         print(scans(args.gpu or ["H100"]))
     else:
         print(stacks(args.gpu or [*STACK_GPUS]) if args.stacks else table(args.gpu or [*ASSUMED]))

@@ -1,6 +1,6 @@
 """Triton kernels of rnnfast: the package ``rnnfast.kernels``, a link to this folder. It imports Triton alone."""
 
-if __name__ != "rnnfast.kernels":
+if "." not in __name__:
     # a second copy of every kernel would be compiled, and its plans would not be equal to the first's
     raise ImportError(f"import rnnfast.kernels: this folder is that package, not one named {__name__!r}")
 

@@ -98,7 +98,7 @@ def for_any_size(recurrent: bool) -> str:
 
 
 def _any_size(gates, B, H, itemsize, precision, backward, limits, marked, members: int = 1, extra: int = 0) -> StepPlan:
-    return step_plan(H, itemsize, precision, extra)
+    return step_plan(H, itemsize, precision, extra, limits is not None and bool(limits.arch))
 
 
 def _by_limits(*sizes) -> PersistentPlan | NoPlan:

@@ -1,34 +1,41 @@
 """Functions that the cells and the kernels share.
 
-The pointwise ones are in float32 and use nothing but `_exp` and `_reciprocal`. On a GPU each is one instruction of the special
-function unit (and a product), which PTX bounds: ex2.approx.ftz by 2 units in the last place, rcp.approx.ftz by 1. What Triton
-makes of ``tl.exp`` and of a division takes three and four instructions more, to keep denormal results that nothing here needs.
-Triton's interpreter runs no inline assembly and takes the plain form.
+The pointwise ones are in float32 and use nothing but `_exp` and `_reciprocal`. On an NVIDIA GPU each is one instruction of the
+special function unit (and a product), which PTX bounds: ex2.approx.ftz by 2 units in the last place, rcp.approx.ftz by 1. What
+Triton makes of ``tl.exp`` and of a division takes three and four instructions more, to keep denormal results that nothing here
+needs. Triton's interpreter, which runs no inline assembly, and AMD GPUs take this plain form.
 
 EMULATE_BF16 is for that interpreter too, which gets bfloat16 wrong; it is never set on a GPU.
 """
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 INTERPRETED = tl.constexpr(not isinstance(tl.zeros, triton.JITFunction))
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+@triton.constexpr_function
+def has_ptx():
+    """Whether kernels are compiled for an NVIDIA GPU, whose assembly PTX is."""
+    return not INTERPRETED and is_cuda()
+
+
 @triton.jit
 def _exp(x):
-    if INTERPRETED:
-        return tl.exp(x)
-    else:
+    if has_ptx():
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp(x)
 
 
 @triton.jit
 def _reciprocal(x):
-    if INTERPRETED:
-        return 1.0 / x
-    else:
+    if has_ptx():
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
 
 
 @triton.jit

@@ -154,7 +154,10 @@ class Launcher:
         caches, run, function, metadata = self.built.get(key, (None,) * 4)
         if watched or run is None or caches is not self.kernel.device_caches.get(device):
             with _compiling:
-                built = self.kernel.warmup(*args, grid=grid, **self.constants, **self.options)
+                options = dict(self.options)
+                if driver.get_current_target().backend != "cuda":
+                    options.pop("maxnreg", None)  # an option of Triton's compiler for NVIDIA GPUs alone
+                built = self.kernel.warmup(*args, grid=grid, **self.constants, **options)
                 run, function, metadata = built.run, built.function, built.packed_metadata  # the first access loads it
             if watched:
                 run = built[grid]
@@ -210,19 +213,21 @@ def prepare_a_launch() -> None:
     """Do all that comes before a launch on the current GPU: build Triton's driver, compile, load and prepare a kernel.
 
     Triton 3.6 builds a launcher with the C compiler for each new list of argument types. Its cache may hold that of
-    `trial_kernel` from a time when there was a compiler, so with 3.6 a program is built that no cache holds.
+    `trial_kernel` from a time when there was a compiler, so with 3.6 a program is built that no cache holds; on an AMD
+    GPU not, because the program is one for NVIDIA's driver.
 
     Raises:
         Exception: whatever Triton raises.
     """
     triton.runtime.driver.active.utils  # noqa: B018 - the first access builds it
-    from triton.backends.nvidia import driver
+    if triton.runtime.driver.active.get_current_target().backend == "cuda":
+        from triton.backends.nvidia import driver
 
-    if hasattr(driver, "make_launcher"):
-        from triton.runtime.build import _build
+        if hasattr(driver, "make_launcher"):
+            from triton.runtime.build import _build
 
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "trial.c"
-            source.write_text(SOURCE)
-            _build("trial", str(source), folder, driver.library_dirs(), driver.include_dirs, driver.libraries, [])
+            with tempfile.TemporaryDirectory() as folder:
+                source = Path(folder) / "trial.c"
+                source.write_text(SOURCE)
+                _build("trial", str(source), folder, driver.library_dirs(), driver.include_dirs, driver.libraries, [])
     trial_kernel.warmup(2, grid=(1,), enable_fp_fusion=True).run  # noqa: B018 - the first access builds the launcher and loads the kernel

@@ -24,7 +24,9 @@ from rnnfast.choice.tuned import TuningWarning
 from rnnfast.derive.definition import Cell, Learned, Noise, Row, cell, keep, row_mean, row_norm
 from rnnfast.derive.recording import CannotFuse
 from rnnfast.explain import Explanation, explain
+from rnnfast.explain_model import LayerCalls, ModelExplanation
 from rnnfast.inspect import Inspection, inspect
+from rnnfast.integrations import keras
 from rnnfast.nn import GRU, LSTM, RNN, GRUCell, Layer, LSTMCell, RNNCell
 from rnnfast.ops import FLOP_FORMULAS
 from rnnfast.settings import BACKENDS
@@ -49,7 +51,9 @@ __all__ = [
     "Inspection",
     "LSTMCell",
     "Layer",
+    "LayerCalls",
     "Learned",
+    "ModelExplanation",
     "Noise",
     "RNNCell",
     "Report",
@@ -64,6 +68,7 @@ __all__ = [
     "functional",
     "inspect",
     "keep",
+    "keras",
     "restore",
     "row_mean",
     "row_norm",
@@ -118,6 +123,11 @@ def tune(model: torch.nn.Module, *inputs: Any, again: bool = False, **kwargs: An
     from rnnfast.commands import tune_model
 
     return tune_model.tune(model, inputs, kwargs, again)
+
+
+def __dir__() -> list[str]:
+    """The public names. Modules such as `rnnfast.numerics` are found by importing them."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
 def _measure(shape: Shape, device: torch.device) -> Entry | None:

@@ -26,8 +26,9 @@ from rnnfast.nn import GRUCell, LSTMCell, RNNCell
 from rnnfast.nn.base import ACCELERATED
 from rnnfast.nn.sequence import Sequence
 from rnnfast.nn.subclasses import LAYERS, both, is_torchs, user_class
+from rnnfast.version import PACKAGE
 
-__all__ = ["Report", "accelerate", "as_default", "restore"]
+__all__ = ["Report", "accelerate", "advice", "as_default", "restore"]
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -59,6 +60,9 @@ class Report:
         elif not self.changed:
             lines.append("  no module of the model is a torch.nn.LSTM, GRU or RNN, or has such a name")
         return "\n".join(lines)
+
+
+_ASKS_FOR_SUBCLASSES = "accelerate(model, subclasses=True) takes it if its forward calls super().forward"
 
 
 def accelerate(
@@ -101,8 +105,7 @@ def accelerate(
         return None if isinstance(made, str) else made
 
     def why_left(user: type) -> str:
-        made = both(user) if subclasses else "accelerate(model, subclasses=True) takes it if its forward calls super().forward"
-        return str(made)
+        return str(both(user)) if subclasses else _ASKS_FOR_SUBCLASSES
 
     return _exchange(model, "rnnfast", replacement, inplace, report, lambda module: True, why_left)
 
@@ -134,6 +137,13 @@ def restore(
         return every or ACCELERATED in vars(module)
 
     return _exchange(model, "torch.nn", replacement, inplace, report, is_meant, lambda user: "accelerate did not exchange it")
+
+
+def advice(module: torch.nn.Module) -> str:
+    """What to do about a recurrent module that is not rnnfast's, in words. Empty for other modules."""
+    new = _exchanged(type(module), LAYERS.get)
+    reason = _reason(module, new, True, lambda user: _ASKS_FOR_SUBCLASSES)
+    return "rnnfast.accelerate(model) exchanges it" if new is not None and reason is None else reason or ""
 
 
 def _exchange(
@@ -223,7 +233,8 @@ def _reason(module: torch.nn.Module, new: type | None, is_meant: bool, why_left:
         user = _users(cls) or cls
         return f"{_named(user)} is a class of its own: {why_left(user)}"
     if isinstance(module, torch.nn.RNNCellBase):
-        return None if name.startswith("rnnfast.") else f"a cell runs one step a call; there is rnnfast.{cls.__name__} to build"
+        is_ours = name.startswith(f"{PACKAGE}.")
+        return None if is_ours else f"a cell runs one step a call; there is rnnfast.{cls.__name__} to build"
     return None
 
 
@@ -237,8 +248,8 @@ def _others(model: torch.nn.Module, known: list[str]) -> list[tuple[str, str]]:
     modules = {name: type(module) for name, module in model.named_modules()}
     keras = [name for name, cls in modules.items() if any(_package(each) == "keras" for each in cls.__mro__)]
     skipped = {*known, *keras}
-    named = [name for name, cls in modules.items() if alike.search(cls.__name__) and _package(cls) != "rnnfast"]
-    named = [name for name in named if name not in skipped]
+    skipped |= {name for name, cls in modules.items() if cls.__module__.startswith(f"{PACKAGE}.")}
+    named = [name for name, cls in modules.items() if alike.search(cls.__name__) and name not in skipped]
     outer = [name for name in keras if not any(_is_inside(name, other) for other in keras)]
     inner = [name for name in named if not any(_is_inside(other, name) for other in (*known, *named))]
     reasons = dict.fromkeys(outer, "Keras's: rnnfast.keras.enable() lets rnnfast run Keras's recurrent layers")

@@ -1,9 +1,9 @@
-"""`explain` says what will run for a call, and why another backend will not."""
+"""`explain` says what runs a call, and why another backend does not. `rnnfast.explain_model` has that of a whole model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnfast import torch_private
 from rnnfast.choice import kernel_plan, pipeline, trust, tuned, tuning_file
 from rnnfast.choice.decide import Decision, unknown_to_torch
+from rnnfast.choice.forecast import Forecast
 from rnnfast.choice.obstacles import autocast
+from rnnfast.explain_model import ModelExplanation, explain_model, input_words
 from rnnfast.nn import cells, layer, sequence
 from rnnfast.nn.base import cell_of
 from rnnfast.nn.cells import Cell
@@ -38,6 +40,8 @@ class Explanation:
         tuning: what `rnnfast tune` measured for this call, in words. Empty if a measurement would not matter.
         predicted: the predicted times of the kernels and of cuDNN, and whether this GPU's canary found the kernels right, in
             words. Empty if a prediction would not matter.
+        families: the families of kernels that run forward and, if autograd records the call, backward. Empty without kernels.
+        time: of what runs, in words: measured if `rnnfast tune` measured it, else predicted. Empty if neither is known.
     """
 
     backend: str
@@ -47,6 +51,8 @@ class Explanation:
     details: str
     tuning: str = ""
     predicted: str = ""
+    families: tuple[str, ...] = ()
+    time: str = ""
 
     def __str__(self) -> str:
         lines = [self.call, f"  backend: {self.backend} ({self.asked})", f"  how: {self.details}"]
@@ -56,19 +62,37 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None, **options: Any) -> Explanation:
-    """Say which backend will run ``module(input, hx, **options)`` as things stand now, and why not another. Runs nothing.
+@overload
+def explain(model: Sequence | Cell | Layer, /, *inputs: Any, **kwargs: Any) -> Explanation: ...
+
+
+@overload
+def explain(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> ModelExplanation: ...
+
+
+def explain(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> Explanation | ModelExplanation:
+    """Say what runs in ``model(*inputs, **kwargs)``, and why.
+
+    One layer or cell of rnnfast: it says which backend will run the call as things stand now, and why not another. It runs
+    nothing.
+
+    Any other model: it runs the model forward once, as it is, in its mode of training or evaluation, with gradients on or off.
+    It says for each recurrent layer what ran, why, and the time of a step, measured or predicted. Layers of torch.nn's own are
+    listed with what to do about them. The model and its inputs are left as they were, as by `rnnfast.tune`. No call is measured
+    meanwhile.
 
     Args:
-        module: an `rnnfast.LSTM`, `rnnfast.GRU` or `rnnfast.RNN`, a cell of these, or an `rnnfast.Layer`.
-        input, hx, options: as for the call.
+        model: a module.
+        inputs, kwargs: what it is called with.
 
     Returns:
-        An `Explanation`; its ``str`` is for people.
+        An `Explanation` of a layer or cell, a `ModelExplanation` of a model; its ``str`` is for people.
 
     Raises:
-        TypeError: if `module` is neither a layer nor a cell of rnnfast, or for an option that is none.
-        TypeError, RuntimeError, ValueError: for wrong options, as the call would.
+        TypeError: if `model` is not a module; and of a layer for an option that it does not have.
+        ValueError: if a model has lazy parameters that no call has given a size yet.
+        TypeError, RuntimeError, ValueError: for wrong options of a layer, as the call would.
+        Exception: what a model raises.
 
     Example:
         >>> print(rnnfast.explain(rnnfast.LSTM(3, 4, backend="torch"), torch.zeros(5, 2, 3)))
@@ -76,15 +100,24 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
           backend: torch (asked for by backend=)
           how: PyTorch's own layer, on ATen
           not triton: the tensors are on the CPU, where the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)
+        >>> tagger = torch.nn.Sequential(torch.nn.Embedding(9, 3), torch.nn.LSTM(3, 4))
+        >>> print(rnnfast.explain(tagger, torch.zeros(5, 2, dtype=torch.int64)))
+        1 recurrent layer, none of rnnfast's
+          1: LSTM(3, 4), 1 call with (5, 2, 3) torch.float32 on cpu
+            not ours: rnnfast.accelerate(model) exchanges it
     """
-    if not isinstance(module, (Sequence, Cell, Layer)):
-        raise TypeError(f"module should be an rnnfast.LSTM, GRU or RNN, a cell or a Layer, got {type(module).__name__}")
+    if isinstance(model, (Sequence, Cell, Layer)):
+        return _explain_layer(model, *inputs, **kwargs)
+    return explain_model(model, inputs, kwargs, _explain_layer)
+
+
+def _explain_layer(module: Any, input: Tensor | PackedSequence, hx: Any = None, **options: Any) -> Explanation:
     tensor = input.data if isinstance(input, PackedSequence) else input
-    shape = f"{'packed ' if isinstance(input, PackedSequence) else ''}{tuple(tensor.shape)}"
-    call = f"{module}, input {shape} {tensor.dtype} on {tensor.device}"
+    call = f"{module}, input {input_words(input)}"
     expanded = torch_private.is_expanded(module)  # which cannot be asked
     training = torch.is_grad_enabled() and (expanded or any(each.requires_grad for each in (tensor, *module.parameters())))
-    tuning = predicted = ""
+    tuning = predicted = measured = ""
+    forecast: Forecast | None = None
     with CANARY.within("trust" if CANARY.get() == "trust" else "off"):  # nothing is run here
         if isinstance(module, Cell):
             if options:
@@ -99,22 +132,40 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
             if kernel_plan.predicts(tensor) and not chosen.obstacles and chosen.asked in (None, "triton"):
                 called = sequence.shape(module, found.cell, found.weights, input, hx)
                 packed = isinstance(input, PackedSequence) or read_options.lengths is not None
-                predicted = _predicted(called, tensor.device, packed, bool(module.proj_size), read_options)
+                predicted, forecast = _predicted(called, tensor.device, packed, bool(module.proj_size), read_options)
                 if not packed and not options and not module.proj_size:
-                    tuning = _tuning(called, tensor.device)
-        details = _how(chosen, module, input, read_options, training)
-    return Explanation(chosen.backend, _asked(chosen), chosen.obstacles, call, details, tuning, predicted)
+                    tuning, measured = _tuning(called, tensor.device, chosen.backend)
+        details, families = _how(chosen, module, input, read_options, training)
+        time = measured or (_time(forecast, chosen.runner, families, read_options) if forecast else "")
+    return Explanation(chosen.backend, _asked(chosen), chosen.obstacles, call, details, tuning, predicted, families, time)
 
 
-def _predicted(shape: tuning_file.Shape, device: torch.device, packed: bool, projected: bool, options: CallOptions) -> str:
-    """What the models predict, on the families that are trusted or, while none is, on all; and the canary's verdict."""
+def _predicted(
+    shape: tuning_file.Shape, device: torch.device, packed: bool, projected: bool, options: CallOptions
+) -> tuple[str, Forecast | None]:
+    """What the models predict, on the families that are trusted or, while none is, on all; in words with the canary's verdict,
+    and in numbers."""
     gpu = kernel_plan.limits(device)
     assert gpu is not None
+    if gpu.arch:
+        return f"nothing, because no model knows AMD GPUs; {trust.words(gpu)}", None
     families = trust.trusted(device)
-    said = str(kernel_plan.predict(shape, device, gpu, families or trust.families(), packed, projected, options.details))
+    found = kernel_plan.predict(shape, device, gpu, families or trust.families(), packed, projected, options.details)
+    said = str(found)
     if unknown_to_torch(options.given):
         said = said.partition(", cuDNN")[0] + " us a time step; cuDNN has no such call"
-    return f"{said}; {trust.words(gpu)}"
+    return f"{said}; {trust.words(gpu)}", found
+
+
+def _time(forecast: Forecast, runner: str, families: tuple[str, ...], options: CallOptions) -> str:
+    """The predicted time of what runs, and of the other, in words. Empty if the prediction is not of what runs."""
+    kernels, theirs = f"{forecast.kernels:.2f}", f"{forecast.torch:.2f}"
+    if runner == "kernels" and families == forecast.families:
+        other = "" if unknown_to_torch(options.given) else f", of cuDNN's layer {theirs}"
+        return f"predicted {kernels} us a time step{other}"
+    if runner in ("torch", "packed"):
+        return f"predicted {theirs} us a time step" + (f", of the kernels {kernels}" if forecast.families else "")
+    return ""
 
 
 def _asked(chosen: Decision) -> str:
@@ -127,19 +178,20 @@ def _asked(chosen: Decision) -> str:
     return by + ("; RNNFAST_STRICT is set, so the call raises" if chosen.gives_way and strict() else "")
 
 
-def _how(chosen: Decision, module: Any, input: Any, options: CallOptions, training: bool) -> str:
-    """How the call will run, in words."""
+def _how(chosen: Decision, module: Any, input: Any, options: CallOptions, training: bool) -> tuple[str, tuple[str, ...]]:
+    """How the call will run, in words; and the families of kernels that run."""
+    families: tuple[str, ...] = ()
     if chosen.refusal:
-        return f"the call raises: {chosen.refusal}"
+        return f"the call raises: {chosen.refusal}", families
     if chosen.runner == "kernels":
-        text = _kernels(module, input, options, training)
+        text, families = _kernels(module, input, options, training)
     elif chosen.runner == "equations":
         text = "the equations in plain PyTorch, one time step after another"
         text += f": {chosen.stands_in}" if chosen.stands_in else ""
     else:
         text = _torch(module, input, chosen.runner)
     recompute = module.recompute if isinstance(module, Layer) else isinstance(module, Sequence) and module._rnnfast_recompute
-    return text + (_recompute(module, chosen, options) if recompute and training else "")
+    return text + (_recompute(module, chosen, options) if recompute and training else ""), families
 
 
 def _recompute(module: Sequence | Layer, chosen: Decision, options: CallOptions) -> str:
@@ -152,7 +204,8 @@ def _recompute(module: Sequence | Layer, chosen: Decision, options: CallOptions)
     return "; backward computes the gates again"
 
 
-def _tuning(shape: tuning_file.Shape, device: torch.device) -> str:
+def _tuning(shape: tuning_file.Shape, device: torch.device, backend: str) -> tuple[str, str]:
+    """What was measured for a call, or how to measure it; and the time of a step on this backend. Both in words."""
     gpu = kernel_plan.limits(device)
     assert gpu is not None
     table = tuned.table(gpu)
@@ -160,13 +213,24 @@ def _tuning(shape: tuning_file.Shape, device: torch.device) -> str:
     entry = tuned.kernels(gpu, shape.cell, shape.T, shape.B, shape.H, shape.dtype, shape.precision, shape.training, *group)
     if entry is not None:
         source = "torch.backends.cudnn.benchmark in this process" if entry.shape in table.own else table.path
-        return f"by {source}, measured at {entry.shape}"
+        return f"by {source}, measured at {entry.shape}", _measured(entry.times, backend)
     command = f"rnnfast tune --cell {shape.cell} --hidden {shape.H} --input {shape.I} --batch {shape.B} --steps {shape.T}"
     command += f" --dtype {'tf32' if shape.precision == 'tf32' else shape.dtype} --layers {shape.layers}"
     advice = f"to measure it: {command}{' --bidirectional' if shape.directions > 1 else ''}"
     if table.unused:
-        return f"not measured here ({table.unused}); {advice}"
-    return f"{table.path} has nothing near this call; {advice}"
+        return f"not measured here ({table.unused}); {advice}", ""
+    return f"{table.path} has nothing near this call; {advice}", ""
+
+
+def _measured(times: dict[str, float], backend: str) -> str:
+    """The time that was measured of what runs, and of the other, in words. `times`: as in `tuning_file.Entry`."""
+    kernels = min((us for name, us in times.items() if name != "torch.nn"), default=None)
+    found = {"torch": ("torch.nn's layer", times.get("torch.nn")), "triton": ("the kernels", kernels)}
+    _, own = found.pop(backend)
+    ((other, others),) = found.values()
+    if own is None:
+        return ""
+    return f"measured {own:.2f} us a time step" + ("" if others is None else f", of {other} {others:.2f}")
 
 
 def _torch(module: Any, input: Tensor | PackedSequence, runner: str) -> str:
@@ -175,7 +239,8 @@ def _torch(module: Any, input: Tensor | PackedSequence, runner: str) -> str:
     tensor = input.data if isinstance(input, PackedSequence) else input
     cudnn = tensor.is_cuda and torch.backends.cudnn.is_acceptable(tensor)
     lengths = ", on rows packed by their lengths, which are read on the CPU" if runner == "packed" else ""
-    return f"PyTorch's own layer, on {'cuDNN' if cudnn else 'ATen'}{lengths}"
+    library = "ATen" if not cudnn else "MIOpen" if torch.version.hip else "cuDNN"
+    return f"PyTorch's own layer, on {library}{lengths}"
 
 
 def _details(module: Any, options: CallOptions) -> bool:
@@ -188,7 +253,8 @@ def _cell(module: Any) -> str:
     return layer.fused(module) if isinstance(module, Layer) else cell_of(module)
 
 
-def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, training: bool) -> str:
+def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, training: bool) -> tuple[str, tuple[str, ...]]:
+    """How the kernels run the call, in words; and their families, forward and in training backward."""
     from rnnfast.kernels import runtime
 
     over_time, heads = not isinstance(module, Cell), module.heads if isinstance(module, Layer) else 1
@@ -216,22 +282,23 @@ def _kernels(module: Any, input: Tensor | PackedSequence, options: CallOptions, 
     group = pipeline.grouping(layers, directions * heads, by_layer)
     precision = kernel_plan.precision()
 
-    def words(backward: bool) -> str:
+    def words(backward: bool) -> tuple[str, str]:
         keeps = backward or training
         choice = kernel_plan.pick(
             cell, steps, rows, units, dtype, precision, backward, keeps, tensor.device, marked, group.members, group.layers
         )
         sizes = pipeline.sizes_of(cell, rows, units, dtype.itemsize, precision, backward, marked)
         interpreted = ", interpreted" if runtime.mode() == "interpreted" else ""
-        return (
+        return choice.family, (
             f"{choice.family} kernels{interpreted}, {choice.plan.launch_words(choice.chunk or steps)}: {times} {steps} steps"
             f"{_grouped(choice, group, sizes, steps, tensor.device)}; {choice.plan.words(rows, choice.members)}"
             + (f"; not {choice.wanted}: {choice.reason}" if choice.reason else "")
         )
 
-    forward, backward = words(False), words(True)
+    families, (forward, backward) = zip(words(False), words(True), strict=True)
     text = (forward if forward == backward else f"forward: {forward}\n       backward: {backward}") + extras
-    return text + (f"; products in {precision}, of the input side and of the recurrence" if dtype == torch.float32 else "")
+    text += f"; products in {precision}, of the input side and of the recurrence" if dtype == torch.float32 else ""
+    return text, families[: 1 + training]
 
 
 def _grouped(

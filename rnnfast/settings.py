@@ -12,7 +12,10 @@ from contextvars import ContextVar
 
 from rnnfast.torch_private import environment
 
-__all__ = ["BACKEND", "BACKENDS", "CANARY", "CELL_CACHE", "KERNELS", "STRICT", "TUNING_FILE", "Setting", "strict"]
+__all__ = [
+    "BACKEND", "BACKENDS", "CANARY", "CELL_CACHE", "KERNELS", "KEYS", "SETTINGS", "STRICT", "TUNING_FILE", "Setting",
+    "accepted", "check_environment", "strict",
+]  # fmt: skip
 
 
 class Setting:
@@ -61,6 +64,22 @@ CANARY = Setting("RNNFAST_CANARY", ("auto", "off", "trust"))
 KERNELS = Setting("RNNFAST_KERNELS", ("auto", "step", "persistent", "one_program", "scan"))
 TUNING_FILE = Setting("RNNFAST_TUNING_FILE")
 CELL_CACHE = Setting("RNNFAST_CELL_CACHE")
+SETTINGS = (BACKEND, STRICT, CANARY, KERNELS, TUNING_FILE, CELL_CACHE)
+
+
+KEYS = tuple(setting.key for setting in SETTINGS if setting.choices)
+accepted: set[tuple] = {(None,) * len(KEYS)}  # the values in the environment that `check_environment` found right, by KEYS
+
+
+def check_environment() -> None:
+    """Raise a `ValueError` if a variable in the environment has a value that its setting does not know.
+
+    A call asks for it if the variables have values that are not `accepted` yet, also if the call itself does not need them.
+    Whoever writes RNNFAST_KERNELS=fast thus learns so on a CPU, and not later on the GPU.
+    """
+    for setting in SETTINGS:
+        setting.in_environment()
+    accepted.add(tuple(map(environment.get, KEYS)))
 
 
 def strict() -> bool:

@@ -14,6 +14,8 @@ step is then one of all members.
 --cell compiles the kernels of a cell that is not one of torch.nn's, on every family that runs it: my_file.py:my_cell,
 my_package.my_module:my_cell, the name of one in rnnfast.cells, or library for all of those. It is the LSTM's size in float16
 with H = 768 and B = 16 for an H100 unless other options say otherwise.
+With --arch gfx942, gfx950 or gfx1100 it compiles the step, one-program and scan kernels for these AMD GPUs and counts them.
+Nothing is predicted there.
 docs/static.md says what the columns and the keys of the JSON mean.
 
 No GPU has measured any of it.
@@ -28,13 +30,14 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.static import text
+from benchmarks.static import amd, text
 from benchmarks.static.offline import GPU_OF_ARCH
 from benchmarks.static.table import BATCH, CELLS, HIDDEN, SCHEMA, STANDARD, build, jobs_of, of_cells
 from benchmarks.timing.cases import DTYPES
 from rnnfast.cells.loading import NoCell
 from rnnfast.choice import kernel_plan
 from rnnfast.derive.registry import CannotFuse
+from rnnfast.kernels.persistent.limits import AMD_GPUS
 
 
 def _positive(text: str) -> int:
@@ -45,7 +48,10 @@ def _positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description="Compiles, counts and predicts.")
-    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(GPU_OF_ARCH), help="default: 80 90 100, with --cell 90")
+    parser.add_argument(
+        "--arch", type=lambda text: int(text) if text.isdecimal() else text, nargs="+", choices=[*GPU_OF_ARCH, *AMD_GPUS],
+        help="default: 80 90 100, with --cell 90",
+    )  # fmt: skip
     parser.add_argument("--family", choices=kernel_plan.FAMILIES, help="step: the step kernels everywhere")
     cells = parser.add_mutually_exclusive_group()
     cells.add_argument("--cells", nargs="+", metavar="CELL", help=f"of torch.nn: {', '.join(CELLS)}")
@@ -73,6 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         if name not in CELLS:
             parser.error(f"argument --cells: no {name!r} among {', '.join(CELLS)}; another cell is --cell my_file.py:{name}")
     archs = args.arch or ([90] if args.cell else [80, 90, 100])
+    on_amd = any(isinstance(arch, str) for arch in archs)
+    if on_amd and not all(isinstance(arch, str) for arch in archs):
+        parser.error("argument --arch: GPUs of AMD or of NVIDIA, whose tables have other columns")
+    if on_amd and "tf32" in (args.dtypes or ()):
+        parser.error("argument --dtypes: on AMD GPUs the kernels do not use TF32")
+    if on_amd and args.show_terms:
+        parser.error("argument --show-terms: nothing is predicted for AMD GPUs")
     chosen = args.cells, args.dtypes, args.hidden, args.batch
     if args.show_terms:
         cell, *sizes = args.show_terms
@@ -82,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"argument --show-terms: {error}")
         if cell.lower() not in CELLS:
             parser.error(f"argument --show-terms: no cell {cell!r}: choose from {', '.join(CELLS)}")
-    heading = f"### Triton {triton.__version__}"
+    heading = f"### {'AMD GPUs, ' if on_amd else ''}Triton {triton.__version__}"
     for file in filter(None, (args.json, args.summary)):  # now, and not after minutes of compiling
         try:
             if file == args.json:
@@ -91,10 +104,15 @@ def main(argv: list[str] | None = None) -> int:
                 text.put(Path(file).read_text(), heading, [])
         except (OSError, ValueError) as error:
             parser.error(f"{file}: {error}")
-    table = STANDARD
+    table = amd.STANDARD if on_amd else STANDARD
     if args.family or any(chosen):
         defaults = ("lstm",), ("float16",), HIDDEN, BATCH
-        table = [(args.family or "persistent", *(axis or default for axis, default in zip(chosen, defaults, strict=True)))]
+        table = [
+            (
+                args.family or ("step" if on_amd else "persistent"),
+                *(axis or default for axis, default in zip(chosen, defaults, strict=True)),
+            )
+        ]
     if args.cell:
         try:
             table = of_cells(args.cell, args.family, args.dtypes, args.hidden, args.batch)
@@ -110,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.summary:
         page = Path(args.summary)
         command = " ".join(["python -m benchmarks.static", *(sys.argv[1:] if argv is None else argv)])
-        page.write_text(text.put(page.read_text(), heading, text.summary(rows, command)))
+        page.write_text(text.put(page.read_text(), heading, (text.amd_summary if on_amd else text.summary)(rows, command)))
     return 0
 
 

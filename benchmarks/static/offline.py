@@ -26,15 +26,16 @@ from rnnfast.kernels.families import FAMILIES
 from rnnfast.kernels.given import Given
 from rnnfast.kernels.groups import Group
 from rnnfast.kernels.marks import Marks, StartGrads
-from rnnfast.kernels.persistent.plan import GPUS, GpuLimits
+from rnnfast.kernels.persistent.limits import AMD_GPUS, GPUS, GpuLimits
 from rnnfast.kernels.scan import launch as scan
 from rnnfast.reference import spec_of
 
 GPU_OF_ARCH = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200"}
 
 
-def limits_of(arch: int):
-    return GPUS[GPU_OF_ARCH[arch]]
+def limits_of(arch: int | str) -> GpuLimits:
+    """`arch`: compute capability of an NVIDIA GPU, 90 for 9.0, or the architecture of one of AMD, such as "gfx942"."""
+    return AMD_GPUS[arch] if isinstance(arch, str) else GPUS[GPU_OF_ARCH[arch]]
 
 
 class Launch(NamedTuple):
@@ -63,6 +64,9 @@ class StandInDriver(DriverBase):
     get_device_interface = staticmethod(lambda: stub.OneStream)
 
     def get_current_target(self) -> GPUTarget:
+        arch = self.limits.arch
+        if arch:
+            return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
         return GPUTarget("cuda", self.limits.capability, 32)
 
     def get_current_device(self) -> int:
@@ -100,12 +104,12 @@ def kernels() -> list[triton.JITFunction]:
 
 
 @contextmanager
-def pretend_gpu(gpu: int | GpuLimits) -> Iterator[StandInDriver]:
+def pretend_gpu(gpu: int | str | GpuLimits) -> Iterator[StandInDriver]:
     """Inside, a launch compiles its kernel for `gpu`, sm_`gpu` if that is a number, and is counted, not run. It takes CPU
-    tensors."""
+    tensors. A text is the architecture of an AMD GPU."""
     if runtime.mode() != "compiled":
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
-    limits = limits_of(gpu) if isinstance(gpu, int) else gpu
+    limits = gpu if isinstance(gpu, GpuLimits) else limits_of(gpu)
     driver = StandInDriver(limits)
     triton.runtime.driver.set_active(driver)
     knobs.compilation.listener = driver.listener

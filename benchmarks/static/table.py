@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 import triton
 
-from benchmarks.static import counts
+from benchmarks.static import amd, counts
 from benchmarks.static.offline import compiled, limits_of, pretend_gpu, run_group, run_layer, settings
 from benchmarks.timing.cases import DTYPES
 from rnnfast import cells as cells_library
@@ -47,7 +47,7 @@ class Job(NamedTuple):
     """
 
     family: str
-    arch: int
+    arch: int | str
     cell: str
     dtype: str
     hidden: int
@@ -68,7 +68,7 @@ STANDARD = (  # family, cells, dtypes, hidden sizes, batch sizes
 )
 
 
-def jobs_of(table, archs: list[int], marked: bool = False, members: int = 1, directions: int = 1) -> list[Job]:
+def jobs_of(table, archs: list[int] | list[str], marked: bool = False, members: int = 1, directions: int = 1) -> list[Job]:
     """The jobs of a table like `STANDARD`, the longest first by a guess."""
     jobs = [
         Job(family, arch, *case, batches, marked, members, directions)
@@ -110,6 +110,7 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
     cell = registry.kernel_cell(named)
     element, tf32 = DTYPES[job.dtype]
     precision = "tf32" if tf32 else "ieee"
+    code_of, product = (amd.code_of, "matrix") if limits.arch else (counts.code_of, "multiplies_loop")
     rows, codes = [], {}
     with settings(job.family, tf32), pretend_gpu(job.arch) as driver:
         for B in job.batches:
@@ -131,8 +132,8 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                 variants = [{each.compiled for run in launches for each in run[at::apart]} for at in range(apart)]
                 for each in launches[0][:apart]:
                     if each.compiled not in codes:
-                        codes[each.compiled] = counts.code_of(built[each.compiled])
-                first = max(launches[0][:apart], key=lambda each: codes[each.compiled]["multiplies_loop"])  # with the product
+                        codes[each.compiled] = code_of(built[each.compiled])
+                first = max(launches[0][:apart], key=lambda each: codes[each.compiled][product])  # with the product
                 most = {name: max(codes[each.compiled][name] for each in launches[0][:apart]) for name in USAGE}
                 code = codes[first.compiled] | most
                 family = next((name for name in ("persistent", "one_program", "scan") if first.kernel.startswith(name)), "step")
@@ -144,14 +145,19 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                 launched = len(launches[0]) / (STEPS[0] if family == "step" else 1)  # of a launch, or of a step
                 words = "" if family == "step" else plan.words(B, job.members)
                 if family == "step":
-                    made = counts.step_row(*about, choice.step, B, limits, job.members, launched)
                     words = f"tiles of {plan.BLOCK_B} rows, {plan.BLOCK_H} units, chunks of {plan.BLOCK_K}"
+                if limits.arch:
+                    made = {"programs": programs[0]}
+                elif family == "step":
+                    made = counts.step_row(*about, choice.step, B, limits, job.members, launched)
                 elif family == "persistent":
                     made = counts.persistent_row(*about, plan, programs, limits, B * job.members)
                 elif family == "scan":
                     made = counts.scan_row(*about, plan, limits, B * job.members, training)
                 else:
                     made = counts.one_program_row(*about, plan, programs[0], limits, B * job.members, training)
+                if not limits.arch:
+                    made["resident_programs"] = counts.resident(code, limits)
                 row = {
                     "arch": job.arch, "gpu": limits.name, "sms": limits.sms,
                     "cell": title, "dtype": job.dtype, "hidden": job.hidden, "batch": B,
@@ -163,7 +169,7 @@ def rows_of(job: Job) -> tuple[list[dict], dict[str, float]]:
                     "block_b": plan.BLOCK_B, "block_h": getattr(plan, "BLOCK_H", job.hidden),
                     "block_k": getattr(plan, "BLOCK_K", job.hidden),
                     "split": getattr(plan, "SPLIT", 1), "parts": getattr(plan, "PARTS", 1),
-                    "in_registers": getattr(plan, "IN_REGISTERS", 0), "resident_programs": counts.resident(code, limits),
+                    "in_registers": getattr(plan, "IN_REGISTERS", 0),
                 }  # fmt: skip
                 rows.append(row | code | made)
     seconds = {name[:12]: took for name, took in driver.seconds.items() if took is not None}
@@ -228,7 +234,17 @@ def build(jobs: list[Job], workers: int, fresh: bool = False) -> list[dict]:
         for row in found:
             phase = list(PHASES).index((row["direction"], row["training"]))
             kind = names.index(row["cell"]), list(DTYPES).index(row["dtype"])
-            key = row["arch"], *kind, row["hidden"], row["batch"], phase, row["family"], row["marked"], row["members"]
+            key = (
+                isinstance(row["arch"], str),
+                row["arch"],
+                *kind,
+                row["hidden"],
+                row["batch"],
+                phase,
+                row["family"],
+                row["marked"],
+                row["members"],
+            )
             if key not in rows or row["why_step"]:
                 rows[key] = row | {"compile_seconds": seconds.get(row["compiled"])}
     return [rows[key] for key in sorted(rows)]

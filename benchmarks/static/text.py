@@ -44,6 +44,17 @@ def _columns(macro: str, *values) -> dict[str, str]:
     return dict(line.split(" = ", 1) for line in text.splitlines())
 
 
+def _arch(arch: int | str) -> str:
+    return f"sm_{arch}" if isinstance(arch, int) else arch
+
+
+def _amd_kernel(rows: list[dict]) -> dict[str, str]:
+    """The line of a kernel for an AMD GPU, which serves all of `rows`."""
+    phases = dict.fromkeys(PHASES[each["direction"], each["training"]] for each in rows)
+    sizes = [_list(each[name] for each in rows) for name in ("hidden", "batch")]
+    return _columns("amd_kernel", rows[0], *sizes, ",".join(phases))
+
+
 def _kernel(rows: list[dict]) -> dict[str, str]:
     """The line of a kernel, which serves all of `rows`."""
     row, phases = rows[0], dict.fromkeys(PHASES[each["direction"], each["training"]] for each in rows)
@@ -69,12 +80,13 @@ def violations(rows: list[dict]) -> list[str]:
     found = []
     for row in rows:
         wrong = [f"{row['stack_bytes']} bytes of stack, {row['spills']} spill accesses"] * _spilled(row)
-        if row["family"] != "step" and row["weights_reread_bytes"]:
+        if row["family"] != "step" and row.get("weights_reread_bytes"):
             wrong.append(f"{row['weights_reread_bytes']} bytes of weights re-read")
-        wrong += [f"redundancy {row['redundancy']:.2f}"] * (row["redundancy"] > 1.05)
+        redundancy = row.get("redundancy", 1.0)  # which nothing counts for an AMD GPU, nor the bytes
+        wrong += [f"redundancy {redundancy:.2f}"] * (redundancy > 1.05)
         wrong += [f"{row['variants']} variants"] * (row["variants"] > 1)
         if wrong:
-            shape = f"sm_{row['arch']} {row['cell']} {row['dtype']} H={row['hidden']} B={row['batch']}"
+            shape = f"{_arch(row['arch'])} {row['cell']} {row['dtype']} H={row['hidden']} B={row['batch']}"
             found.append(f"{shape} {row['family']} {PHASES[row['direction'], row['training']]}: {', '.join(wrong)}")
     return found
 
@@ -86,7 +98,11 @@ def show(rows: list[dict]) -> Iterator[str]:
         for row in block:
             kernels.setdefault(row["compiled"], []).append(row)
         reasons: dict[str, int] = {}
-        yield from (f"== sm_{arch} ({gpu}, {sms} SMs), {cell} {dtype} ==", "")
+        yield from (f"== {_arch(arch)} ({gpu}, {sms} {'SMs' if isinstance(arch, int) else 'CUs'}), {cell} {dtype} ==", "")
+        if isinstance(arch, str):
+            yield from (*_table([_amd_kernel(group) for group in kernels.values()]), "")
+            yield from (*{row["why_step"]: "" for row in block if row["why_step"]}, "")
+            continue
         yield from (*_table([_kernel(group) for group in kernels.values()]), "")
         # inference stores less than training, and differs in nothing of this
         yield from _table([_step(row, reasons) for row in block if row["training"]])
@@ -152,6 +168,20 @@ def summary(rows: list[dict], command: str) -> Iterator[str]:
         )
     values = {"rows": len(rows), "kernels": len(kernels), "seconds": seconds, "lines": lines, "notes": notes}
     yield from TEMPLATES.get_template("summary.md").render(command=command, **values).splitlines()
+
+
+def amd_summary(rows: list[dict], command: str) -> Iterator[str]:
+    """The kernels for AMD GPUs as Markdown, a line each, of the rows that `command` made."""
+    kernels = {}
+    for row in rows:
+        kernels.setdefault((row["gpu"], row["cell"], row["dtype"], row["compiled"]), []).append(row)
+    lines = [
+        {"GPU": gpu, "cell, dtype": f"{cell} {dtype}"} | _amd_kernel(group) for (gpu, cell, dtype, _), group in kernels.items()
+    ]
+    yield from (f"`{command}`: {len(rows)} rows, {len(kernels)} kernels, {len(violations(rows))} rows with spills.", "")
+    yield from (
+        f"| {' | '.join(line)} |" for line in (list(lines[0]), ["---"] * len(lines[0]), *(line.values() for line in lines))
+    )
 
 
 def put(text: str, heading: str, lines: Iterable[str]) -> str:

@@ -37,6 +37,7 @@ MOST_PLAIN = {False: 128, True: 64}  # units without tensor cores, by whether th
 # backward with more than 2 rows spills with marks (LSTM float16, H = 128: 16 to 24 bytes, Triton 3.9) and with 16 warps (RNN
 # float16, H = 256: 8 bytes).
 WEIGHTS = {False: 128, True: 64}
+AMD_WEIGHTS = 64  # on AMD GPUs, whose product keeps more in registers; more spilled, and so did 8 rows on gfx1100 (Triton 3.9)
 ROWS = 8192  # time steps x batch rows of all members in a forward launch: the input side is a buffer of its own
 SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
 SLOW_CLOCK = 1e9  # hertz, for that: below what any of these GPUs runs at
@@ -86,7 +87,7 @@ def plain(itemsize: int, precision: str) -> bool:
 
 def refusal(gates: int, H: int, itemsize: int, precision: str, limits: GpuLimits) -> str:
     """Why no one-program kernel runs this, or ""."""
-    if limits.capability < 80:
+    if not limits.arch and limits.capability < 80:
         return f"{limits.name} has compute capability {limits.capability / 10}, and the one-program kernels need 8.0"
     warps = warps_for(H)
     if plain(itemsize, precision) and 16 * warps > (most := MOST_PLAIN[gates > 1]):
@@ -95,7 +96,7 @@ def refusal(gates: int, H: int, itemsize: int, precision: str, limits: GpuLimits
         return ""
     if warps > MOST_WARPS:
         return f"a program has at most {16 * MOST_WARPS} units, and there are {H}"
-    registers, most = weight_registers(gates, H, itemsize), WEIGHTS[warps == MOST_WARPS]
+    registers, most = weight_registers(gates, H, itemsize), AMD_WEIGHTS if limits.arch else WEIGHTS[warps == MOST_WARPS]
     if registers > most:
         return f"the weights of {H} units take {registers} registers of each thread, and there is room for {most}"
     return ""
@@ -157,7 +158,8 @@ def _rank(
     warps, parts = PLAIN[16 * warps_for(H)] if plain(itemsize, precision) else (warps_for(H), 0)
     full = 2 * weight_registers(gates, H, itemsize) > WEIGHTS[warps == MOST_WARPS]
     crowded = backward and full and (marked or warps == MOST_WARPS)
-    for rows in PLAIN_ROWS if parts else BATCH_ROWS[:1] if crowded else BATCH_ROWS:
+    half = BATCH_ROWS[:1] if crowded else BATCH_ROWS[:2] if limits.arch else BATCH_ROWS
+    for rows in PLAIN_ROWS if parts else half:
         if not parts and exchanged_bytes(H, rows, itemsize, backward) > limits.shared_bytes:
             continue
         clocks = predicted(gates, B, H, itemsize, precision, backward, limits, rows, members, extra).total

@@ -341,6 +341,8 @@ def _rank(
     members: int = 1, extra: int = 0,
 ) -> tuple[tuple[tuple[float, PersistentPlan], ...], str]:  # fmt: skip
     """Clocks and tiles of the plans that fit, the fastest by the model first, one for each tile; and why there is none."""
+    if limits.arch:
+        return (), f"its programs exchange words by PTX, the assembly of NVIDIA GPUs, and {limits.name} is one of AMD"
     if limits.capability < 80:
         return (), f"{limits.name} has compute capability {limits.capability / 10}, and the persistent kernels need 8.0"
     tensor_cores = itemsize == 2 or precision == "tf32"

@@ -51,11 +51,11 @@ def row_tiles(H: int) -> tuple[int, int]:
     return block_h, min(16, max(1, block_h // 128))
 
 
-def step_plan(H: int, itemsize: int, precision: str, extra: int = 0) -> StepPlan:
+def step_plan(H: int, itemsize: int, precision: str, extra: int = 0, amd: bool = False) -> StepPlan:
     """The tiles for hidden size `H` and elements of `itemsize` bytes, for every cell, forward and backward.
 
     `extra`: float32 tiles that a program keeps in registers beyond those of an LSTM. Where 64 rows meet more than 10, 8 warps
-    share them: a cell with 20 spilled with 4 warps, and one with 9 did not.
+    share them: a cell with 20 spilled with 4 warps, and one with 9 did not. `amd`: whether the GPU is one of AMD.
 
     16 units, so that a layer of H = 768 spreads over 48 SMs even at a small batch: a step is bound by how fast the SMs pull the
     weights out of L2, not by the arithmetic. 64 batch rows: Triton lays the warps of a sum over several gates along the rows,
@@ -64,10 +64,11 @@ def step_plan(H: int, itemsize: int, precision: str, extra: int = 0) -> StepPlan
     there 8 warps share 32 rows, since with 4 some spilled all the same, and a step waits for instructions to be issued.
     Chunks of 256 bytes (half precision: 128 elements, float32: 64) keep the loads wide and three of them in flight; a small
     layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows are not
-    aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers.
+    aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers. On AMD GPUs a chunk is
+    128 bytes, a line of their cache: twice that takes all of 64 KiB of shared memory, and spilled on gfx1100.
     """
     aligned = H * itemsize % 16 == 0
-    widest = 256 // itemsize if aligned else 32
+    widest = (128 if amd else 256) // itemsize if aligned else 32
     block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
     block_b, warps = (32, 8) if itemsize == 4 and precision == "ieee" else (64, 8 if extra > 10 else 4)
     return StepPlan(BLOCK_B=block_b, BLOCK_H=16, BLOCK_K=block_k, num_warps=warps, num_stages=3)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Seen:
         chosen: the decision on it.
         plain: whether it is a call as `Shape` describes it, without lengths, resets, projection and the like.
         shape: None if the kernels cannot run it.
+        given: what the layer was called with: input, hx and a dictionary of options. Empty for a function.
     """
 
     layer: torch.nn.Module | None
@@ -46,6 +48,7 @@ class Seen:
     chosen: Decision
     plain: bool
     shape: Shape | None
+    given: tuple[Any, ...] = ()
 
 
 @contextmanager
@@ -62,20 +65,21 @@ def watched(tell: Callable[[Seen], None]) -> Iterator[None]:
 
 
 def before(
-    layer: torch.nn.Module | None, cell: str, x: Tensor, chosen: Decision, plain: bool, shape: Callable[[], Shape]
-) -> bool:
+    layer: torch.nn.Module | None, cell: str, x: Tensor, chosen: Decision, plain: bool, shape: Callable[[], Shape],
+    given: tuple[Any, ...] = (),
+) -> bool:  # fmt: skip
     """Tell of a well-formed call, or measure it if it should be. Returns whether it was measured: decide again then.
 
     It is for calls whose decision says that they are `watched`.
 
     Args:
-        layer, cell, chosen, plain: as in `Seen`.
+        layer, cell, chosen, plain, given: as in `Seen`.
         x: its input.
         shape: gives its shape. It is called only if the kernels can run the call.
     """
     tell = watcher.get()
     if tell is not None:
-        tell(Seen(layer, cell, x.device, chosen, plain, None if chosen.obstacles else shape()))
+        tell(Seen(layer, cell, x.device, chosen, plain, None if chosen.obstacles else shape(), given))
         return False
     if measure is None or not plain or not _may_measure(chosen, x):
         return False

@@ -1,4 +1,4 @@
-"""Runs a command that may hang or crash, and yields the JSON objects that it prints while it runs."""
+"""Runs a command that may hang or crash, and yields the JSON objects that it prints while it runs. `own`: one of ours."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
-__all__ = ["Failed", "rows"]
+from rnnfast.version import PACKAGE
+
+__all__ = ["Failed", "own", "rows"]
+
+# ``python -m`` finds installed packages, and this one may be none: it may lie in any folder and have any name.
+_RUN = """
+import importlib.util, runpy, sys
+name, path, module = sys.argv[1:4]
+spec = importlib.util.spec_from_file_location(name, path)
+package = sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+sys.argv[:4] = [module]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
 
 
 class Failed(Exception):
@@ -23,6 +38,16 @@ class Failed(Exception):
     def __init__(self, words: str, hung: bool) -> None:
         super().__init__(words)
         self.hung = hung
+
+
+def own(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this package, of the same files and under the same name, in a new Python.
+
+    Args:
+        module: its name within the package, for example "commands.canary".
+    """
+    path = Path(__file__).parents[1] / "__init__.py"
+    return [sys.executable, "-c", _RUN, PACKAGE, str(path), f"{PACKAGE}.{module}", *arguments]
 
 
 def rows(

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from rnnfast import torch_private
-from rnnfast.choice import obstacles
+from rnnfast.choice import obstacles, trust
 from rnnfast.choice.obstacles import FallbackWarning, user_level
-from rnnfast.settings import BACKEND, strict
+from rnnfast.settings import BACKEND, KEYS, accepted, check_environment, strict
 from rnnfast.torch_private import constant, cudnn_benchmark, environment, forward_level, innermost_transform
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "tensor_obstacles",
     "unknown_to_torch",
     "use_backend",
+    "watcher",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -202,6 +203,8 @@ def decide(
         obstacle: why there are no kernels of the cell, that is the text of its `CannotFuse`; empty if there are. It is one of
             the `obstacles`, and `unfused` in the decision.
     """
+    if tuple(map(environment.get, KEYS)) not in accepted:
+        check_environment()
     is_asked = own is not None or BACKEND.block.get() is not None or BACKEND.key in environment
     name, source = asked(own) if is_asked else (None, "nobody")
     inside = () if innermost_transform() is None and forward_level() < 0 else torch_private.inside()
@@ -213,7 +216,7 @@ def decide(
         on_cpu_autocast = kind == "cpu" and torch.is_autocast_enabled("cpu")
         reasons = (
             known["triton"] if "triton" in known else obstacles.triton_obstacle(),
-            known[device] if device in known else obstacles.device_obstacle(kind, index),
+            known[device] if device in known else trust.device_obstacle(kind, index),
             None if dtype in DTYPES else f"the dtype is {dtype}: the kernels take float16, bfloat16 and float32",
             "autocast is on: on the CPU, PyTorch's own layer decides what it casts" if on_cpu_autocast else None,
             (_without_rule(inside) if inside else None) or trace,

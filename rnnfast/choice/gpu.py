@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ _cooperative: dict[torch.device, bool] = {}
 
 
 def limits(device: torch.device) -> GpuLimits | None:
-    """The limits of the GPU `device`. None for a CPU.
+    """The limits of the GPU `device`. None for a CPU, and for an AMD GPU that the kernels were not compiled for.
 
     On a CPU, Triton's interpreter runs the programs of a grid one after another. The first program of a persistent kernel would
     wait for the others for ever, so there must be no plan for it.
@@ -33,10 +34,13 @@ def limits(device: torch.device) -> GpuLimits | None:
     return _limits[device]
 
 
-def _find_limits(device: torch.device) -> GpuLimits:
-    from rnnfast.kernels.persistent.limits import GpuLimits
+def _find_limits(device: torch.device) -> GpuLimits | None:
+    from rnnfast.kernels.persistent.limits import AMD_GPUS, GpuLimits
 
     gpu: Any = torch.cuda.get_device_properties(device)  # its stub lacks some of these
+    if torch.version.hip:
+        arch = gpu.gcnArchName.partition(":")[0]  # of "gfx942:sramecc+:xnack-"
+        return replace(AMD_GPUS[arch], name=gpu.name, sms=gpu.multi_processor_count) if arch in AMD_GPUS else None
     return GpuLimits(
         name=gpu.name,
         capability=gpu.major * 10 + gpu.minor,

@@ -4,7 +4,8 @@
     "persistent"   one launch for many time steps, with the recurrent weights on chip; runs sizes that have a plan on this GPU
     "one_program"  the same for a small layer, whole in one program for a few batch rows; runs sizes whose weights fit
     "scan"         one launch for many time steps of a cell without W_hh, of which no other family knows; runs any size
-    "auto"         the fastest family, as measured or predicted, of those that this GPU's canary found right
+    "auto"         the fastest family, as measured or predicted, of those that this GPU's canary found right; on an AMD GPU,
+                   for which nothing is predicted, that for any size where nothing was measured
 
 RNNFAST_KERNELS names one of them. The default is "auto". `rnnfast.choice.trust` has the canary.
 
@@ -61,6 +62,7 @@ __all__ = [
 FAMILIES = KERNELS.choices
 MOST_KNOWN = 4096  # choices that are kept; a program whose batch size varies asks for ever new ones
 UNCOOPERATIVE = "the GPU has no cooperative launch, without which programs must not wait for each other"
+UNPREDICTED = "nothing was measured for this call, and no model knows AMD GPUs; rnnfast tune measures it"
 GAVE_UP = (
     "programs of the persistent kernels waited for one another in vain and gave up: in {} on {}. Results since then are NaN "
     "where they were not computed. This process runs the step kernels from now on; RNNFAST_KERNELS=step avoids the wait"
@@ -208,7 +210,7 @@ def _choice(
         if measured is not None:
             family, plan, at_once = measured
         else:
-            families = () if gpu is None else _able(device, trust.trusted(device))
+            families = () if gpu is None or gpu.arch else _able(device, trust.trusted(device))
             found = pipeline.fastest(families, sizes, *group)
             family = found[0] if found else for_any_size(sizes.recurrent)
         if sizes.marked:  # the plan was measured without marks, and may not have the shared memory for them
@@ -330,6 +332,8 @@ def torch_wins(
     winner = None if packed or projected or kernels_only else tuned.winner(gpu, shape)
     if winner is not None:
         return "measured as the fastest for this call" if winner == "torch" else ""
+    if gpu.arch and not kernels_only:
+        return UNPREDICTED
     margin = 1.0 if tuned.table(gpu).entries else MARGIN
     predicted = predict(shape, device, gpu, trust.families(), packed, projected)
     if kernels_only or predicted.kernels * margin <= predicted.torch:
@@ -381,8 +385,8 @@ def shape(
 
 def precision() -> str:
     """The precision of a float32 layer's products, "tf32" or "ieee", of the input side and of the recurrence alike: PyTorch's
-    setting for cuDNN's recurrent layers."""
-    return "tf32" if rnn_precision() == "tf32" else "ieee"
+    setting for cuDNN's recurrent layers. It is "ieee" on AMD GPUs, not all of which multiply in TF32."""
+    return "tf32" if rnn_precision() == "tf32" and not torch.version.hip else "ieee"
 
 
 def run(direction: str, choice: Choice, device: torch.device, *args, **options) -> Choice:

@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from rnnfast.choice import launchable
+from rnnfast.choice import gpu, launchable
+from rnnfast.version import PACKAGE
 
 __all__ = [
     "FallbackWarning",
@@ -32,8 +33,8 @@ class FallbackWarning(UserWarning):
 
 def user_level() -> int:
     """The ``stacklevel`` with which a warning of the caller names the innermost line outside rnnfast and torch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rnnfast", "torch"):
+    level, frame, inside = 1, sys._getframe(1), (f"{PACKAGE}.", "torch.")
+    while frame.f_back and f"{frame.f_globals.get('__name__', '')}.".startswith(inside):
         level, frame = level + 1, frame.f_back
     return level
 
@@ -72,7 +73,7 @@ def device_obstacle(kind: str, index: int | None) -> str | None:
 
 def _find_device_obstacle(kind: str, index: int | None) -> str | None:
     if kind not in ("cpu", "cuda"):
-        return f"the tensors are on a {kind!r} device: the kernels need an NVIDIA GPU"
+        return f"the tensors are on a {kind!r} device: the kernels need an NVIDIA or AMD GPU"
     if triton_obstacle():
         return None if kind == "cuda" else "the tensors are on the CPU"
     from rnnfast.kernels import runtime
@@ -84,8 +85,11 @@ def _find_device_obstacle(kind: str, index: int | None) -> str | None:
         wanted = "the tensors are on the CPU, where the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
         return None if mode == "interpreted" else wanted
     if torch.version.hip:
-        return "the kernels are not validated on AMD GPUs"
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return f"the GPU is sm_{major}{minor}: the kernels need sm_80 (Ampere) or newer"
+        from rnnfast.kernels.persistent.limits import AMD_GPUS
+
+        if gpu.limits(torch.device(kind, index)) is None:
+            *some, last = AMD_GPUS
+            return f"the kernels were compiled for the AMD GPUs {', '.join(some)} and {last}, and this is another"
+    elif (capability := torch.cuda.get_device_capability(index))[0] < 8:
+        return "the GPU is sm_{}{}: the kernels need sm_80 (Ampere) or newer".format(*capability)
     return launchable.obstacle(index) if mode == "compiled" else None

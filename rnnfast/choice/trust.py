@@ -9,6 +9,9 @@ RNNFAST_CANARY, "auto" by default:
     "auto"    run it when it is needed
     "off"     never run it: what no verdict calls right is not chosen automatically
     "trust"   never run it, and take every family to be right
+
+Nobody has run the kernels on an AMD GPU. There no call runs it, and none takes the kernels, asked for or not, before
+``rnnfast check`` has found the step kernels right.
 """
 
 from __future__ import annotations
@@ -33,11 +36,12 @@ from rnnfast.settings import CANARY
 if TYPE_CHECKING:
     from rnnfast.kernels.persistent.limits import GpuLimits
 
-__all__ = ["CanaryWarning", "Verdict", "examine", "families", "trusted", "where", "words"]
+__all__ = ["UNCHECKED", "CanaryWarning", "Verdict", "device_obstacle", "examine", "families", "trusted", "where", "words"]
 
 FORMAT, SCHEMA = "rnnfast canary", 2
 QUIET = 60.0  # seconds that one family may take to compile and run
 SECONDS = 180.0  # that the whole may take
+UNCHECKED = "the kernels have never run on an AMD GPU, and `rnnfast check` has not found them right on this one"
 
 _verdicts: dict[GpuLimits, Verdict] = {}  # of this process
 
@@ -89,10 +93,33 @@ def verdict(limits: GpuLimits) -> Verdict | None:
     return _verdicts[limits]
 
 
+def device_obstacle(kind: str, index: int | None) -> str | None:
+    """Why the kernels cannot run on this device, or None: `obstacles.device_obstacle`, and on an AMD GPU what its verdict says.
+
+    Found once, so that RNNFAST_CANARY=trust counts on an AMD GPU as it is at the first call.
+    """
+    found = obstacles.device_obstacle(kind, index)
+    if found is None and kind == "cuda" and torch.version.hip and CANARY.get() != "trust":
+        limits = gpu.limits(torch.device(kind, index))
+        assert limits is not None
+        found = obstacles.known[f"{kind}:{index}"] = _obstacle(limits, verdict(limits))
+    return found
+
+
+def _obstacle(limits: GpuLimits, found: Verdict | None) -> str | None:
+    """Why no call can run on the kernels with this verdict. The step kernels run what no other family can."""
+    if found is not None and (fault := found.faults.get("step")):
+        return f"the check of the step kernels failed on it: {fault}"
+    if limits.arch and (found is None or found.why):
+        return f"{UNCHECKED} ({found})" if found else UNCHECKED
+    return None
+
+
 def trusted(device: torch.device) -> tuple[str, ...]:
     """The families that may run on `device` without being asked for.
 
-    Runs the canary if it is needed and allowed, but never while code is compiled or a CUDA graph is captured.
+    Runs the canary if it is needed and allowed, but never while code is compiled or a CUDA graph is captured, and never on an
+    AMD GPU.
     """
     limits = gpu.limits(device)
     if limits is None:
@@ -101,7 +128,8 @@ def trusted(device: torch.device) -> tuple[str, ...]:
     if asked == "trust":
         return families()
     found = verdict(limits)
-    if found is None and asked == "auto" and not torch.compiler.is_compiling() and not _capturing(device):
+    may_run = asked == "auto" and not limits.arch and not torch.compiler.is_compiling()
+    if found is None and may_run and not _capturing(device):
         found = examine(device)
     return found.right if found else ()
 
@@ -111,6 +139,8 @@ def words(limits: GpuLimits) -> str:
     if CANARY.get() == "trust":
         return "RNNFAST_CANARY=trust takes the kernels to be right"
     found = verdict(limits)
+    if found is None and limits.arch:
+        return UNCHECKED
     if found is None:
         return "the kernels were not checked on this GPU yet: the first call that may take them does it, and rnnfast check"
     return str(found) if found.why else f"checked on this GPU: {found}"
@@ -148,10 +178,10 @@ def _run(device: torch.device, seconds: float = SECONDS) -> Verdict:
     faults: dict[str, str] = {}
     left, until = list(families()), time.monotonic() + seconds
     env = {k: v for k, v in os.environ.items() if not k.startswith("RNNFAST_") and k != "TRITON_INTERPRET"}
-    env["PYTHONSAFEPATH"] = "1"  # not an rnnfast that happens to be in this folder
+    env["PYTHONSAFEPATH"] = "1"  # not a torch that happens to be in this folder
     while left:
         doing = None
-        command = [sys.executable, "-m", "rnnfast.commands.canary", str(device.index or 0), *left]
+        command = child.own("commands.canary", str(device.index or 0), *left)
         try:
             with closing(child.rows(command, QUIET, env, until)) as rows:
                 for row in rows:
@@ -180,9 +210,10 @@ def _remember(limits: GpuLimits, found: Verdict) -> None:
     elif faults:
         listed = "; ".join(f"the {family} kernels: {fault}" for family, fault in faults.items())
         warnings.warn(f"not used on {limits.name}, as its check failed: {listed}", CanaryWarning, stacklevel=user_level())
-    if "step" in faults:  # the family that runs what no other can: without it no call can be on the kernels
+    obstacle = _obstacle(limits, found)
+    if obstacle or limits.arch:
         for device in gpu.devices(limits):
-            obstacles.known[f"{device.type}:{device.index}"] = f"the check of the step kernels failed on it: {faults['step']}"
+            obstacles.known[f"{device.type}:{device.index}"] = obstacle
 
 
 def _read(limits: GpuLimits) -> Verdict | None:

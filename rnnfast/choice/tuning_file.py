@@ -124,7 +124,7 @@ def machine(gpu: GpuLimits) -> dict[str, dict[str, Any]]:
     from rnnfast.version import __version__
 
     return {
-        "gpu": {"name": gpu.name, "capability": gpu.capability, "sms": gpu.sms},
+        "gpu": {"name": gpu.name, "capability": gpu.arch or gpu.capability, "sms": gpu.sms},
         "versions": {
             "rnnfast": __version__,
             "torch": str(torch.__version__),

@@ -18,9 +18,10 @@ import torch
 from rnnfast import check, numerics
 from rnnfast.check import Case
 from rnnfast.choice import kernel_plan
+from rnnfast.choice.decide import decide
 from rnnfast.choice.kernel_plan import Choice
 from rnnfast.choice.pipeline import grouping
-from rnnfast.settings import KERNELS
+from rnnfast.settings import CANARY, KERNELS
 
 __all__ = ["CASES", "examine", "main"]
 
@@ -80,6 +81,10 @@ def _fault(case: Case, device: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     index, *families = sys.argv[1:] if argv is None else argv
     torch.cuda.set_device(int(index))
+    with CANARY.within("trust"):  # what has no verdict yet gets one here
+        obstacles = decide("triton", "cuda", int(index), torch.float16).obstacles
+    if obstacles:  # PyTorch's own layer would be checked
+        sys.exit("; ".join(obstacles))
     for family in families:
         print(json.dumps({"family": family}), flush=True)
         faults = list(examine(family, f"cuda:{index}"))

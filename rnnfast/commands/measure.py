@@ -162,9 +162,9 @@ def measure(
         device: the number of the CUDA device.
         told: as in `medians`.
     """
-    command = command or (sys.executable, "-m", "rnnfast.commands.measure")
+    command = command or tuple(child.own("commands.measure"))
     env = {k: v for k, v in os.environ.items() if k not in CHOSEN}
-    env["PYTHONSAFEPATH"] = "1"  # not an rnnfast that happens to be in this folder
+    env["PYTHONSAFEPATH"] = "1"  # not a torch that happens to be in this folder
     env["RNNFAST_STRICT"] = "1"  # otherwise the step kernels would be timed in place of a launch that the driver refuses
 
     def rows(left: list[Entry]) -> Rows:

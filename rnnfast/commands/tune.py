@@ -45,7 +45,7 @@ __all__ = [
 
 DTYPES = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}  # --dtype: the precision of `Shape`
 MOST = 4  # plans of a family
-NO_GPU = "rnnfast tune needs an NVIDIA GPU, and PyTorch sees none here: run it on the machine that has the GPU"
+NO_GPU = "rnnfast tune needs a GPU, and PyTorch sees none here: run it on the machine that has the GPU"
 
 
 # Shapes and candidates

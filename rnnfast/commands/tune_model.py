@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rnnfast import torch_private
-from rnnfast.choice import calls, tuned, tuning_file
+from rnnfast import run_once
+from rnnfast.choice import gpu, tuned, tuning_file
 from rnnfast.choice.calls import Seen
 from rnnfast.choice.tuning_file import Entry, Shape
 from rnnfast.commands import tune as command
@@ -30,9 +28,6 @@ if TYPE_CHECKING:
     from rnnfast.kernels.persistent.plan import GpuLimits
 
 __all__ = ["Row", "TuningReport", "tune"]
-
-_Recurrent = torch.nn.RNNBase | torch.nn.RNNCellBase | Layer
-FUNCTION = "rnnfast.functional"
 
 
 @dataclass(frozen=True)
@@ -119,67 +114,31 @@ def _table(rows: tuple[Row, ...]) -> list[str]:
 # The calls of a model
 
 
-def look(model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Seen], dict[int, str], list]:
+def look(
+    model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Seen], list[tuple[str, torch.nn.Module, Any]]]:
     """Run a model forward, and leave it as it was.
 
     Returns:
-        The recurrent calls of rnnfast; the names of the model's modules by their id; the recurrent modules that ran otherwise,
-        each with the device of its input.
+        The recurrent calls of rnnfast; and of the recurrent modules that ran otherwise the name, the module, and the device of
+        its input.
     """
+    ran: dict[int, tuple[str, torch.nn.Module, Any]] = {}
+
+    def called(name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        ran[id(module)] = name, module, None if tensor is None else tensor.device
+
     seen: list[Seen] = []
-    ran: dict[int, tuple[torch.nn.Module, Any]] = {}
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, _Recurrent):
-                hook = module.register_forward_pre_hook(partial(_note, ran), with_kwargs=True)
-                stack.callback(hook.remove)
-        stack.enter_context(_unchanged(model, (inputs, kwargs)))
-        stack.enter_context(calls.watched(seen.append))
-        stack.enter_context(torch_private.uncompiled())  # compiled code would not tell of its calls
-        model(*inputs, **kwargs)
+    run_once.run(model, inputs, kwargs, called, lambda call: seen.append(replace(call, given=())))
     known = {id(call.layer) for call in seen}
-    names = {id(module): name or "the model itself" for name, module in model.named_modules()}
-    return seen, names, [each for number, each in ran.items() if number not in known]
-
-
-def _note(ran: dict[int, tuple[torch.nn.Module, Any]], module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    tensor = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-    ran[id(module)] = module, None if tensor is None else tensor.device
-
-
-@contextmanager
-def _unchanged(model: torch.nn.Module, inputs: Any) -> Iterator[None]:
-    """What runs in the ``with`` block leaves no trace: in the attributes of the modules, in the numbers of their parameters and
-    buffers and of the inputs, and in the generators of PyTorch, Python and NumPy."""
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    places = [place for module in modules for place in (vars(module), *torch_private.registers(module))]
-    kept = [dict(place) for place in places]
-    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *leaves)}
-    tensors = {number: tensor for number, tensor in tensors.items() if tensor.layout == torch.strided and not tensor.is_meta}
-    copies = {number: tensor.detach().clone() for number, tensor in tensors.items()}
-    state, numpy = random.getstate(), sys.modules.get("numpy")
-    numpys = numpy.random.get_state() if numpy else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpys)
-        for place, before in zip(places, kept, strict=True):
-            for name in place.keys() - before.keys():
-                del place[name]
-            place.update(before)
-        for number, tensor in tensors.items():
-            if not torch.equal(tensor, copies[number]):
-                with torch.inference_mode() if tensor.is_inference() else nullcontext(), torch.no_grad():
-                    tensor.copy_(copies[number])
+    return seen, [each for number, each in ran.items() if number not in known]
 
 
 def _reason(call: Seen) -> str:
     """Why a call of rnnfast is not measured; empty if it is."""
+    if gpu.limits(call.device) is None:
+        return f"it ran on {call.device}, where there is no choice: move the model and its inputs to the GPU"
     if call.chosen.obstacles:
         return "; ".join(call.chosen.obstacles)
     if call.chosen.asked not in (None, "triton"):
@@ -194,7 +153,7 @@ def _other(module: torch.nn.Module, device: Any) -> str:
     if isinstance(module, Layer):
         return f"a layer of the cell `{module.cell.name}`: only layers that torch.nn has are measured"
     if isinstance(module, Sequence):
-        return f"it ran on {device} without a choice: move the model and its inputs to the GPU"
+        return f"torch.nn itself serves a call of this form, on {device}"
     return "not rnnfast's: rnnfast.accelerate(model) exchanges it, or says why not"
 
 
@@ -216,7 +175,7 @@ def _wanted(seen: list[Seen], names: dict[int, str]) -> tuple[list[_Wanted], lis
     found: dict[Any, _Wanted] = {}
     skipped: dict[tuple[str, str], None] = {}
     for call in seen:
-        name = FUNCTION if call.layer is None else names.get(id(call.layer), type(call.layer).__name__)
+        name = run_once.FUNCTION if call.layer is None else names.get(id(call.layer), type(call.layer).__name__)
         if reason := _reason(call):
             skipped[name, reason] = None
             continue
@@ -277,15 +236,13 @@ def tune(
     model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], again: bool, run: Callable[..., dict] = measure
 ) -> TuningReport:
     """`rnnfast.tune`. `run` measures the candidates of a shape, as `rnnfast.commands.measure.measure` does."""
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model should be a torch.nn.Module, got {type(model).__name__}")
-    if any(torch.nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("the model has parameters without a size yet: call it once before rnnfast.tune")
+    run_once.check(model, "rnnfast.tune")
     if not torch.cuda.is_available():
         raise command.Unready(command.NO_GPU)
-    seen, names, others = look(model, inputs, kwargs)
+    seen, others = look(model, inputs, kwargs)
+    names = {id(module): name or run_once.ITSELF for name, module in model.named_modules()}
     wanted, skipped = _wanted(seen, names)
-    skipped += [(names[id(module)], _other(module, device)) for module, device in others]
+    skipped += [(name, _other(module, device)) for name, module, device in others]
     known: dict[GpuLimits, dict[Shape, Entry]] = {}
     paths = {one.limits: tuning_file.where(one.limits) for one in wanted}
     for limits, path in paths.items():

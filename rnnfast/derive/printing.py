@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rnnfast.derive.expressions import COMPARE, Expr, inputs_of
+from rnnfast.version import PACKAGE
 
 __all__ = ["Argument", "function", "module"]
 
@@ -161,7 +162,7 @@ def module(cell: Callable, about: str, functions: list[str]) -> str:
     """The text of a file: the author's function as a comment, and the functions made of it."""
     body = "\n\n".join(functions)
     maths = [name for name in MATHS if re.search(rf"(?<![\w.]){name}\(", body)]
-    imports = f"\nfrom rnnfast.kernels.maths import {', '.join(maths)}\n" if maths else ""
+    imports = f"\nfrom {PACKAGE}.kernels.maths import {', '.join(maths)}\n" if maths else ""
     comment = "".join(f"#{' ' * bool(line)}{line}\n" for line in _author(cell))
     hint = "" if "tl." in body else "  # noqa: F401 - the interpreter wants it in sight of every jit function"
     return f'"""{about}"""\n\n{comment}\nimport triton\nimport triton.language as tl{hint}\n{imports}\n\n{body}'

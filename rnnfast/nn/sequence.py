@@ -16,12 +16,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import torch_private
 from rnnfast.choice import calls, kernel_plan, obstacles, tuning_file
-from rnnfast.choice.decide import Decision, decide, tell, unknown_to_torch
+from rnnfast.choice.decide import Decision, decide, tell, unknown_to_torch, watcher
 from rnnfast.choice.gpu import known
 from rnnfast.nn import base, checks, stack
 from rnnfast.nn.base import Option, cell_of
 from rnnfast.nn.options import CallOptions, read_for_module
-from rnnfast.settings import BACKEND, STRICT
+from rnnfast.settings import BACKEND, CANARY, KERNELS, KEYS, STRICT, accepted, check_environment
 from rnnfast.torch_private import constant, environment, forward_level, innermost_transform, thread
 
 __all__ = ["GRU", "LSTM", "RNN", "Call", "Sequence", "cpu_is_torchs", "decision", "shape"]
@@ -70,7 +70,7 @@ class Sequence(base.Accelerated, torch.nn.RNNBase):
         return text
 
 
-_in_block, _backend_key, _strict_key = BACKEND.block, BACKEND.key, STRICT.key
+_in_block, _backend, _kernels, _strict, _canary = BACKEND.block, BACKEND.key, KERNELS.key, STRICT.key, CANARY.key
 
 
 @constant
@@ -83,12 +83,14 @@ def cpu_is_torchs(own: str | None) -> bool:
     Args:
         own: the module's ``backend=``.
     """
-    if _in_block.get() is not None:
+    if _in_block.get() is not None or watcher.get() is not None:
         return False
-    if own is None:
-        if _backend_key in environment or _strict_key in environment or not obstacles.known.get("cpu:None"):
+    if _backend in environment or _kernels in environment or _strict in environment or _canary in environment:
+        if tuple(map(environment.get, KEYS)) not in accepted:
+            check_environment()
+        if own is None and (_backend in environment or _strict in environment):
             return False
-    elif own != "torch":
+    if own != "torch" and (own is not None or not obstacles.known.get("cpu:None")):
         return False
     if thread.__dict__.get("tracing_context") is not None:  # being compiled or exported
         return False
@@ -130,7 +132,8 @@ def _measured_now(layer: Sequence, call: Call, chosen: Decision, input: Any, hx:
     """Whether the call was measured just now, so that the decision may be another: see `rnnfast.choice.calls`."""
     x = input.data if isinstance(input, PackedSequence) else input
     plain = x is input and call.options is None and not layer.proj_size
-    return calls.before(layer, call.cell, x, chosen, plain, lambda: shape(layer, call.cell, call.weights, input, hx))
+    given = input, hx, call.options.given if call.options else {}
+    return calls.before(layer, call.cell, x, chosen, plain, lambda: shape(layer, call.cell, call.weights, input, hx), given)
 
 
 def _by_torch(layer: Sequence, input: Any, hx: Any) -> Any:

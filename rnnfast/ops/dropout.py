@@ -13,12 +13,13 @@ from torch import Tensor
 
 from rnnfast import torch_private
 from rnnfast.ops import recurrence, rounds
+from rnnfast.ops.schema import NAMESPACE
 from rnnfast.ops.vmap import batched, each
 
 __all__ = ["dropout", "mask", "seeds"]
 
 
-@torch.library.custom_op("rnnfast::dropout", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::dropout", mutates_args=())
 def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """`x` (T, B, W) with dropout. The derivative is the operator itself.
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rnnfast.ops import recurrence
-from rnnfast.ops.schema import RETURNED, TENSORS, record
+from rnnfast.ops.schema import NAMESPACE, RETURNED, TENSORS, record
 from rnnfast.reference import spec_of
 
 __all__ = ["FLOP_FORMULAS", "INPUTS", "Backward", "Forward", "Grads", "Results", "backward", "forward"]
 
-forward = torch.library.custom_op("rnnfast::forward", recurrence.forward, mutates_args=())
-backward = torch.library.custom_op("rnnfast::backward", recurrence.backward, mutates_args=())
+forward = torch.library.custom_op(f"{NAMESPACE}::forward", recurrence.forward, mutates_args=())
+backward = torch.library.custom_op(f"{NAMESPACE}::backward", recurrence.backward, mutates_args=())
 
 Forward = record("Forward", recurrence.forward)  # the arguments of `forward`
 Backward = record("Backward", recurrence.backward)  # the arguments of `backward`
@@ -100,4 +100,5 @@ def _backward_flops(*shapes, out_shape=None, **named) -> int:
 
 
 # for FlopCounterMode(custom_mapping=...). PyTorch's own table of formulas is in a module that imports Triton.
-FLOP_FORMULAS = {torch.ops.rnnfast.forward: _forward_flops, torch.ops.rnnfast.backward: _backward_flops}
+_ops = getattr(torch.ops, NAMESPACE)
+FLOP_FORMULAS = {_ops.forward: _forward_flops, _ops.backward: _backward_flops}

@@ -13,7 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DIFFERENTIABLE", "RETURNED", "STATE_TENSORS", "TENSORS", "UPSTREAM", "Described", "batch_axis", "record"]
+from rnnfast.version import PACKAGE
+
+__all__ = [
+    "DIFFERENTIABLE", "NAMESPACE", "RETURNED", "STATE_TENSORS", "TENSORS", "UPSTREAM", "Described", "batch_axis", "record"
+]  # fmt: skip
+
+NAMESPACE = PACKAGE.replace(".", "_")  # of the operators in torch.ops: each copy of this package in a process has its own
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_unavailable():
     """Each says why in words."""
     found = {
         name: run.row_of(Case("LSTM", 99, 1, 3, 4, dtype="float32"), "quick", named_provider(name), SETTINGS)
-        for name in ("rnnfast-persistent", "torch.compile-nn", "flashrnn", "haste")
+        for name in ("rnnfast-persistent", "torch.compile-nn", "flashrnn", "haste", "torchrl")
     }
     assert {row["status"] for row in found.values()} == {"unavailable"}
     assert "one after another" in found["rnnfast-persistent"]["note"]
@@ -276,22 +276,49 @@ class HasteLayer(torch.nn.Module):
         return torch.stack(ys), (h[None], c[None]) if self.gates == 4 else h[None]
 
 
+def torchrl_lstm(x, hidden, cell, w_ih, w_hh, b_ih, b_hh, is_init, input_precision):
+    """The layouts of TorchRL's ``lstm_triton``: x (B, T, I), states (B, T, H), is_init (B, T)."""
+    assert not is_init.any() and hidden.shape == cell.shape == (*is_init.shape, w_hh.shape[1]) == (*x.shape[:2], w_hh.shape[1])
+    first = hidden[None, :, 0], cell[None, :, 0]
+    y, h, c = torch.lstm(x, first, [w_ih, w_hh, b_ih, b_hh], True, 1, 0.0, False, False, True)
+    return y, y, h[0], c[0]  # the second are all cell states, which are not compared
+
+
+def torchrl_gru(x, hidden, w_ih, w_hh, b_ih, b_hh, is_init, input_precision):
+    assert not is_init.any() and hidden.shape == (*is_init.shape, w_hh.shape[1]) == (*x.shape[:2], w_hh.shape[1])
+    y, h = torch.gru(x, hidden[None, :, 0], [w_ih, w_hh, b_ih, b_hh], True, 1, 0.0, False, False, True)
+    return y, h[0]
+
+
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-@pytest.mark.parametrize("name", ["flashrnn", "haste"])
+@pytest.mark.parametrize("name", ["flashrnn", "haste", "torchrl"])
 def test_layouts_of_peers(name, cell, mode, monkeypatch):
     stand_in = types.ModuleType("stand-in")
     if name == "flashrnn":
         stand_in.flashrnn, stand_in.FlashRNNConfig = flashrnn, types.SimpleNamespace
+    elif name == "torchrl":
+        stand_in.lstm_triton, stand_in.gru_triton = torchrl_lstm, torchrl_gru
     else:
         kinds = {"LSTM": type("LSTM", (HasteLayer,), {"gates": 4}), "GRU": type("GRU", (HasteLayer,), {"gates": 3})}
         stand_in.LSTM, stand_in.GRU = kinds["LSTM"], kinds["GRU"]
-    monkeypatch.setitem(sys.modules, {"flashrnn": "flashrnn", "haste": "haste_pytorch"}[name], stand_in)
+    modules = {"haste": "haste_pytorch", "torchrl": "torchrl.modules.tensordict_module._rnn_triton"}
+    monkeypatch.setitem(sys.modules, modules.get(name, name), stand_in)
     monkeypatch.setattr(peers, "installed", lambda distribution: "1.0")
     provider, case = named_provider(name), Case(cell, 4, 3, 5, 6, dtype="float32", mode=mode)
     assert provider.obstacle(case, "cuda") is None and provider.obstacle(case, "cpu") == "its kernels need a GPU"
     problem = Problem(case, "cpu")
     assert problem.check(provider.ready(problem))["worst"] <= 1
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_of_torchrl(allowed):
+    """TorchRL reads the older name of the setting, which is an error where only the newer one was set."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with tf32(allowed), named_provider("torchrl").settings():
+        assert matmul.allow_tf32 == allowed and matmul.fp32_precision == ("tf32" if allowed else "ieee")
+    assert not matmul.allow_tf32 and matmul.fp32_precision == before
 
 
 # What is kept for backward

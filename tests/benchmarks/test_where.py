@@ -1,4 +1,4 @@
-"""The table of what runs where, which docs/choice.md shows."""
+"""The tables of predictions, which docs/choice.md and docs/results.md show."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +10,14 @@ from benchmarks import where
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def test_the_page_shows_what_the_models_say(capsys):
-    """The page and the command do not drift apart."""
-    page = (DOCS / "choice.md").read_text(encoding="utf-8")
-    for options in ([], ["--stacks"]):
-        assert where.main(options) == 0
-        assert capsys.readouterr().out.strip() in page
+@pytest.mark.parametrize(
+    "page, options",
+    [("choice.md", []), ("choice.md", ["--stacks"]), ("results.md", ["--faster", "--gpu", "H100", "A100"])],
+)
+def test_the_pages_show_what_the_models_say(page, options, capsys):
+    """A page and the command do not drift apart."""
+    assert where.main(options) == 0
+    assert capsys.readouterr().out.strip() in (DOCS / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", where.STACK_GPUS)

@@ -12,7 +12,7 @@ from support import own_cells
 
 import rnnfast
 from rnnfast import functional
-from rnnfast.choice import kernel_plan, tuned, tuning_file
+from rnnfast.choice import gpu, kernel_plan, tuned, tuning_file
 from rnnfast.commands import tune, tune_model
 from rnnfast.kernels.persistent.plan import GPUS
 
@@ -264,11 +264,16 @@ def test_other_calls(path, monkeypatch):
 
 
 def test_on_the_cpu(path, monkeypatch):
-    """A layer that torch.nn's short path ran is named, with what to do."""
+    """Layers that run by torch.nn's short path elsewhere are named, with what to do."""
     Child(monkeypatch)
     report = rnnfast.tune(rnnfast.GRU(32, 32, backend="torch"), inputs())
     assert not report.rows and "there was nothing to measure" in str(report)
-    assert report.skipped == (("the model itself", "it ran on cpu without a choice: move the model and its inputs to the GPU"),)
+    assert report.skipped == (("the model itself", "'torch' is asked for by backend=, so there is nothing to choose"),)
+    with monkeypatch.context() as patch:
+        patch.setitem(gpu._limits, torch.device("cpu"), None)
+        report = rnnfast.tune(rnnfast.GRU(32, 32), inputs())
+    why = "it ran on cpu, where there is no choice: move the model and its inputs to the GPU"
+    assert report.skipped == (("the model itself", why),)
 
 
 def test_a_compiled_model(monkeypatch, request):
@@ -339,5 +344,5 @@ def test_wrong_calls(path, monkeypatch, capsys):
 
 
 def test_without_a_gpu():
-    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU, and PyTorch sees none here: run it on"):
+    with pytest.raises(RuntimeError, match="needs a GPU, and PyTorch sees none here: run it on"):
         rnnfast.tune(rnnfast.GRU(32, 32), inputs())

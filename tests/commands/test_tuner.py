@@ -341,7 +341,7 @@ def test_bad_options(options, capsys):
 @on_cpu
 def test_without_a_gpu(capsys):
     assert rnnfast.__main__.main(["tune"]) == 2
-    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, code", [([], 2), (["sing"], 2), (["--help"], 0)])

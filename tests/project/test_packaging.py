@@ -1,7 +1,9 @@
 """What installs: wheel, sdist and editable, each built from a copy of this tree and used in an environment without Triton."""
 
+import email
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from packaging.requirements import Requirement
 pytestmark = pytest.mark.same_everywhere
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = [name for name in ("benchmarks", "docs", "examples", "kernels", "rnnfast", "tests") if (ROOT / name).is_dir()]
+TOPS = ("benchmarks", "docs", "examples", "kernels", "release", "rnnfast", "tests")
+FOLDERS = [name for name in TOPS if (ROOT / name).is_dir()]
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
 
 USE = """
@@ -30,7 +33,7 @@ assert "backend: torch" in told and "Triton is not installed" in told, told
 output, (h_n, c_n) = layer(torch.ones(5, 2, 3))
 (output.sum() + c_n.sum()).backward()
 assert output.shape == (5, 2, 4) and all(weight.grad.abs().sum() > 0 for weight in layer.parameters())
-for name in ("triton", "kernels", "tests", "benchmarks", "examples", "rnnfast.kernels"):
+for name in ("triton", "kernels", "tests", "benchmarks", "examples", "release", "rnnfast.kernels"):
     try:
         __import__(name)
     except ImportError as error:
@@ -187,11 +190,72 @@ def test_wheel_metadata(wheel):
         assert metadata.read_text("top_level.txt") == "rnnfast\n"
 
 
+def test_long_description_has_no_relative_links(tree, wheel, tmp_path):
+    """A package index shows README.md away from the files that it links to."""
+
+    def description(text: str) -> str:
+        return email.message_from_string(text).get_payload()
+
+    def targets(text: str) -> set[str]:
+        return {target for target in re.findall(r"\]\(([^()\s]+)\)", text) if not target.startswith("https:")}
+
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        built = description(archive.read(name).decode())
+    local = targets((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert local and not targets(built)
+
+    copy = tmp_path / "tree"
+    shutil.copytree(tree, copy, symlinks=True)
+    settings = (copy / "pyproject.toml").read_text(encoding="utf-8")
+    if not re.search(r"^\[project\.urls\]", settings, re.MULTILINE):
+        settings = settings.replace(
+            "[project.scripts]", '[project.urls]\nSource = "https://example.org/r"\n\n[project.scripts]'
+        )
+        (copy / "pyproject.toml").write_text(settings, encoding="utf-8")
+    source = re.search(r'^Source = "([^"]+)"', settings, re.MULTILINE)[1]
+    program = f"from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel({str(tmp_path)!r})"
+    run(sys.executable, "-c", program, cwd=copy)
+    text = next(tmp_path.glob("*.dist-info/METADATA")).read_text(encoding="utf-8")
+    assert f"Project-URL: Source, {source}" in text
+    for target in local:
+        assert f"]({source}{target if target.startswith('#') else f'/blob/main/{target}'})" in description(text), target
+
+
+def test_the_address_is_said_in_one_place():
+    """`Source` in pyproject.toml. docs/one-point-zero.md says where else it shows."""
+    source = re.search(r'^Source = "([^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    cited = re.search(r"^repository-code: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert (source and source[1]) == (cited and cited[1].strip("\"'"))
+
+
+def test_versions_and_dates():
+    """CITATION.cff has the version of the package, and CHANGELOG.md the date of each version that was released."""
+    import rnnfast
+
+    assert f"\nversion: {rnnfast.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", heading) for heading in headings[1:])
+
+
+def test_dir_shows_the_api_alone():
+    import rnnfast
+
+    public = [name for name in dir(rnnfast) if not name.startswith("__")]
+    assert public == sorted(rnnfast.__all__) and "__version__" in dir(rnnfast)
+    import rnnfast.numerics
+
+    assert rnnfast.numerics is not None
+
+
 def test_sdist_holds_the_sources_and_builds_the_same_wheel(sdist, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         held = {member.name.partition("/")[2] for member in archive.getmembers() if not (member.issym() or member.islnk())}
     sources = {installed(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    missing = (sources | {"LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}) - held
+    missing = (
+        sources | {"CITATION.cff", "LICENSE", "Makefile", "README.md", "SECURITY.md", "pyproject.toml", "setup.py"}
+    ) - held
     assert not missing, missing
     assert not [name for name in held if "__pycache__" in name or name.startswith((".git", "build", "out"))]
     pip("wheel", *OFFLINE, "--wheel-dir", tmp_path, sdist, cwd=tmp_path)
@@ -207,9 +271,12 @@ def test_wheel_works_without_triton(wheel, clean, tmp_path):
 def test_editable_install_works_without_triton(tree, clean, tmp_path):
     pip("--python", clean, "install", *OFFLINE, "--editable", tree, cwd=tmp_path)
     used = run(clean, "-c", USE, cwd=tmp_path)
-    assert Path(used.strip()) == tree / "rnnfast" / "__init__.py"
+    assert Path(used.strip()).resolve() == tree / "rnnfast" / "__init__.py"
     where = run(clean, "-c", "import importlib.util as u; print(u.find_spec('rnnfast.kernels').origin)", cwd=tmp_path)
-    assert Path(where.strip()) == tree / "rnnfast" / "kernels" / "__init__.py"
+    assert Path(where.strip()).resolve() == tree / "kernels" / "__init__.py"
+    paths = run(clean, "-c", "import sys; print(*sys.path, sep='\\n')", cwd=tmp_path).splitlines()
+    assert str(tree / ".editable") in paths, "a path, which type checkers follow"
+    assert {path.suffix for path in (tree / ".editable").iterdir() if path.name != "rnnfast"} <= {".egg-info"}
 
 
 def test_kernels_refuse_another_name(tree):

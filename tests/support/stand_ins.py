@@ -4,6 +4,9 @@ from types import SimpleNamespace
 
 import torch
 
+from rnnfast.choice import gpu, launchable, obstacles
+from rnnfast.kernels import runtime
+
 
 class Event:
     """In place of a device event. Ticks a millisecond at each record."""
@@ -49,3 +52,15 @@ def stand_in_gpu(monkeypatch) -> None:
     numbers = {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 7, "max_memory_allocated": 10}
     for name, value in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+
+
+def stand_in_amd_gpu(monkeypatch, arch: str = "gfx942") -> torch.device:
+    """The device of a GPU of AMD, as PyTorch for ROCm describes one, on which Triton can launch. There are no tensors on it."""
+    properties = SimpleNamespace(name="AMD Instinct MI300X", gcnArchName=f"{arch}:sramecc+:xnack-", multi_processor_count=228)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(runtime, "mode", lambda: "compiled")
+    monkeypatch.setattr(launchable, "obstacle", lambda index: None)
+    monkeypatch.setattr(obstacles, "known", {"triton": None})
+    monkeypatch.setattr(gpu, "_limits", {})
+    return torch.device("cuda", 0)

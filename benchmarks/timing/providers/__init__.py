@@ -198,7 +198,7 @@ def all_providers() -> dict[str, Provider]:
     ours = [RnnFast("rnnfast", None), *[RnnFast(provider_of(name), "triton", name) for name in families]]
     ours.append(RnnFast("rnnfast-torch", "torch"))
     loops = [CompiledNN("torch.compile-nn"), Loop("torch.compile-loop", compiled=True), Loop("loop", compiled=False)]
-    others = [peers.FlashRNN("flashrnn"), peers.Haste("haste"), peers.OnnxRuntime("onnxruntime")]
+    others = [peers.FlashRNN("flashrnn"), peers.Haste("haste"), peers.TorchRL("torchrl"), peers.OnnxRuntime("onnxruntime")]
     providers: list[Provider] = [TorchNN(BASE), *ours, *loops, *others]
     return {provider.name: provider for provider in providers}
 

@@ -2,11 +2,14 @@
 
 The adapters of flashrnn and haste_pytorch follow the sources of these libraries. They were tried on a CPU against their own
 PyTorch code ("vanilla"; the script path of haste_pytorch_cpu), which fixes layouts and gate orders. No adapter has run the
-GPU kernels yet.
+GPU kernels yet. The Triton kernels of TorchRL ran in Triton's interpreter.
 """
 
+import contextlib
+import importlib
 import io
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -124,6 +127,51 @@ class Haste(Provider):
 
         parameters = [getattr(layer, name) for name in values]
         return Ready(layer, parameters, gradients, f"haste_pytorch {installed('haste_pytorch')}")
+
+
+class TorchRL(Provider):
+    """The Triton kernels that TorchRL's modules run with ``recurrent_backend="triton"``, without the modules.
+
+    Weights, biases and gates are laid out as torch.nn's. Input and output are batch first. The states of all steps, at which
+    resets would begin, and the mask of resets are arguments: they are zero here, and made once.
+    """
+
+    compiles = True
+
+    def obstacle(self, case: Case, device: str) -> str | None:
+        if installed("torchrl") is None:
+            return "torchrl is not installed"
+        if device != "cuda":
+            return "its kernels need a GPU"
+        if case.torch_dtype != torch.float32:
+            return "its kernels take float32 only"
+        return single_layer(case, ("LSTM", "GRU"))
+
+    @contextlib.contextmanager
+    def settings(self) -> Iterator[None]:
+        # TorchRL reads allow_tf32, which is an error while only the newer fp32_precision is set. allow_tf32 sets both
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_tf32 = matmul.fp32_precision == "tf32"
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = False
+
+    def ready(self, problem: Problem) -> Ready:
+        kernels = importlib.import_module("torchrl.modules.tensordict_module._rnn_triton")
+        case = problem.case
+        run = getattr(kernels, f"{case.cell_name}_triton")
+        count = 2 if case.cell == "LSTM" else 1
+        states = (torch.zeros(case.B, case.T, case.H, device=problem.device),) * count
+        resets = torch.zeros(case.B, case.T, device=problem.device, dtype=torch.bool)
+        parameters = [weight.clone().requires_grad_() for weight in problem.weights.values()]
+        precision = "tf32" if case.tf32 else "ieee"
+
+        def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            results = run(x.transpose(0, 1), *states, *parameters, resets, input_precision=precision)
+            return results[0].transpose(0, 1), tuple(last[None] for last in results[count:])
+
+        return Ready(forward, parameters, note=f"torchrl {installed('torchrl')}, {precision} products")
 
 
 class OnnxRuntime(Provider):
