@@ -49,8 +49,12 @@ sweep: $(VENV)/test.done ## what `make test` leaves out: large sweeps in Triton'
 matrix: ## all tests with the oldest, the usual and the newest PyTorch, each in an environment of its own (tests/matrix.py)
 	@$(PYTHON) tests/matrix.py $(ARGS)
 
-integrations: ## the layers in other libraries, on a CPU; the libraries are in an environment of their own (docs/integrations)
-	@$(MAKE) --no-print-directory test-integrations EXTRA=integrations VENV=$(VENV)-integrations
+integrations: ## the layers in other libraries, on a CPU (docs/integrations); two environments, as pip cannot install all in one
+	@failed=0; \
+	for extra in integrations integrations-hub; do \
+		$(MAKE) --no-print-directory test-integrations EXTRA=$$extra VENV=$(VENV)-$$extra || failed=1; \
+	done; \
+	exit $$failed
 
 test-integrations: $(VENV)/$(EXTRA).done
 	@$(RUN) -m pytest tests/integrations -m "sweep or not sweep" $(ARGS)
@@ -96,7 +100,7 @@ dist: $(VENV)/release.done ## sdist and wheel in dist/, checked by twine, and by
 clean: ## remove the virtual environments and everything built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find benchmarks examples kernels rnnfast tests -name __pycache__ -type d -prune -exec rm -rf {} +
-	for each in $(VENV) $(VENV)-integrations; do if [ -e $$each/made-by-make ]; then rm -rf $$each; fi; done
+	for each in $(VENV) $(VENV)-integrations $(VENV)-integrations-hub; do if [ -e $$each/made-by-make ]; then rm -rf $$each; fi; done
 
 # The environment. choice.mk keeps what was chosen, so that `make demo TORCH=torch` and then `make test` share one; another
 # choice builds it anew. A .done file stands for one finished installation.

@@ -15,15 +15,18 @@ __all__ = ["TESTED", "load"]
 
 TESTED: dict[str, str] = {
     "captum": "0.9.0",
+    "darts": "0.48.1",
     "flair": "0.15.1",
     "gymnasium": "1.4.0",
     "keras": "3.15.1",
     "kernels": "0.17.2",
     "lightning": "2.6.6",
+    "neuralforecast": "3.3.0",
     "onnx": "1.23.2",
     "onnxruntime": "1.32.0",
     "onnxscript": "0.7.2",
     "opacus": "1.6.0",
+    "pytorch-forecasting": "1.8.0",
     "pytorch-lightning": "2.6.6",
     "sb3-contrib": "2.9.2",
     "skorch": "1.4.0",

@@ -36,6 +36,7 @@ class Accelerate(*_callbacks()):
     without the callback.
 
     Args:
+        subclasses: as for `rnnfast.accelerate`.
         restore: whether torch.nn's classes come back when the Trainer is done, also after an exception. Then a model that is
             pickled later needs no rnnfast to load. This restores every layer that `rnnfast.accelerate` exchanged.
         report: a function that is called with the `rnnfast.Report`, in the process of rank 0, for the first run and for each
@@ -45,9 +46,11 @@ class Accelerate(*_callbacks()):
         >>> trainer = lightning.Trainer(callbacks=[Accelerate()])  # doctest: +SKIP
     """
 
-    def __init__(self, *, restore: bool = False, report: Callable[[Report], Any] | None = print) -> None:
+    def __init__(
+        self, *, subclasses: bool = False, restore: bool = False, report: Callable[[Report], Any] | None = print
+    ) -> None:
         super().__init__()
-        self.restore, self.report = restore, report
+        self.subclasses, self.restore, self.report = subclasses, restore, report
         self._running = self._told = False
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
@@ -55,7 +58,7 @@ class Accelerate(*_callbacks()):
             return
         self._running = True
         found: list[Report] = []
-        accelerate(pl_module, report=found.append)
+        accelerate(pl_module, subclasses=self.subclasses, report=found.append)
         if self.report is not None and trainer.is_global_zero and (found[0].changed or not self._told):
             self._told = True
             self.report(found[0])

@@ -146,6 +146,21 @@ def test_layers_that_lightning_has_built_and_a_step_that_fails(package):
     assert reports[0][0].changed and reports[0][1] is rnnfast.LSTM and type(model.lstm) is torch.nn.LSTM
 
 
+class Derived(torch.nn.LSTM):
+    pass
+
+
+@each_package
+def test_subclasses(package):
+    model = made(package)
+    model.lstm = Derived(I, H, batch_first=True)
+    with rnnfast.use_backend("torch"):
+        trainer(package, Accelerate(report=None)).predict(model, loader())
+        assert not isinstance(model.lstm, rnnfast.LSTM)
+        trainer(package, Accelerate(subclasses=True, report=None)).predict(model, loader())
+    assert isinstance(model.lstm, rnnfast.LSTM) and isinstance(model.lstm, Derived)
+
+
 @each_package
 def test_only_rank_0_reports(package, capsys, monkeypatch):
     runner = trainer(package, Accelerate())

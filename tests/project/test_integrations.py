@@ -11,7 +11,7 @@ from rnnfast.integrations import TESTED
 pytestmark = pytest.mark.same_everywhere
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENTS = ("integrations",)  # of `make integrations`
+ENVIRONMENTS = ("integrations", "integrations-hub")  # of `make integrations`
 
 
 def pinned(extra: str) -> dict[str, str]:
