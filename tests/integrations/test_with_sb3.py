@@ -101,8 +101,18 @@ def test_operators():
     assert counts[True, 8] == counts[True, 16] < counts[False, 8] < counts[False, 16], counts
 
 
+def test_files(tmp_path):
+    """A saved model loads without rnnfast, and takes the call again."""
+    model = sb3.accelerate(made(), report=None)
+    model.save(tmp_path / "model")
+    loaded = RecurrentPPO.load(tmp_path / "model", env=ShortEpisodes(), device="cpu")
+    assert type(loaded.policy.lstm_actor) is torch.nn.LSTM
+    assert all(torch.equal(a, b) for a, b in zip(loaded.policy.parameters(), model.policy.parameters(), strict=True))
+    assert type(sb3.accelerate(loaded, report=None).policy.lstm_critic) is rnnfast.LSTM
+
+
 def test_what_is_exchanged():
-    """One LSTM for actor and critic, or none for the critic; a policy alone; a model that was loaded; what is refused."""
+    """One LSTM for actor and critic, or none for the critic; a policy alone; what is refused."""
     for options in ({"shared_lstm": True, "enable_critic_lstm": False}, {"enable_critic_lstm": False}):
         model = made(**options)
         sb3.accelerate(model.policy, report=None)
