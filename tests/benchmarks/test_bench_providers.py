@@ -329,7 +329,7 @@ def test_tf32_of_torchrl(allowed):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_bytes_kept_by_the_kernels(cell, dtype, layers, directions, recompute, device):
-    """Those of the declared shapes are those of the kernels' results, and what docs/memory.md says: LSTM 4 elements and 4 bytes,
+    """Those of the declared shapes are those of the kernels' results, and what docs/memory.md says: LSTM 4 elements, 4 bytes;
     GRU 4 elements, RNN nothing, a unit and step; with recompute the 4 bytes alone. A stack also keeps all layers' outputs."""
     case = Case(cell, 4, 3, 5, 18, layers, directions, dtype)
     declared = memory.kept_by_kernels(case, recompute)
