@@ -127,7 +127,7 @@ def explain_model(
         one = LayerCalls(name, str(module), 1, (input_words(x),), isinstance(module, OURS))
         if not one.ours:
             found[name].append(replace(one, ran=_not_ours(module)))
-        elif type(module).forward in FORWARDS:
+        elif type(module).forward in FORWARDS and "forward" not in vars(module):
             found[name].append(_ran(one, explain_layer(module, *args, **kwargs)))
         else:  # a forward of the user's, which may call rnnfast's with something else, and several times
             for x, hx, options in (call.given for call in inner):

@@ -168,6 +168,16 @@ def test_not_on_the_kernels():
     assert text.count("the dtype is torch.float64") == 1 and "  not triton, of all 2: " in text
 
 
+def test_a_forward_on_the_instance():
+    """It takes what it likes, and what it calls of rnnfast is told."""
+    layer = rnnfast.GRU(H, H)
+    layer.forward = lambda scale, x: rnnfast.GRU.forward(layer, x * scale)
+    model = torch.nn.ModuleList([layer])
+    model.forward = lambda x: layer(2.0, x)
+    (one,) = rnnfast.explain(model, x()).layers
+    assert one.calls == 1 and one.families == ("step", "step")
+
+
 def test_errors():
     """The error of the model, after which no hook is left; and models that cannot be left as they were."""
     model = torch.nn.Sequential(torch.nn.GRU(H, H))
