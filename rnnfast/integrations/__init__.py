@@ -14,6 +14,9 @@ from types import ModuleType
 __all__ = ["TESTED", "load"]
 
 TESTED: dict[str, str] = {
+    "darts": "0.48.1",
+    "neuralforecast": "3.3.0",
+    "pytorch-forecasting": "1.8.0",
 }
 """The name of each library on PyPI, and the version tested."""
 
