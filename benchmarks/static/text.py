@@ -171,17 +171,18 @@ def summary(rows: list[dict], command: str) -> Iterator[str]:
 
 
 def amd_summary(rows: list[dict], command: str) -> Iterator[str]:
-    """The kernels for AMD GPUs as Markdown, a line each, of the rows that `command` made."""
-    kernels = {}
+    """The kernels for AMD GPUs of training as Markdown, a line each, of the rows that `command` made. Inference stores less."""
+    kernels: dict[tuple, list[dict]] = {}
     for row in rows:
-        kernels.setdefault((row["gpu"], row["cell"], row["dtype"], row["compiled"]), []).append(row)
+        kernels.setdefault((row["gpu"], f"{row['cell']} {row['dtype']}", row["compiled"]), []).append(row)
     lines = [
-        {"GPU": gpu, "cell, dtype": f"{cell} {dtype}"} | _amd_kernel(group) for (gpu, cell, dtype, _), group in kernels.items()
+        {"GPU": gpu, "cell, dtype": kind} | _amd_kernel(group)
+        for (gpu, kind, _), group in kernels.items()
+        if group[0]["training"]
     ]
-    yield from (f"`{command}`: {len(rows)} rows, {len(kernels)} kernels, {len(violations(rows))} rows with spills.", "")
-    yield from (
-        f"| {' | '.join(line)} |" for line in (list(lines[0]), ["---"] * len(lines[0]), *(line.values() for line in lines))
-    )
+    yield from (f"`{command}`: {len(rows)} rows, {len(kernels)} kernels, rows with spills: {len(violations(rows))}.", "")
+    for line in (list(lines[0]), ["---"] * len(lines[0]), *(list(each.values()) for each in lines)):
+        yield f"| {' | '.join(line)} |"
 
 
 def put(text: str, heading: str, lines: Iterable[str]) -> str:

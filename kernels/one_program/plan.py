@@ -37,7 +37,7 @@ MOST_PLAIN = {False: 128, True: 64}  # units without tensor cores, by whether th
 # backward with more than 2 rows spills with marks (LSTM float16, H = 128: 16 to 24 bytes, Triton 3.9) and with 16 warps (RNN
 # float16, H = 256: 8 bytes).
 WEIGHTS = {False: 128, True: 64}
-AMD_WEIGHTS = 64  # on AMD GPUs, whose product keeps more in registers; more spilled, and so did 8 rows on gfx1100 (Triton 3.9)
+AMD_UNITS = 64  # on AMD GPUs, whose products keep more in registers: LSTM and GRU of 128 spilled, as 8 rows did (Triton 3.9)
 ROWS = 8192  # time steps x batch rows of all members in a forward launch: the input side is a buffer of its own
 SECONDS = 0.25  # that a launch may take by the model: a display's watchdog ends a kernel after two
 SLOW_CLOCK = 1e9  # hertz, for that: below what any of these GPUs runs at
@@ -89,6 +89,8 @@ def refusal(gates: int, H: int, itemsize: int, precision: str, limits: GpuLimits
     """Why no one-program kernel runs this, or ""."""
     if not limits.arch and limits.capability < 80:
         return f"{limits.name} has compute capability {limits.capability / 10}, and the one-program kernels need 8.0"
+    if limits.arch and H > AMD_UNITS:
+        return f"on AMD GPUs a program has at most {AMD_UNITS} units, and there are {H}"
     warps = warps_for(H)
     if plain(itemsize, precision) and 16 * warps > (most := MOST_PLAIN[gates > 1]):
         return f"without TF32 a program has at most {most} units of so many gates, and there are {H}"
@@ -96,7 +98,7 @@ def refusal(gates: int, H: int, itemsize: int, precision: str, limits: GpuLimits
         return ""
     if warps > MOST_WARPS:
         return f"a program has at most {16 * MOST_WARPS} units, and there are {H}"
-    registers, most = weight_registers(gates, H, itemsize), AMD_WEIGHTS if limits.arch else WEIGHTS[warps == MOST_WARPS]
+    registers, most = weight_registers(gates, H, itemsize), WEIGHTS[warps == MOST_WARPS]
     if registers > most:
         return f"the weights of {H} units take {registers} registers of each thread, and there is room for {most}"
     return ""
