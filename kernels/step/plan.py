@@ -65,12 +65,13 @@ def step_plan(H: int, itemsize: int, precision: str, extra: int = 0, amd: bool =
     Chunks of 256 bytes (half precision: 128 elements, float32: 64) keep the loads wide and three of them in flight; a small
     layer takes the smallest power of two that holds it, at least 16, the least that ``tl.dot`` accepts. Where rows are not
     aligned to 16 bytes every element is a load of its own, and chunks of 32 keep those in registers. On AMD GPUs a chunk is
-    128 bytes, a line of their cache: twice that takes all of 64 KiB of shared memory, and spilled on gfx1100.
+    128 bytes, a line of their cache: twice that takes all of 64 KiB of shared memory, and spilled on gfx1100. There 4 warps
+    have the registers of any cell tried, and 8 spilled.
     """
     aligned = H * itemsize % 16 == 0
     widest = (128 if amd else 256) // itemsize if aligned else 32
     block_k = min(widest, max(16, 1 << (H - 1).bit_length()))
-    block_b, warps = (32, 8) if itemsize == 4 and precision == "ieee" else (64, 8 if extra > 10 else 4)
+    block_b, warps = (32, 8) if itemsize == 4 and precision == "ieee" else (64, 8 if extra > 10 and not amd else 4)
     return StepPlan(BLOCK_B=block_b, BLOCK_H=16, BLOCK_K=block_k, num_warps=warps, num_stages=3)
 
 
