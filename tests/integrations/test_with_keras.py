@@ -294,9 +294,16 @@ def test_import_alone():
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
-def test_compiled_and_shapes_alone():
-    """What compiles or infers shapes sees Keras' own code."""
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_exported_and_shapes_alone(monkeypatch):
+    """What compiles, exports or infers shapes sees Keras' own code."""
+    monkeypatch.setattr("rnnfast.integrations.keras._run", None)  # an error, were it called
+    layer, x = LSTM(H), torch.randn(B, T, I)
+    expected = layer(x)
     with rnnfast.keras.enable():
+        torch.testing.assert_close(torch.compile(layer, backend="eager")(x), expected)
+        exported = torch.export.export(keras.Sequential([keras.Input((T, I)), layer]), (x,), strict=False)
+        torch.testing.assert_close(exported.module()(x), expected)
         assert keras.ops.shape(LSTM(H)(keras.Input((T, I)))) == (None, H)
 
         class Model(keras.Model):
