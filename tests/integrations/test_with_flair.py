@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.numerical,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]
-BACKENDS = [None, "triton"]
+BACKENDS = ["torch", "triton"]  # what runs by default on a CPU, and the interpreted kernels
 SPOKEN = {"the dog saw a cat": "DNVDN", "dogs run": "NV", "a cat": "DN"}
 
 

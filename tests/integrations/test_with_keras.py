@@ -21,7 +21,7 @@ GRU, LSTM, SimpleRNN, Bidirectional = (getattr(keras.layers, name) for name in (
 pytestmark = [pytest.mark.numerical, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 
 T, B, I, H = 4, 4, 3, 5
-BACKENDS = [None, "triton"]
+BACKENDS = ["torch", "triton"]  # what runs by default on a CPU, and the interpreted kernels
 MASKS = {
     "right": [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]],
     "left": [[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [0, 1, 1, 1]],
@@ -107,7 +107,7 @@ MASKED = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", MASKED)
 def test_mask(name, mask):
-    compare(*MASKED[name], None, mask)
+    compare(*MASKED[name], "torch", mask)
 
 
 @pytest.mark.parametrize("name", ["lstm, all", "gru, backwards"])
@@ -133,7 +133,7 @@ BOTH = {
 @pytest.mark.parametrize("mask", [None, "right", "holes and an empty row"])
 @pytest.mark.parametrize("name", BOTH)
 def test_bidirectional(name, mask):
-    compare(*BOTH[name], None, mask, given=mask != "right")
+    compare(*BOTH[name], "torch", mask, given=mask != "right")
 
 
 def test_bidirectional_on_kernels():
@@ -147,7 +147,7 @@ def test_bidirectional_of_backward_first():
         first = LSTM(H, go_backwards=True, return_sequences=True, dtype=dtype)
         return Bidirectional(first, backward_layer=LSTM(H, return_sequences=True, dtype=dtype), dtype=dtype)
 
-    compare(build, 4, None)
+    compare(build, 4, "torch")
 
 
 LEFT = {
@@ -224,7 +224,12 @@ def tagger(policy):
 
 @pytest.mark.parametrize(
     "policy, backend, far",
-    [("float32", None, 1e-4), ("float32", "triton", 1e-4), ("mixed_float16", None, 0.02), ("mixed_bfloat16", None, 0.1)],
+    [
+        ("float32", "torch", 1e-4),
+        ("float32", "triton", 1e-4),
+        ("mixed_float16", "torch", 0.02),
+        ("mixed_bfloat16", "torch", 0.1),
+    ],
 )
 def test_trained_and_asked(policy, backend, far):
     """``fit`` and ``predict`` of a model with a mask, both directions and dropout."""
@@ -250,7 +255,7 @@ def test_one_call_in_place_of_a_loop():
     x, counts = torch.randn(B, 50, I), []
     layer.build(x.shape)
     for context in (nullcontext, rnnfast.keras.enable):
-        with context(), Operators() as calls, torch.no_grad():
+        with context(), rnnfast.use_backend("torch"), Operators() as calls, torch.no_grad():
             layer(x)
         counts.append(calls.count)
     assert counts[0] > 50 * 10 and counts[1] < 40, counts
@@ -289,9 +294,16 @@ def test_import_alone():
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
-def test_compiled_and_shapes_alone():
-    """What compiles or infers shapes sees Keras' own code."""
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_exported_and_shapes_alone(monkeypatch):
+    """What compiles, exports or infers shapes sees Keras' own code."""
+    monkeypatch.setattr("rnnfast.integrations.keras._run", None)  # an error, were it called
+    layer, x = LSTM(H), torch.randn(B, T, I)
+    expected = layer(x)
     with rnnfast.keras.enable():
+        torch.testing.assert_close(torch.compile(layer, backend="eager")(x), expected)
+        exported = torch.export.export(keras.Sequential([keras.Input((T, I)), layer]), (x,), strict=False)
+        torch.testing.assert_close(exported.module()(x), expected)
         assert keras.ops.shape(LSTM(H)(keras.Input((T, I)))) == (None, H)
 
         class Model(keras.Model):

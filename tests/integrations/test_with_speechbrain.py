@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.numerical,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]
-BACKENDS = [None, "triton"]
+BACKENDS = ["torch", "triton"]  # what runs by default on a CPU, and the interpreted kernels
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

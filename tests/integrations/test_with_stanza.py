@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     characters = pytest.importorskip("stanza.models.common.char_model")
 
 pytestmark = [pytest.mark.numerical, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
-BACKENDS = [None, "triton"]
+BACKENDS = ["torch", "triton"]  # what runs by default on a CPU, and the interpreted kernels
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
