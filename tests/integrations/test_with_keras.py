@@ -298,6 +298,8 @@ def test_import_alone():
 def test_compiled_exported_and_shapes_alone(monkeypatch):
     """What compiles, exports or infers shapes sees Keras' own code."""
     monkeypatch.setattr("rnnfast.integrations.keras._run", None)  # an error, were it called
+    cudnn = torch.backends.cudnn  # torch.export reads the older flag, which needs one precision for both
+    monkeypatch.setattr(cudnn.rnn, "fp32_precision", cudnn.conv.fp32_precision)
     layer, x = LSTM(H), torch.randn(B, T, I)
     expected = layer(x)
     with rnnfast.keras.enable():
