@@ -223,12 +223,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cells", nargs="+", choices=list(FASTER_CELLS), default=list(FASTER_CELLS), help="of --faster")
     parser.add_argument("--batch", nargs="+", type=int, default=list(FASTER_ROWS), metavar="B", help="of --faster")
     args = parser.parse_args(argv)
+    print("Predicted, not measured.", end=" ")
     if args.faster:
+        print("Training one layer in one direction, I = H, T = 512, float32 with TF32: cuDNN's time over our kernels'.\n")
         print("\n\n".join(faster(name, args.cells, args.batch) for name in args.gpu or ["H100"]))
     elif args.scans:
+        print("Bytes of a unit and step, nanoseconds of a step, milliseconds of a sequence; B = 16, float16.\n")
         print(scans(args.gpu or ["H100"]))
+    elif args.stacks:
+        print("Milliseconds of a call.\n")
+        print(stacks(args.gpu or [*STACK_GPUS]))
     else:
-        print(stacks(args.gpu or [*STACK_GPUS]) if args.stacks else table(args.gpu or [*ASSUMED]))
+        print("Microseconds of a time step: what runs, our kernels, cuDNN and its algorithm.\n")
+        print(table(args.gpu or [*ASSUMED]))
     return 0
 
 

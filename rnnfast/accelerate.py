@@ -28,7 +28,7 @@ from rnnfast.nn.sequence import Sequence
 from rnnfast.nn.subclasses import LAYERS, both, is_torchs, user_class
 from rnnfast.version import PACKAGE
 
-__all__ = ["Report", "accelerate", "advice", "as_default", "restore"]
+__all__ = ["Report", "accelerate", "advice", "as_default", "described", "restore"]
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -139,6 +139,11 @@ def restore(
     return _exchange(model, "torch.nn", replacement, inplace, report, is_meant, lambda user: "accelerate did not exchange it")
 
 
+def described(module: torch.nn.Module) -> str:
+    """A layer in one line, without the modules inside of it."""
+    return f"{module._get_name()}({module.extra_repr()})"
+
+
 def advice(module: torch.nn.Module) -> str:
     """What to do about a recurrent module that is not rnnfast's, in words. Empty for other modules."""
     new = _exchanged(type(module), LAYERS.get)
@@ -173,7 +178,7 @@ def _exchange(
                 vars(module).pop(ACCELERATED, None)
             users = _users(new)
             of = f", a subclass: {_named(users)}" if users else ""
-            changed.append((name, f"{module._get_name()}({module.extra_repr()}){of}"))
+            changed.append((name, described(module) + of))
     if to == "rnnfast":
         left += _others(model, [name for name, _ in (*changed, *left)])
     if report is not None:

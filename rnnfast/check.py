@@ -237,7 +237,7 @@ def gpu_cases() -> list[Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rnnfast.check", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="rnnfast check", description=(__doc__ or "").split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, choices=("cpu", "cuda"))
     parser.add_argument("--cell", nargs="+", metavar="CELL", help="my_file.py:my_cell, a name in rnnfast.cells, or library")

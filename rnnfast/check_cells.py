@@ -242,5 +242,5 @@ def main(texts: list[str], device: str) -> int:
     failed = table(cells, device, [name for name, family in FAMILIES.items() if device != "cpu" or not family.waits])
     if device == "cpu":
         print("not here: the persistent kernels, whose programs wait for one another (in a checkout: make cells)")
-    print(f"{failed} beyond the limit" if failed else "every error is within the contract")
+    print(f"{failed} beyond the limit or not fused" if failed else "every error is within the contract")
     return 1 if failed else 0

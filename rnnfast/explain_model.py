@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import run_once
-from rnnfast.accelerate import advice
+from rnnfast.accelerate import advice, described
 from rnnfast.choice.calls import Seen
 from rnnfast.nn.cells import Cell
 from rnnfast.nn.layer import Layer
@@ -124,7 +124,7 @@ def explain_model(
     def called(name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inner, pending[name] = pending[name], []
         x = args[0] if args else kwargs.get("input", next(iter(tree_leaves(kwargs)), None))
-        one = LayerCalls(name, str(module), 1, (input_words(x),), isinstance(module, OURS))
+        one = LayerCalls(name, described(module), 1, (input_words(x),), isinstance(module, OURS))
         if not one.ours:
             found[name].append(replace(one, ran=_not_ours(module)))
         elif type(module).forward in FORWARDS and "forward" not in vars(module):
@@ -141,7 +141,7 @@ def explain_model(
     for name, module in model.named_modules():
         name, ours = name or run_once.ITSELF, isinstance(module, OURS)
         if name in found and not found[name]:
-            found[name].append(LayerCalls(name, str(module), 0, (), ours, ran="" if ours else _not_ours(module)))
+            found[name].append(LayerCalls(name, described(module), 0, (), ours, ran="" if ours else _not_ours(module)))
         elif name not in found and advice(module):
             found[name] = [LayerCalls(name, type(module).__name__, 0, (), False, ran=_not_ours(module))]
     return ModelExplanation(tuple(one for calls in found.values() for one in _counted(calls)))

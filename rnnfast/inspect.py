@@ -54,6 +54,7 @@ class Inspection:
         direct: whether h reaches the next h by a way other than W_hh.
         rows: whether the cell needs means of whole rows.
         families: of kernels that can run it, where they have a plan for the size.
+        runs: whether the equations run, in plain PyTorch. False if the function itself raises an error.
     """
 
     cell: Cell
@@ -68,6 +69,7 @@ class Inspection:
     direct: bool = False
     rows: bool = False
     families: tuple[str, ...] = ()
+    runs: bool = True
 
     def bytes(self, dtype: torch.dtype) -> int:
         """What training keeps of a unit and step for backward besides the output, for an input of this dtype: what is saved,
@@ -85,7 +87,8 @@ class Inspection:
         }
         lines += [f"  {title:10} {text}" for title, text in told.items() if text]
         if self.refusal:
-            lines += ["", "not fused: it runs by its equations in plain PyTorch", textwrap.indent(self.refusal, "  ")]
+            what = "not fused: it runs by its equations in plain PyTorch" if self.runs else "it runs nowhere"
+            lines += ["", what, textwrap.indent(self.refusal, "  ")]
         else:
             lines += self._fused()
         lines += ["", "equations", textwrap.indent(self.equations, "  ")]
@@ -148,7 +151,7 @@ def inspect(cell: Cell, **constants: Any) -> Inspection:
     try:
         found = derived(cell, **constants)
     except CannotFuse as error:
-        return Inspection(cell, numbers, equations, str(error))
+        return Inspection(cell, numbers, equations, str(error), runs=_runs(cell, numbers))
     forward, backward = (_function(found.source, name) for name in ("forward", "backward"))
     families = (
         ("scan",) if not cell.recurrent else ("step", "one_program") if found.rows else ("step", "persistent", "one_program")
@@ -158,6 +161,18 @@ def inspect(cell: Cell, **constants: Any) -> Inspection:
         cell, numbers, equations, "", forward, backward, _saved(cell, numbers, found, backward), cell.states[1:], apart,
         found.direct, found.rows, families,
     )  # fmt: skip
+
+
+def _runs(cell: Cell, numbers: dict[str, Any]) -> bool:
+    """Whether the function runs on tensors (2, 3), as the equations run it."""
+    tile = torch.zeros(2, 3)
+    hidden = [tile] * len(cell.gates) if cell.recurrent else None
+    given = [tile] * (len(cell.held) + len(cell.noise))
+    try:
+        cell.run([tile] * len(cell.gates), hidden, [tile] * len(cell.states), given, numbers)
+    except Exception:  # whatever the author's code raises
+        return False
+    return True
 
 
 def _function(source: str, name: str) -> str:

@@ -20,7 +20,7 @@ from benchmarks.timing import isolated, measure
 from benchmarks.timing.cases import Case
 from benchmarks.timing.measure import Call
 from benchmarks.timing.problem import Problem, tf32
-from benchmarks.timing.providers import BASE, Provider, Unavailable, all_providers, installed, named_provider
+from benchmarks.timing.providers import BASE, OWN_LAYER, Provider, Unavailable, all_providers, installed, named_provider
 from benchmarks.timing.results import SCHEMA, BadResults, key, load, new_row, save
 
 GPU_WARM_UP = 0.2  # seconds, for clocks to rise
@@ -235,4 +235,5 @@ def words(row: dict) -> str:
     if row["status"] != "ok":
         return text + f"{row['status']}: {row['note'][:120]}"
     text += f"{row['timings'][0]['p50']:>10.1f} us"
-    return text + (f" {row['ratio']['p50']:>7.3f} x {BASE}" if row["ratio"] else "")
+    own = f", {BASE}'s own code" if OWN_LAYER in row.get("note", "") else ""
+    return text + (f" {row['ratio']['p50']:>7.3f} of {BASE}'s time{own}" if row["ratio"] else "")

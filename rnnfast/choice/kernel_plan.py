@@ -353,11 +353,11 @@ def unchecked(cell: str, x: torch.Tensor) -> str:
     They are if a family that runs the cell is trusted on this GPU. This may run the canary, which has cells of torch.nn: a
     family that is right for them may run any other. The scan kernels, which run none of them, count as the step kernels do.
     """
-    from rnnfast.kernels.families import FAMILIES
-
     gpu = limits(x.device)
     if gpu is None or asked() != "auto" or x.dtype not in tuning_file.DTYPES:
         return ""
+    from rnnfast.kernels.families import FAMILIES  # here, because there may be no Triton
+
     spec, families = spec_of(cell), trust.trusted(x.device)
     counted = (*families, "scan") if "step" in families else families
     able = any([not FAMILIES[family].refusal(spec.recurrent, spec.rows) for family in counted])

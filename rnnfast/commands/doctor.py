@@ -241,7 +241,7 @@ def _compiler() -> str:
 
 def _driver() -> str:
     version = gpu.driver_version()
-    return "none of CUDA" if version is None else f"CUDA {version // 1000}.{version % 1000 // 10}"
+    return "no driver of CUDA was found" if version is None else f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 def _triton_cache() -> Path:

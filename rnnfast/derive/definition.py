@@ -163,7 +163,7 @@ class Cell:
             raise ValueError(f"cell `{self.name}`: output={output!r} is none of its states, {', '.join(self.states)}")
         self.output = self.states.index(output) if output is not None else 0
         self._read_arguments()
-        self._sides = namedtuple("sides", self.gates), namedtuple("states", self.states)
+        self._sides = _tiles("gate", self.gates), _tiles("state", self.states)
 
     def _read_arguments(self) -> None:
         arguments = inspect.signature(self.function).parameters.values()
@@ -273,12 +273,25 @@ class Cell:
         new = self.function(*places, **dict(zip((*self.held, *self.noise), given, strict=True)), **constants)
         new = new if isinstance(new, tuple) else (new,)
         if len(new) != len(self.states) or not all(isinstance(each, Tensor) for each in new):
-            kinds = ", ".join(type(each).__name__ for each in new)
+            kinds = ", ".join("a tensor" if isinstance(each, Tensor) else type(each).__name__ for each in new)
             tensors = "a tensor" if len(self.states) == 1 else f"a tuple of {len(self.states)} tensors"
             raise TypeError(
-                f"cell `{self.name}` should return {tensors}, the new {', '.join(self.states)}; it returned ({kinds})"
+                f"cell `{self.name}` should return {tensors}, the new {', '.join(self.states)}; "
+                f"it returned {kinds or 'nothing'}"
             )
         return new
+
+
+def _tiles(kind: str, names: tuple[str, ...]) -> type:
+    """A named tuple of tiles, which says what there is if another is asked for."""
+
+    class Tiles(namedtuple("Tiles", names)):
+        __slots__ = ()
+
+        def __getattr__(self, name: str) -> Tensor:
+            raise AttributeError(f"there is no {kind} `{name}`; there is {', '.join(names)}")
+
+    return Tiles
 
 
 def _names(names: Any, what: str, cell: str) -> tuple[str, ...]:

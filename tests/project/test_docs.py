@@ -48,6 +48,15 @@ def test_examples():
     assert int(done.stdout.split()[-1]) >= 25
 
 
+def test_the_tree_is_complete():
+    """CONTRIBUTING.md names each module of the kernels and the library; of the library of cells, the folder."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", text.split("## The tree")[1].split("```")[1]))
+    modules = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "rnnfast").rglob("*.py")]
+    stems = {path.stem for path in modules if path.parent.name != "cells"} - {"__init__", "__main__"}
+    assert stems and not stems - named, stems - named
+
+
 def test_readme_is_short():
     """It stands on one screen or three; docs/ has the rest."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120

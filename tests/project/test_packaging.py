@@ -33,6 +33,9 @@ assert "backend: torch" in told and "Triton is not installed" in told, told
 output, (h_n, c_n) = layer(torch.ones(5, 2, 3))
 (output.sum() + c_n.sum()).backward()
 assert output.shape == (5, 2, 4) and all(weight.grad.abs().sum() > 0 for weight in layer.parameters())
+layer = rnnfast.Layer(rnnfast.cells.slstm, 3, 4)
+assert "backend: reference" in str(rnnfast.explain(layer, torch.zeros(5, 2, 3)))
+layer(torch.ones(5, 2, 3))[0].sum().backward()
 for name in ("triton", "kernels", "tests", "benchmarks", "examples", "release", "rnnfast.kernels"):
     try:
         __import__(name)
