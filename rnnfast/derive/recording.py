@@ -15,6 +15,7 @@ import linecache
 import sys
 import textwrap
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,11 @@ class _Recorder(Mode):
     def refuse(self, reason: str) -> CannotFuse:
         return CannotFuse(f"{place(self.function)}{self.line}: {reason}")
 
+    def at(self, number: int) -> None:
+        """Note the line of the author's file with this number."""
+        self.text = linecache.getline(self.function.__code__.co_filename, number).strip()
+        self.line = f", line {number}, `{self.text}`"
+
     def look(self) -> None:
         """Note the author's line, and the names of his variables."""
         frame: Any = sys._getframe(2)
@@ -121,8 +127,7 @@ class _Recorder(Mode):
             frame = frame.f_back
         if frame is None:
             return
-        self.text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        self.line = f", line {frame.f_lineno}, `{self.text}`"
+        self.at(frame.f_lineno)
         for name, value in frame.f_locals.items():
             if name in self.variables and isinstance(value, Tensor):
                 found = self.expressions.get(value.untyped_storage().data_ptr())
@@ -257,6 +262,9 @@ def _run(recorder: _Recorder, cell: Cell, tiles: dict[str, list[Tensor]], consta
     except CannotFuse:
         raise
     except Exception as error:
+        for frame, number in traceback.walk_tb(error.__traceback__):
+            if frame.f_code is cell.function.__code__:
+                recorder.at(number)
         branch = isinstance(error, RuntimeError) and (
             "ambiguous" in str(error) or "cannot be converted to Scalar" in str(error)
         )

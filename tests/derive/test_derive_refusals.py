@@ -195,7 +195,7 @@ REFUSED = {
     in_place_after_use: ("modified by an inplace operation",),
     into: ("out=",),
     unknown: ("`lgamma`, which has no translation", "Write it by operators"),
-    misspelled: ("AttributeError", "'b'"),
+    misspelled: ("there is no gate `b`; there is a", r"line \d+, `return tanh\(x.b \+ h.a\)`"),
     column: ("gives|is", r"\(5, 1, 7\)"),
     keeps_a_number: (r"keep\(\) was given a constant",),
     changes: ("differs from PyTorch's own result",),
