@@ -10,8 +10,12 @@ import importlib
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["TESTED", "load"]
+if TYPE_CHECKING:
+    from rnnfast.integrations import keras, lightning, opacus, sb3, torchrl
+
+__all__ = ["TESTED", "keras", "lightning", "load", "opacus", "sb3", "torchrl"]
 
 TESTED: dict[str, str] = {
     "captum": "0.9.0",
@@ -59,3 +63,10 @@ def load(module: str, package: str) -> ModuleType:
     if found.split(".")[:2] != tested.split(".")[:2]:
         warnings.warn(f"{package} {found} is installed; rnnfast was tested with {package} {tested}", stacklevel=3)
     return importlib.import_module(module)
+
+
+def __getattr__(name: str) -> Any:
+    """The modules in ``__all__`` import their libraries, so each is imported when it is first asked for."""
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

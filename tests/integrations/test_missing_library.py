@@ -27,3 +27,12 @@ def test_other_version(monkeypatch):
     monkeypatch.setattr(integrations.importlib, "import_module", lambda module: torch)
     with pytest.warns(UserWarning, match="keras 2.0.0 is installed; rnnfast was tested with keras 3"):
         assert integrations.load("keras", "keras") is torch
+
+
+def test_modules_are_imported_when_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(integrations.importlib, "import_module", lambda name: asked.append(name) or torch)
+    monkeypatch.delitem(vars(integrations), "sb3", raising=False)
+    assert integrations.sb3 is torch and asked == ["rnnfast.integrations.sb3"]
+    with pytest.raises(AttributeError, match="no attribute 'tensorflow'"):
+        _ = integrations.tensorflow
