@@ -44,6 +44,7 @@ def test_every_layer():
     assert wrong(SWEEP, "--layers", "sweep") == {}
 
 
+@pytest.mark.sweep  # a minute; the tests below show on single words what counts as a race
 def test_mistakes_are_noticed():
     assert wrong([mistake.name for mistake in MISTAKES], "--layers", "none", "--mistakes") == {}
 
