@@ -8,7 +8,11 @@ from support.pages import run_page
 import rnnfast
 
 needs("captum")
-pytestmark = [pytest.mark.same_everywhere, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.numerical,
+    pytest.mark.same_everywhere,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning"),
+]
 
 from captum import attr
 

@@ -12,6 +12,7 @@ import rnnfast
 
 needs("lightning")
 pytestmark = [
+    pytest.mark.numerical,
     pytest.mark.same_everywhere,
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]

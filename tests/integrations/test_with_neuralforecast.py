@@ -1,11 +1,13 @@
 """NeuralForecast: accelerated models train to the same weights and forecast the same."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 from support.packages import needs
 from support.pages import run_page
+from support.twins import same_results
 
 import rnnfast
 
@@ -74,13 +76,8 @@ def trained(name, ours):
 @pytest.mark.parametrize("name", MODELS)
 def test_trained(name, backend, monkeypatch):
     """Two steps of training give the same forecast and weights, on torch.nn's code and on the kernels."""
-    expected = trained(name, ours=False)
-    monkeypatch.setenv("RNNFAST_STRICT", "1")  # no call may fall back
-    with rnnfast.use_backend(backend):
-        found = trained(name, ours=True)
-    if backend == "torch":
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    torch.testing.assert_close(found, expected)
+    monkeypatch.setenv("RNNFAST_STRICT", "1")  # no call of rnnfast's layers may fall back
+    same_results(partial(trained, name), backend)
 
 
 def test_page(capsys):

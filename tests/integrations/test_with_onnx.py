@@ -11,6 +11,7 @@ needs("onnx")
 needs("onnxscript")
 needs("onnxruntime")
 pytestmark = [
+    pytest.mark.numerical,
     pytest.mark.same_everywhere,
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]

@@ -9,6 +9,7 @@ import rnnfast
 
 needs("opacus")
 pytestmark = [
+    pytest.mark.numerical,
     pytest.mark.same_everywhere,
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]

@@ -11,6 +11,7 @@ import rnnfast
 
 needs("skorch")
 pytestmark = [
+    pytest.mark.numerical,
     pytest.mark.same_everywhere,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]

@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
 
+pytestmark = pytest.mark.numerical
+
 I, H = 3, 4
 
 

@@ -1,4 +1,4 @@
-"""A model of another library and its accelerated copy, trained alike and compared."""
+"""A model of another library on torch.nn and on rnnfast, trained alike and compared."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,3 +35,16 @@ def same_training(build: Callable[[], Any], loss_of: Callable[[Any], Any], backe
         found.append([torch.stack(values), *each.state_dict().values()])
     for left, right in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+def same_results(run: Callable[..., list[torch.Tensor]], backend: str) -> None:
+    """Compare the tensors of ``run(ours=False)``, on torch.nn, with those of ``run(ours=True)``, on rnnfast's `backend`.
+
+    On "torch" they have the same bits, because torch.nn's code runs.
+    """
+    expected = run(ours=False)
+    with rnnfast.use_backend(backend):
+        found = run(ours=True)
+    if backend == "torch":
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    torch.testing.assert_close(found, expected)
